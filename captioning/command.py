@@ -1,0 +1,222 @@
+"""The command line that all scripts share: flags, exit codes, one-line errors.
+
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from config import SPLIT_SYNONYMS, Config, UserError, group
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Action(NamedTuple):
+    """A flag or argument of one script, as argparse's add_argument takes it."""
+
+    name: str
+    options: dict[str, Any]
+
+
+class Arguments(NamedTuple):
+    """What the command line said."""
+
+    config: Config
+    given: dict[str, Any]  # the fields of Config that stood on the line
+    actions: argparse.Namespace
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        script = os.path.basename(sys.argv[0])
+        print(f"{script}: {message}", file=sys.stderr)
+        raise SystemExit(WRONG_USAGE)
+
+
+def _nearest(word: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, valid, 1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _kind(kind: type) -> Callable[[str], Any]:
+    """A reader for argparse with an error that a person understands."""
+    wanted = {int: "a whole number", float: "a number", str: "text"}[kind]
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"wants {wanted}, not {text!r}"
+            ) from None
+
+    return read
+
+
+def _name(choices: Sequence[str]) -> Callable[[str], str]:
+    """A reader for one of some names."""
+
+    def read(text: str) -> str:
+        text = SPLIT_SYNONYMS.get(text, text) if "val" in choices else text
+        if text not in choices:
+            raise argparse.ArgumentTypeError(
+                f"knows {', '.join(choices)}, not {text!r}"
+                + _nearest(text, choices)
+            )
+        return text
+
+    return read
+
+
+def _parser(description: str, actions: Sequence[Action]) -> _Parser:
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for action in actions:
+        parser.add_argument(action.name, **action.options)
+    groups: dict[str, Any] = {}
+    for each in dataclasses.fields(Config):
+        name = each.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(f"{name} fields")
+        flag = "--" + each.name.replace("_", "-")
+        text = f"{each.metadata['help']} (default: {each.default!r})"
+        text = text.replace("%", "%%")
+        if each.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif "choices" in each.metadata:
+            options = {
+                "type": _name(each.metadata["choices"]),
+                "metavar": "NAME",
+            }
+        else:
+            options = {
+                "type": _kind(each.type),
+                "metavar": each.type.__name__.upper(),
+            }
+        groups[name].add_argument(flag, help=text, **options)
+    return parser
+
+
+def parse(
+    description: str,
+    actions: Sequence[Action] = (),
+    arguments: Sequence[str] | None = None,
+) -> Arguments:
+    """Reads the command line; ends the process if it is wrong.
+
+    Args:
+        description: what the script does, for --help.
+        actions: the flags that only this script has.
+        arguments: the command line; None takes it from sys.argv.
+
+    Returns:
+        The config, the fields that were given, and the actions.
+    """
+    parser = _parser(description, actions)
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [s for a in parser._actions for s in a.option_strings]
+        word = unknown[0].split("=")[0]
+        kind = "flag" if word.startswith("-") else "argument"
+        hint = _nearest(word, flags) if kind == "flag" else "; see --help"
+        parser.error(f"unknown {kind} {word}{hint}")
+    names = {each.name for each in dataclasses.fields(Config)}
+    given = {k: v for k, v in vars(known).items() if k in names}
+    try:
+        config = Config(**given)
+    except UserError as error:
+        parser.error(str(error))
+    return Arguments(config, given, known)
+
+
+def import_keras() -> None:
+    """Imports Keras without what TensorFlow has to say of its build.
+
+    It tells of instruction sets and absent GPUs on standard error, past
+    Python, before its own switch for that (TF_CPP_MIN_LOG_LEVEL) counts; a
+    user can do nothing about either.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        import keras  # noqa: F401
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def run(
+    main: Callable[[Arguments], int | None],
+    description: str,
+    actions: Sequence[Action] = (),
+) -> NoReturn:
+    """Runs a script's main with the exit codes that all scripts share.
+
+    0 done; 1 something in the data or the run is wrong, told in one line;
+    2 wrong usage; 130 interrupted.
+
+    Args:
+        main: the script; it may return an exit code of its own.
+        description: the script's docstring.
+        actions: the flags that only this script has.
+    """
+    arguments = parse(description, actions)
+    script = os.path.basename(sys.argv[0])
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        import_keras()
+        code = main(arguments) or DONE
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        code = FAILED
+    except KeyboardInterrupt:
+        print(
+            f"\n{script}: interrupted; run it again to go on", file=sys.stderr
+        )
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{script}: {where}{error.strerror or error}", file=sys.stderr)
+        code = FAILED
+    raise SystemExit(code)
+
+
+def next_line(script: str, arguments: Arguments) -> str:
+    """The command to run next, with the flags of this one that it needs.
+
+    Args:
+        script: its file name.
+        arguments: of this script.
+    """
+    words = ["python", script]
+    for name in [*group("place"), *group("data"), *group("encoder")]:
+        if name in arguments.given:
+            words += ["--" + name.replace("_", "-")]
+            words += [shlex.quote(str(arguments.given[name]))]
+    return " ".join(words)

@@ -1,0 +1,329 @@
+"""Every hyperparameter, in one frozen dataclass.
+
+Change a default here, or give any field as a flag to any of the scripts:
+`python train.py --batch-images 32 --no-context-gate`.
+
+The group of a field says what a change of it means:
+
+    place     where things are and what is tolerated: results do not change
+    data      which captions and which words: another folder in data/cache/
+    encoder   which image features: another feature folder below it
+    model     the shape of the decoder: fixed by the run once it is trained
+    training  how it is trained: fixed by the run, but for epochs and patience
+    decoding  how captions are searched for and scored: free at any time
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class UserError(Exception):
+    """Something the user can put right, told in one line.
+
+    The message says what is wrong, where, and what to do next. Every script
+    prints it on standard error and exits with code 1.
+    """
+
+
+class Encoder(NamedTuple):
+    """One line of the table of encoders."""
+
+    application: str  # class in keras.applications
+    module: str  # module in keras.applications with its preprocess_input
+    layer: str  # the layer whose output is cached as annotation vectors
+
+
+# The name that --encoder takes -> where Keras Applications has it. A new
+# encoder is one line here. VGG's block5_conv3 is the layer that Show, Attend
+# and Tell uses (Xu et al. 2015, section 4.3); of the residual networks it is
+# the last convolutional layer.
+ENCODERS = {
+    "vgg16": Encoder("VGG16", "vgg16", "block5_conv3"),
+    "vgg19": Encoder("VGG19", "vgg19", "block5_conv4"),
+    "resnet50": Encoder("ResNet50", "resnet50", "conv5_block3_out"),
+    "resnet101": Encoder("ResNet101", "resnet", "conv5_block3_out"),
+    "resnet152": Encoder("ResNet152", "resnet", "conv5_block3_out"),
+    "mobilenetv2": Encoder("MobileNetV2", "mobilenet_v2", "out_relu"),
+}
+LAYOUTS = (
+    "auto",
+    "karpathy",
+    "huggingface",
+    "coco",
+    "plain",
+    "kaggle30k",
+    "kaggle8k",
+    "token",
+)
+PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
+SPLITS = ("train", "val", "test")
+SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}
+
+
+def _setting(group: str, default: Any, text: str, **limits: Any) -> Any:
+    """A field: its group, its default, its --help text and its limits.
+
+    Args:
+        limits: `least` and `most` for numbers, `choices` for names.
+    """
+    metadata = {"group": group, "help": text, **limits}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The hyperparameters of one run.
+
+    Raises:
+        UserError: if a value is outside the limits of its field.
+    """
+
+    # --- place ---------------------------------------------------------
+    # Roots of what is read and written; both are ignored by git.
+    data_dir: str = _setting("place", "data", "root of the datasets and caches")
+    checkpoints_dir: str = _setting(
+        "place", "checkpoints", "root of the run folders"
+    )
+    # Empty: data/<dataset>. For a dataset that lies somewhere else.
+    dataset_dir: str = _setting(
+        "place", "", "where the dataset is, if not data/<dataset>"
+    )
+    # Empty: <dataset>-<encoder>, so that two encoders do not share a run.
+    run_name: str = _setting(
+        "place", "", "folder in checkpoints/ (empty: <dataset>-<encoder>)"
+    )
+    # One broken photograph in twenty is an accident; more is a wrong folder
+    # or a download that stopped half-way, and no reason to train on the rest.
+    max_skipped_share: float = _setting(
+        "place",
+        0.05,
+        "stop if a larger share of the images is unusable",
+        least=0,
+        most=1,
+    )
+
+    # --- data ----------------------------------------------------------
+    # The sample is drawn on the spot, so that everything runs without a
+    # download; any other name is a folder in data/.
+    dataset: str = _setting(
+        "data", "sample", "'sample', or the name of a folder in data/"
+    )
+    # A folder may hold the same captions in two layouts; see data/README.md.
+    layout: str = _setting(
+        "data", "auto", "how the captions are laid out", choices=LAYOUTS
+    )
+    # For a quick try; it has a cache folder of its own.
+    limit_images: int = _setting(
+        "data", 0, "use only the first N images of each split (0: all)", least=0
+    )
+    # Words seen fewer times cannot be learned from 30,000 captions and cost
+    # time in the output layer; 4 keeps 97% of Flickr8k's words.
+    min_word_count: int = _setting(
+        "data", 4, "a word needs so many occurrences in train", least=1
+    )
+    # 98% of Flickr8k's captions are shorter, and the decoder's loop costs as
+    # many steps as the longest caption has words.
+    max_caption_length: int = _setting(
+        "data", 20, "longer captions are cut here, in words", least=1, most=100
+    )
+    # Only for datasets without a split of their own: about 1,600 images each
+    # of Flickr30k, enough to tell two models apart.
+    val_share: float = _setting(
+        "data",
+        0.05,
+        "share of val where the dataset has no split",
+        least=0,
+        most=1,
+    )
+    test_share: float = _setting(
+        "data",
+        0.05,
+        "share of test where the dataset has no split",
+        least=0,
+        most=1,
+    )
+
+    # --- encoder -------------------------------------------------------
+    # ResNet50 runs three times as fast as VGG16 and is cached in half the
+    # bytes (49x2048 instead of 196x512 float16 numbers an image).
+    encoder: str = _setting(
+        "encoder",
+        "resnet50",
+        "the frozen image encoder",
+        choices=tuple(ENCODERS),
+    )
+    # The drawn sample needs no trained filters; photographs do.
+    encoder_weights: str = _setting(
+        "encoder",
+        "auto",
+        "'imagenet', 'random' or a weights file ('auto': random for the "
+        "sample, imagenet elsewhere)",
+    )
+    # What the encoders were trained at.
+    image_size: int = _setting(
+        "encoder",
+        224,
+        "side in pixels; images are resized to it whole",
+        least=32,
+        most=2048,
+    )
+
+    # --- model ---------------------------------------------------------
+    # 512 is what the yardsticks of the field use; the word embeddings are as
+    # wide, so that the deep output adds the three without a projection more.
+    embedding_units: int = _setting(
+        "model", 512, "width of a word embedding", least=1
+    )
+    attention_units: int = _setting(
+        "model", 512, "width of the attention's keys and queries", least=1
+    )
+    decoder_units: int = _setting(
+        "model", 512, "width of the LSTM and of the annotation vectors", least=1
+    )
+
+    # --- training ------------------------------------------------------
+    epochs: int = _setting(
+        "training", 12, "passes over the training captions", least=1
+    )
+    # Counted in measurements of CIDEr, not in epochs.
+    patience: int = _setting(
+        "training",
+        4,
+        "stop after so many CIDEr measurements without a better one",
+        least=1,
+    )
+    # Every image brings all of its captions, so that its keys are computed
+    # once: 16 images are 80 captions a step.
+    batch_images: int = _setting(
+        "training", 16, "images a training step", least=1
+    )
+    captions_per_image: int = _setting(
+        "training",
+        5,
+        "captions of each image a step; the rest wait for the next epoch",
+        least=1,
+    )
+    learning_rate: float = _setting(
+        "training", 1e-3, "highest learning rate, after the warm-up", least=0
+    )
+    # Adam's second moments need some hundred steps before they are worth
+    # following at full speed.
+    warmup_share: float = _setting(
+        "training", 0.05, "share of the steps that warm up", least=0, most=1
+    )
+    weight_decay: float = _setting(
+        "training", 0.01, "AdamW's decoupled weight decay", least=0
+    )
+    clip_norm: float = _setting(
+        "training", 5.0, "global norm that gradients are clipped to", least=0
+    )
+    # Captions differ from each other: one-hot targets are too sure.
+    label_smoothing: float = _setting(
+        "training",
+        0.1,
+        "share of the target spread over all words",
+        least=0,
+        most=1,
+    )
+    # Xu et al. 2015, equation 14: each region's attention should sum to about
+    # as much as any other's over the caption.
+    attention_regularisation: float = _setting(
+        "training",
+        1.0,
+        "weight of the doubly stochastic attention penalty",
+        least=0,
+    )
+    word_dropout: float = _setting(
+        "training",
+        0.3,
+        "dropout on the word embeddings and annotation vectors",
+        least=0,
+        most=0.95,
+    )
+    output_dropout: float = _setting(
+        "training", 0.5, "dropout before the output layer", least=0, most=0.95
+    )
+    # The average of the weights over the last steps captions better than the
+    # last weights do; counted in epochs so that it suits any dataset.
+    ema_epochs: float = _setting(
+        "training",
+        1.0,
+        "epochs that the weights are averaged over (0: none)",
+        least=0,
+        most=100,
+    )
+    # Captioning the validation split takes about as long as a tenth of an
+    # epoch of Flickr8k.
+    cider_every: int = _setting(
+        "training", 2, "epochs between measurements of CIDEr", least=1
+    )
+    seed: int = _setting(
+        "training",
+        0,
+        "of weights, dropout and data order",
+        least=0,
+        most=2**32 - 1,
+    )
+    # auto: bfloat16 where the processor multiplies it in hardware.
+    precision: str = _setting(
+        "training",
+        "auto",
+        "arithmetic of encoder and decoder",
+        choices=PRECISIONS,
+    )
+
+    # --- decoding ------------------------------------------------------
+    beam_size: int = _setting(
+        "decoding",
+        5,
+        "hypotheses kept at each step (1: greedy)",
+        least=1,
+        most=100,
+    )
+    # GNMT's length penalty (Wu et al. 2016, equation 14).
+    length_exponent: float = _setting(
+        "decoding", 0.7, "exponent of the length normalisation", least=0, most=5
+    )
+    min_caption_length: int = _setting(
+        "decoding", 1, "the shortest caption, in words", least=1
+    )
+    split: str = _setting(
+        "decoding", "test", "what evaluate.py scores", choices=SPLITS
+    )
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            _check(each, getattr(self, each.name))
+        if self.min_caption_length > self.max_caption_length:
+            raise UserError(
+                f"min_caption_length {self.min_caption_length} is above "
+                f"max_caption_length {self.max_caption_length}: lower the first"
+            )
+        if self.val_share + self.test_share >= 1:
+            raise UserError(
+                "val_share and test_share leave nothing to train on: lower them"
+            )
+
+
+def _check(each: dataclasses.Field, value: Any) -> None:
+    """Holds a value against the limits of its field."""
+    least, most = each.metadata.get("least"), each.metadata.get("most")
+    if least is not None and not value >= least:
+        raise UserError(f"{each.name} {value} is below {least}")
+    if most is not None and not value <= most:
+        raise UserError(f"{each.name} {value} is above {most}")
+    choices = each.metadata.get("choices")
+    if choices and value not in choices:
+        raise UserError(
+            f"{each.name} {value!r} is none of {', '.join(choices)}"
+        )
+
+
+def group(name: str) -> list[str]:
+    """The names of the fields of a group, in order."""
+    return [
+        each.name
+        for each in dataclasses.fields(Config)
+        if each.metadata["group"] == name
+    ]
