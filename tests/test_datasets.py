@@ -1,0 +1,685 @@
+"""Every layout people have, and every state its files come in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from captioning.datasets import (
+    Dataset,
+    equal_pixels_across_splits,
+    find_dataset,
+)
+from config import LAYOUTS, SPLITS, UserError
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            content = content.encode("utf-8")
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def find(folder: Path, layout: str = "auto") -> Dataset:
+    return find_dataset(folder, layout, 0.1, 0.1)
+
+
+def plain(folder: Path, captions: str | bytes, *images: str) -> Dataset:
+    """A dataset of one captions.csv with its images beside it."""
+    names = images or ("a.jpg", "b.jpg")
+    write(folder, {"captions.csv": captions, **dict.fromkeys(names, b"x")})
+    return find(folder, "plain")
+
+
+def captions_of(dataset: Dataset) -> dict[str, list[str]]:
+    return dataset.table.groupby("image")["caption"].apply(list).to_dict()
+
+
+# --- layouts --------------------------------------------------------------
+
+KARPATHY = {
+    "images": [
+        {
+            "filename": name,
+            "split": split,
+            "sentences": [{"raw": f"{name} one"}, {"raw": f"{name} two"}],
+        }
+        for name, split in [
+            ("a.jpg", "train"),
+            ("b.jpg", "restval"),
+            ("c.jpg", "val"),
+            ("d.jpg", "test"),
+        ]
+    ]
+}
+HUGGINGFACE = "raw,sentids,split,filename,img_id\n" + "".join(
+    f'"[""{name} one"", ""{name} two""]","[0, 1]",{split},{name},{number}\n'
+    for number, (name, split) in enumerate(
+        [
+            ("a.jpg", "train"),
+            ("b.jpg", "train"),
+            ("c.jpg", "val"),
+            ("d.jpg", "test"),
+        ]
+    )
+)
+SPLIT_OF = {"a": "train", "b": "train", "c": "val", "d": "test"}
+PAIRS = [(n, w) for n in ("a", "b", "c", "d") for w in ("one", "two")]
+PLAIN = "image,caption,split\n" + "".join(
+    f"{n}.jpg,{n}.jpg {w},{split}\n"
+    for n, w in PAIRS
+    for split in [{**SPLIT_OF, "c": "dev"}[n]]
+)
+KAGGLE30K = "image_name| comment_number| comment\n" + "".join(
+    f"{n}.jpg| {['one', 'two'].index(w)}| {n}.jpg {w}\n" for n, w in PAIRS
+)
+KAGGLE8K = "image,caption\n" + "".join(
+    f"{n}.jpg,{n}.jpg {w}\n" for n, w in PAIRS
+)
+TOKEN = "".join(
+    f"{n}.jpg#{['one', 'two'].index(w)}\t{n}.jpg {w}\n" for n, w in PAIRS
+)
+OFFICIAL_LISTS = {
+    "Flickr8k_text/Flickr_8k.trainImages.txt": "a.jpg\nb.jpg\n",
+    "Flickr8k_text/Flickr_8k.devImages.txt": "c.jpg\n",
+    "Flickr8k_text/Flickr_8k.testImages.txt": "d.jpg\n",
+}
+KARPATHY_LISTS = {
+    "karpathy_splits/train.txt": "a.jpg\nb.jpg\n",
+    "karpathy_splits/val.txt": "c.jpg\n",
+    "karpathy_splits/test.txt": "d.jpg\n",
+}
+# What people have in their folder; all say the same.
+FOLDERS = {
+    "karpathy": (
+        {"dataset_flickr30k.json": json.dumps(KARPATHY)},
+        "flickr30k-images",
+    ),
+    "huggingface": (
+        {"flickr_annotations_30k.csv": HUGGINGFACE},
+        "flickr30k-images",
+    ),
+    "plain": ({"captions.csv": PLAIN}, "."),
+    "kaggle30k": (
+        {"flickr30k_images/results.csv": KAGGLE30K, **KARPATHY_LISTS},
+        "flickr30k_images/flickr30k_images",
+    ),
+    "kaggle8k": ({"captions.txt": KAGGLE8K, **OFFICIAL_LISTS}, "Images"),
+    "token": (
+        {
+            "Flickr8k_text/Flickr8k.token.txt": TOKEN,
+            "Flickr8k_text/Flickr8k.lemma.token.txt": TOKEN.replace(" one", ""),
+            **OFFICIAL_LISTS,
+        },
+        "Flicker8k_Dataset",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", FOLDERS)
+@pytest.mark.parametrize("asked", ["auto", "the layout"])
+def test_every_flickr_layout_gives_the_same_table(tmp_path, layout, asked):
+    files, folder = FOLDERS[layout]
+    images = [f"{folder}/{name}.jpg" for name in "abcd"]
+    write(tmp_path, {**files, **dict.fromkeys(images, b"x")})
+    dataset = find(tmp_path, "auto" if asked == "auto" else layout)
+    assert dataset.layout == layout
+    assert dataset.images_dir == tmp_path / folder
+    assert dataset.skipped == dataset.repaired == []
+    wanted = pd.DataFrame(
+        [
+            (f"{n}.jpg", split, f"{n}.jpg {w}", f"{n}.jpg")
+            for n, w in PAIRS
+            for split in [SPLIT_OF[n]]
+        ],
+        columns=["image", "split", "caption", "image_id"],
+    )
+    pd.testing.assert_frame_equal(dataset.table, wanted)
+    assert "4 images, 8 captions" in dataset.summary
+    assert dataset.summary.endswith(": train 2, val 1, test 1")
+
+
+def coco(names: dict[int, str]) -> str:
+    return json.dumps(
+        {
+            "images": [{"id": i, "file_name": n} for i, n in names.items()],
+            "annotations": [{"image_id": i, "caption": "cat"} for i in names],
+        }
+    )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_coco_takes_its_split_and_folder_from_the_file_name(tmp_path, flat):
+    folders = ("images", "images") if flat else ("train2017", "val2017")
+    write(
+        tmp_path,
+        {
+            "annotations/captions_train2017.json": coco({7: "7.jpg"}),
+            "annotations/captions_val2017.json": coco({0: "0.jpg"}),
+            "annotations/captions_train2014.json": coco({9: "9.jpg"}),
+            "annotations/instances_train2017.json": "{}",
+            f"{folders[0]}/7.jpg": b"x",
+            f"{folders[1]}/0.jpg": b"x",
+        },
+    )
+    dataset = find(tmp_path)
+    table = dataset.table.set_index("image_id")
+    assert table["split"].to_dict() == {7: "train", 0: "val"}
+    names = {"7.jpg", "0.jpg"} if flat else {"train2017/7.jpg", "val2017/0.jpg"}
+    assert set(table["image"]) == names
+    assert all((dataset.images_dir / name).exists() for name in names)
+    assert dataset.summary.endswith("train 1, val 1, no test")
+    assert dataset.skipped == []  # the files of 2014 are another dataset
+
+
+def test_karpathys_coco_file_uses_filepath_and_cocoid(tmp_path):
+    image = {
+        "filepath": "val2014",
+        "filename": "x.jpg",
+        "cocoid": 42,
+        "split": "restval",
+        "sentences": [{"raw": "a cat"}],
+    }
+    document = json.dumps({"images": [image]})
+    write(
+        tmp_path, {"dataset_coco.json": document, "images/val2014/x.jpg": b""}
+    )
+    dataset = find(tmp_path)
+    assert dataset.images_dir == tmp_path / "images"
+    row = ["val2014/x.jpg", "train", "a cat", 42]
+    assert dataset.table.values.tolist() == [row]
+
+
+def test_of_several_files_the_one_these_images_belong_to_is_taken(tmp_path):
+    other = json.dumps(KARPATHY).replace(".jpg", "_8k.jpg")
+    write(
+        tmp_path,
+        {
+            "dataset_flickr30k.json": json.dumps(KARPATHY),
+            "dataset_flickr8k.json": other,
+            "Images/a_8k.jpg": b"x",
+        },
+    )
+    assert set(find(tmp_path).table["image"]) == {"a_8k.jpg"}
+
+
+def test_the_documented_order_of_layouts_holds(tmp_path):
+    everything = {"captions_train2017.json": coco({7: "a.jpg"})}
+    for files, _ in FOLDERS.values():
+        everything.update(files)
+    write(tmp_path, {**everything, "Images/a.jpg": b"x"})
+    for layout in LAYOUTS[1:]:
+        assert find(tmp_path).layout == layout
+        assert find(tmp_path, layout).layout == layout
+        names = [*FOLDERS.get(layout, [["captions_train2017.json"]])[0]]
+        (tmp_path / names[0]).unlink()
+    page = Path(__file__).parent.parent / "data" / "README.md"
+    page = page.read_text(encoding="utf-8")
+    places = [page.index(f"### `{layout}`") for layout in LAYOUTS[1:]]
+    assert places == sorted(places)
+
+
+def test_the_folder_that_holds_the_images_is_found(tmp_path):
+    write(
+        tmp_path,
+        {
+            "captions.csv": "image,caption\na.jpg,dog\nb.jpg,cat\n",
+            "Images/a.jpg": b"x",
+            "archive/pictures/a.jpg": b"x",
+            "archive/pictures/b.jpg": b"x",
+            "__MACOSX/archive/pictures/._a.jpg": b"x",
+        },
+    )
+    assert find(tmp_path).images_dir == tmp_path / "archive" / "pictures"
+
+
+def test_the_usual_folder_wins_over_a_copy_of_it(tmp_path):
+    write(
+        tmp_path,
+        {
+            "captions.csv": "image,caption\na.jpg,dog\n",
+            "Crops/a.jpg": b"x",
+            "Images/a.jpg": b"x",
+        },
+    )
+    assert find(tmp_path).images_dir == tmp_path / "Images"
+
+
+def test_links_are_followed_and_circles_end(tmp_path):
+    write(tmp_path, {"elsewhere/a.jpg": b"x"})
+    folder = write(
+        tmp_path / "set", {"captions.csv": "image,caption\na.jpg,dog\n"}
+    )
+    (folder / "Images").symlink_to(tmp_path / "elsewhere")
+    (folder / "circle").symlink_to(folder)
+    (folder / "itself").symlink_to("itself")
+    assert find(folder).images_dir == folder / "Images"
+
+
+def test_names_with_folders_are_kept_with_forward_slashes(tmp_path):
+    dataset = plain(
+        tmp_path, "image,caption\nx\\a.jpg,dog\n./y//b.jpg,cat\n", "x/a.jpg",
+        "y/b.jpg",
+    )  # fmt: skip
+    assert captions_of(dataset) == {"x/a.jpg": ["dog"], "y/b.jpg": ["cat"]}
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.jpg", "größe 犬.jpg", "a,b;'c'.jpg", "A.JPG", "#1.jpg"]
+)
+def test_any_image_name_is_found(tmp_path, name):
+    dataset = plain(tmp_path, f'image,caption\n"{name}",dog\n', name)
+    assert list(dataset.table["image"]) == [name]
+    write(tmp_path, {"x.token": f"{name}#0\tdog\n"})
+    assert list(find(tmp_path, "token").table["image"]) == [name]
+
+
+# --- damage ---------------------------------------------------------------
+
+
+def test_commas_and_quotes_in_kaggles_captions_are_kept(tmp_path):
+    text = 'image,caption\na.jpg,"A "" big "" dog , running ."\nb.jpg,"a, b"\n'
+    write(tmp_path, {"captions.txt": text, "a.jpg": b"x", "b.jpg": b"x"})
+    dataset = find(tmp_path)
+    assert captions_of(dataset) == {
+        "a.jpg": ['A " big " dog , running .'],
+        "b.jpg": ["a, b"],
+    }
+    assert dataset.repaired == []
+
+
+def test_the_row_of_flickr30k_without_a_separator_is_repaired(tmp_path):
+    text = (
+        "image_name| comment_number| comment\n"
+        '2199200615.jpg| 3| A "dog | runs .\n'
+        "2199200615.jpg| 4   A dog runs across the grass .\n"
+        "no row\n"
+    )
+    write(tmp_path, {"results.csv": text, "2199200615.jpg": b"x"})
+    dataset = find(tmp_path)
+    assert list(dataset.table["caption"]) == [
+        'A "dog | runs .',
+        "A dog runs across the grass .",
+    ]
+    reason = "line 3 has no separator before the caption"
+    assert dataset.repaired == [("2199200615.jpg", reason)]
+    assert dataset.skipped == [("no row", "row without a caption")]
+
+
+def test_a_quote_that_does_not_close_costs_no_other_row(tmp_path):
+    text = 'image,caption\na.jpg,"a dog\nb.jpg,"a cat, sitting"\n'
+    dataset = plain(tmp_path, text)
+    assert captions_of(dataset) == {
+        "a.jpg": ["a dog"],
+        "b.jpg": ["a cat, sitting"],
+    }
+    reason = "quotes that do not match: read line by line"
+    assert dataset.repaired == [("captions.csv", reason)]
+
+
+def test_a_field_above_pythons_limit_costs_only_its_row(tmp_path):
+    text = f"image,caption\na.jpg,{'x' * 200_000}\nb.jpg,cat\n"
+    dataset = plain(tmp_path, text)
+    assert captions_of(dataset) == {"b.jpg": ["cat"]}
+    assert dataset.skipped[0][1] == "row that is no CSV"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,caption,split\na.jpg,red, white, blue,val\n",
+        'image,caption,split\na.jpg,"red, white, blue",val,,\n',
+        "image;caption;split\na.jpg;red, white, blue;val\n",
+        "Caption\tImage_Name \tSplit\nred, white, blue\ta.jpg\tval\n",
+        'split, image, caption\nval, a.jpg, "red, white, blue"\n',
+        '\ufeffimage,caption,split\r\na.jpg,"red, white, blue",val\r\n',
+        'image,caption,split\ra.jpg,"red, white, blue",val\r',
+        '\n\nimage,caption,split\na.jpg,"red, white, blue",val'.lstrip(),
+    ],
+)
+def test_csv_as_people_write_it_is_understood(tmp_path, text):
+    row = ["a.jpg", "val", "red, white, blue", "a.jpg"]
+    assert plain(tmp_path, text).table.values.tolist() == [row]
+
+
+def test_latin_1_and_nul_bytes_are_repaired_once_a_file(tmp_path):
+    text = "image,caption\na.jpg,größe\n".encode()
+    text += "b.jpg,caf\0é\n".encode("latin-1")
+    dataset = plain(tmp_path, text)
+    assert captions_of(dataset) == {"a.jpg": ["größe"], "b.jpg": ["café"]}
+    assert dataset.repaired == [
+        ("captions.csv", "NUL bytes removed"),
+        ("captions.csv", "not UTF-8: read as Latin-1"),
+    ]
+
+
+def test_captions_are_cleaned_and_told_of(tmp_path):
+    text = (
+        "image,caption\n"
+        "a.jpg,  salt &amp; &quot;pepper&quot; \n"
+        'b.jpg,"two\nlines\x07 and\u2028more"\n'
+    )
+    dataset = plain(tmp_path, text)
+    assert captions_of(dataset) == {
+        "a.jpg": ['salt & "pepper"'],
+        "b.jpg": ["two lines  and more"],
+    }
+    assert dataset.repaired == [
+        ("a.jpg", "HTML in a caption"),
+        ("b.jpg", "control characters in a caption"),
+    ]
+
+
+def test_long_and_foreign_captions_are_kept(tmp_path):
+    text = f"image,caption\na.jpg,{'word ' * 500}\nb.jpg,犬が走る\n"
+    dataset = plain(tmp_path, text)
+    assert len(captions_of(dataset)["a.jpg"][0].split()) == 500
+    assert captions_of(dataset)["b.jpg"] == ["犬が走る"]
+    assert dataset.repaired == dataset.skipped == []
+
+
+def test_captions_without_words_are_skipped(tmp_path):
+    text = (
+        "image,caption\na.jpg,\na.jpg,NaN\na.jpg, ... !\na.jpg\nb.jpg,a dog\n"
+        "a.jpg,&nbsp;\n"
+    )
+    dataset = plain(tmp_path, text)
+    assert captions_of(dataset) == {"b.jpg": ["a dog"]}
+    assert set(dataset.skipped) == {
+        ("a.jpg", "caption is empty"),
+        ("a.jpg", "caption without a word"),
+        ("a.jpg", "row without a caption"),
+    }
+
+
+def test_missing_images_are_skipped_once(tmp_path):
+    text = "image,caption\nnone.jpg,one\nnone.jpg,two\na.jpg,dog\nA.jpg,cat\n"
+    dataset = plain(tmp_path, text)
+    assert captions_of(dataset) == {"a.jpg": ["dog"]}
+    assert dataset.skipped == [("none.jpg", "missing"), ("A.jpg", "missing")]
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("../secret.jpg", "'..' in the image name"),
+        ("x/../../secret.jpg", "'..' in the image name"),
+        ("..\\secret.jpg", "'..' in the image name"),
+        ("{outside}/secret.jpg", "absolute path instead of an image name"),
+        ("\\\\server\\x.jpg", "absolute path instead of an image name"),
+        ("C:\\secret.jpg", "absolute path instead of an image name"),
+        ("c:secret.jpg", "absolute path instead of an image name"),
+        ("a\0.jpg", "NUL in the image name"),
+        (" ", "no image name"),
+        ("\ud800.jpg", "missing"),
+    ],
+)
+def test_names_that_lead_outside_are_skipped(tmp_path, name, reason):
+    name = name.format(outside=tmp_path)
+    write(tmp_path, {"secret.jpg": b"x"})
+    images = [
+        {"filename": n, "split": "train", "sentences": [{"raw": "a dog"}]}
+        for n in (name, "a.jpg")
+    ]
+    folder = write(
+        tmp_path / "set",
+        {"dataset.json": json.dumps({"images": images}), "a.jpg": b"x"},
+    )
+    dataset = find(folder)
+    assert list(dataset.table["image"]) == ["a.jpg"]
+    assert [why for _, why in dataset.skipped] == [reason]
+    dataset.skipped[0][0].encode("utf-8")  # can be written to a file
+
+
+# --- splits ---------------------------------------------------------------
+
+
+def test_without_lists_the_split_hangs_on_the_name_alone(tmp_path):
+    names = [f"{number}.jpg" for number in range(2000)]
+    text = "".join(f"{name},a dog\n" for name in names)
+    whole = plain(tmp_path / "1", "image,caption\n" + text, *names)
+    assert "split by a hash of the image names" in whole.summary
+    counts = whole.table["split"].value_counts()
+    assert abs(counts["val"] - 200) < 50 and abs(counts["test"] - 200) < 50
+    backwards = "\n".join(reversed(text.splitlines()[:500]))
+    part = plain(tmp_path / "2", "image,caption\n" + backwards, *names)
+    merged = whole.table.merge(part.table, on="image")
+    assert len(merged) == 500
+    assert (merged["split_x"] == merged["split_y"]).all()
+    # Written down, so that no change of the hash moves anyone's images.
+    splits = dict(zip(whole.table["image"], whole.table["split"], strict=True))
+    known = {"0.jpg": "train", "19.jpg": "val", "26.jpg": "test"}
+    assert {name: splits[name] for name in known} == known
+
+
+def test_an_image_in_no_list_is_skipped(tmp_path):
+    files, _ = FOLDERS["kaggle8k"]
+    files = {**files, "Flickr8k_text/Flickr_8k.testImages.txt": ""}
+    write(tmp_path, {**files, **{f"Images/{n}.jpg": b"x" for n in "abcd"}})
+    dataset = find(tmp_path)
+    assert dataset.skipped == [("d.jpg", "in no split list")]
+    assert "split by Flickr8k_text/Flickr_8k.*Images.txt" in dataset.summary
+    assert dataset.summary.endswith("train 2, val 1, no test")
+
+
+def test_an_image_in_two_lists_stays_held_out(tmp_path):
+    files, _ = FOLDERS["kaggle8k"]
+    lists = {
+        "Flickr8k_text/Flickr_8k.trainImages.txt": "a.jpg\nb.jpg\nd.jpg\n",
+        "Flickr8k_text/Flickr_8k.devImages.txt": "c.jpg\nb.jpg\n",
+    }
+    images = {f"Images/{n}.jpg": b"x" for n in "abcd"}
+    dataset = find(write(tmp_path, {**files, **lists, **images}))
+    splits = dataset.table.groupby("image")["split"].unique()
+    assert splits.explode().to_dict() == {
+        "a.jpg": "train",
+        "b.jpg": "val",
+        "c.jpg": "val",
+        "d.jpg": "test",
+    }
+    assert set(dataset.repaired) == {
+        ("b.jpg", "in train and in val: kept in val"),
+        ("d.jpg", "in train and in test: kept in test"),
+    }
+
+
+def test_lists_of_another_dataset_are_not_used(tmp_path):
+    write(tmp_path, {"Flickr_8k.trainImages.txt": "other.jpg\n"})
+    dataset = plain(tmp_path, "image,caption\na.jpg,dog\n")
+    assert "split by a hash" in dataset.summary
+
+
+def test_rows_with_another_split_or_none_are_told(tmp_path):
+    text = (
+        "image,caption,split\na.jpg,dog,Validation\na.jpg,dog two,train\n"
+        "b.jpg,cat,holdout\nc.jpg,cow,\n"
+    )
+    dataset = plain(tmp_path, text, "a.jpg", "b.jpg", "c.jpg")
+    assert list(dataset.table["split"]) == ["val", "val"]
+    assert dataset.repaired == [("a.jpg", "in train and in val: kept in val")]
+    assert dataset.skipped == [
+        ("b.jpg", "no split that is known"),
+        ("c.jpg", "no split that is known"),
+    ]
+
+
+def test_equal_pixels_in_two_splits_are_found():
+    splits = {"a": "train", "b": "test", "c": "train", "d": "val", "e": "test"}
+    table = pd.DataFrame({"image": [*splits], "split": splits.values()})
+    same = {"a": "1", "b": "1", "c": "1", "d": "2", "e": "3", "gone": "2"}
+    pairs = equal_pixels_across_splits(same, table)
+    assert pairs == [("a", "b"), ("b", "c")]
+    assert equal_pixels_across_splits({"a": "1", "c": "1"}, table) == []
+
+
+# --- errors ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "files, layout, message",
+    [
+        ({}, "auto", "no captions found in .*: expected one of dataset_fl"),
+        ({"a.jpg": b""}, "token", r"expected one of \*.token.txt, \*.token;"),
+        ({"captions.csv": "a,b\n"}, "auto", "no columns image and caption"),
+        ({"captions.csv": ""}, "auto", "no columns image and caption"),
+        ({"captions.txt": "image,caption\n"}, "auto", "no captions in it"),
+        (
+            {"captions.csv": "image,caption\nx.jpg,dog\n"},
+            "auto",
+            r"no image of it can be used \(mostly: missing\)",
+        ),
+        ({"dataset.json": "{"}, "auto", "not JSON"),
+        ({"dataset.json": "[" * 100_000}, "auto", "not JSON"),
+        ({"dataset.json": "[1]"}, "auto", "has no list 'images'"),
+        (
+            {"captions_x.json": '{"images": []}'},
+            "auto",
+            "no list 'annotations'",
+        ),
+    ],
+)
+def test_what_is_no_dataset_is_one_line(tmp_path, files, layout, message):
+    with pytest.raises(UserError, match=message) as error:
+        find(write(tmp_path, files), layout)
+    assert "\n" not in str(error.value)
+    assert "data/README.md" in str(error.value) or "get it" in str(error.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no folder .*nowhere"):
+        find(tmp_path / "nowhere")
+
+
+# --- any bytes ------------------------------------------------------------
+
+_NAMES = {
+    "karpathy": "dataset.json",
+    "huggingface": "flickr_annotations_30k.csv",
+    "coco": "captions_train2017.json",
+    "plain": "captions.csv",
+    "kaggle30k": "results.csv",
+    "kaggle8k": "captions.txt",
+    "token": "x.token",
+}
+_BEGINNINGS = {
+    "huggingface": b"raw,sentids,split,filename,img_id\n",
+    "plain": b"image,caption,split\n",
+    "kaggle30k": b"image_name| comment_number| comment\n",
+    "kaggle8k": b"image,caption\n",
+}
+# fmt: off
+_PIECES = st.sampled_from([
+    b"a.jpg", b"../a", b"#0\t", b"| 0| ", b"| 4 ", b",", b'"', b'""', b"\n",
+    b"\r", b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"dog", b"[", b"]",
+    b"train", b"&amp;", b"&#0;", b"\\ud800", b";", b"\xc2\x85",
+])
+_KEYS = st.sampled_from([
+    "images", "annotations", "filename", "filepath", "file_name", "split",
+    "sentences", "raw", "id", "image_id", "cocoid", "caption",
+])
+# fmt: on
+_TEXT = st.lists(st.one_of(_PIECES, st.binary(max_size=8))).map(b"".join)
+_SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(["a.jpg", "", "../a", "train", "\ud800", "\0", "a dog"]),
+)
+_JSON = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner) | st.dictionaries(_KEYS, inner),
+    max_leaves=20,
+)
+_DOCUMENTS = st.fixed_dictionaries(
+    {
+        "images": st.lists(st.dictionaries(_KEYS, _JSON)),
+        "annotations": st.lists(st.dictionaries(_KEYS, _JSON)),
+    }
+)
+
+
+def check(folder: Path, layout: str, data: bytes) -> None:
+    """Holds what any caption file must give: a table or one line."""
+    shutil.rmtree(folder, ignore_errors=True)
+    write(folder, {_NAMES[layout]: data, "a.jpg": b"x"})
+    try:
+        dataset = find(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    table = dataset.table
+    assert len(table) and set(table["image"]) == {"a.jpg"}
+    assert set(table["split"]) <= set(SPLITS)
+    assert table.groupby("image")["split"].nunique().max() == 1
+    assert table["caption"].str.strip().str.len().min() > 0
+    # Whatever is told can be written and read again.
+    table.to_csv(folder / "table.csv", encoding="utf-8")
+    for name, reason in dataset.skipped + dataset.repaired:
+        assert f"{name} {reason}".encode()
+
+
+@pytest.mark.parametrize("layout", _NAMES)
+def test_any_bytes_give_a_table_or_one_line(tmp_path, layout):
+    @settings(max_examples=60, deadline=None)
+    @given(_TEXT)
+    @example(b"")
+    @example(b"a.jpg#0\ta dog")
+    def fuzz(data: bytes) -> None:
+        check(tmp_path, layout, data)
+        check(tmp_path, layout, _BEGINNINGS.get(layout, b"") + data)
+
+    fuzz()
+
+
+@pytest.mark.parametrize("layout", ["karpathy", "coco"])
+def test_any_json_gives_a_table_or_one_line(tmp_path, layout):
+    @settings(max_examples=80, deadline=None)
+    @given(_DOCUMENTS | _JSON)
+    def fuzz(document: object) -> None:
+        check(tmp_path, layout, json.dumps(document).encode())
+
+    fuzz()
+
+
+# --- real data ------------------------------------------------------------
+
+
+@pytest.mark.real_data
+def test_both_layouts_of_flickr8k_give_the_same_table(real_data):
+    folder = real_data / "data" / "flickr8k"
+    kaggle, token = find(folder), find(folder, "token")
+    assert kaggle.layout == "kaggle8k"
+    pd.testing.assert_frame_equal(kaggle.table, token.table)
+    assert kaggle.skipped == kaggle.repaired == token.repaired == []
+    assert token.skipped == [("2258277193_586949ec62.jpg.1", "missing")]
+    assert kaggle.summary.endswith(
+        "captions.txt: 7,000 images, 35,000 captions; split by "
+        "splits/Flickr_8k.*Images.txt: train 6,000, val 1,000, no test"
+    )
+
+
+@pytest.mark.real_data
+def test_flickr30k_as_kaggle_has_it_is_read(real_data, tmp_path):
+    source = real_data / "data" / "flickr30k_subset"
+    shutil.copy(source / "results.csv", tmp_path)
+    shutil.copytree(source / "karpathy_splits", tmp_path / "karpathy_splits")
+    lines = (source / "results.csv").read_text(encoding="utf-8").splitlines()
+    names = {line.split("|")[0] for line in lines[1:]}
+    (tmp_path / "flickr30k_images").mkdir()
+    for name in names:  # captions alone are read here
+        (tmp_path / "flickr30k_images" / name).touch()
+    dataset = find(tmp_path)
+    assert dataset.layout == "kaggle30k"
+    assert len(dataset.table) == len(lines) - 1
+    assert [image for image, _ in dataset.repaired] == ["2199200615.jpg"]
+    assert dataset.skipped == []
+    assert dataset.summary.endswith(
+        "split by karpathy_splits/*.txt: train 6,043, val 210, test 209"
+    )

@@ -1,0 +1,354 @@
+"""Every state a photograph comes in: used, repaired or refused."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from captioning.images import UnusableImage, read_image
+
+SIZE = 32
+
+
+@pytest.fixture
+def photograph() -> Image.Image:
+    """Smooth colours with every quarter different: (90, 120, 3)."""
+    rows, columns = np.mgrid[0:90, 0:120]
+    pixels = np.stack([rows * 2, columns * 2, 255 - rows - columns], axis=-1)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def read(folder: Path, data: bytes, name: str = "x.jpg"):
+    (folder / name).write_bytes(data)
+    return read_image(folder / name, SIZE)
+
+
+def reason(folder: Path, data: bytes) -> str:
+    with pytest.raises(UnusableImage) as error:
+        read(folder, data)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def expected(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image.convert("RGB"))
+    return cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG file that promises more pixels than it has."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
+
+
+# --- used -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_a_sound_image_is_read_as_rgb_without_repairs(
+    tmp_path, photograph, format
+):
+    pixels, repaired = read(tmp_path, encode(photograph, format))
+    assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
+    assert pixels.flags["C_CONTIGUOUS"]
+    assert repaired == ""
+    assert np.abs(pixels.astype(int) - expected(photograph)).mean() < 4
+
+
+def test_a_jpeg_gives_the_pixels_that_opencv_decodes(tmp_path, photograph):
+    pixels, _ = read(tmp_path, encode(photograph, "JPEG"))
+    bgr = cv2.imread(str(tmp_path / "x.jpg"))
+    wanted = cv2.resize(bgr, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(pixels, wanted[:, :, ::-1])
+
+
+def test_a_large_jpeg_looks_like_one_decoded_in_full(tmp_path, photograph):
+    large = photograph.resize((1200, 900), Image.Resampling.BICUBIC)
+    pixels, _ = read(tmp_path, encode(large, "JPEG", quality=95))
+    assert np.abs(pixels.astype(int) - expected(large)).mean() < 1
+
+
+def test_a_panorama_is_averaged_along_its_long_side(tmp_path):
+    stripes = np.zeros((10, 32 * 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    pixels, _ = read(tmp_path, encode(Image.fromarray(stripes), "PNG"))
+    assert abs(pixels.astype(int) - 127).max() <= 1
+
+
+def test_one_pixel_fills_the_square(tmp_path):
+    pixels, _ = read(tmp_path, encode(Image.new("RGB", (1, 1), "red"), "PNG"))
+    assert (pixels == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.jpg", "größe 犬.jpg", "a,b;'c'.jpg", "UPPER.JPG", "x.wrong"]
+)
+def test_any_file_name_is_read(tmp_path, photograph, name):
+    pixels, repaired = read(tmp_path, encode(photograph, "JPEG"), name)
+    assert pixels.shape == (SIZE, SIZE, 3) and repaired == ""
+
+
+def test_a_link_is_followed(tmp_path, photograph):
+    read(tmp_path, encode(photograph, "JPEG"), "target.jpg")
+    (tmp_path / "link.jpg").symlink_to("target.jpg")
+    assert read_image(tmp_path / "link.jpg", SIZE)[1] == ""
+
+
+def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(tmp_path, photograph):
+    data = encode(photograph, "JPEG")
+    for rest in (bytes(1000), b"trailer", b"trailer\0"):
+        assert read(tmp_path, data + rest)[1] == ""
+
+
+# --- repaired -------------------------------------------------------------
+
+
+def test_alpha_is_composited_on_white(tmp_path):
+    image = Image.new("RGBA", (40, 40), (255, 0, 0, 128))
+    pixels, repaired = read(tmp_path, encode(image, "PNG"))
+    assert repaired == "alpha composited on white"
+    assert np.abs(pixels.astype(int) - (255, 127, 127)).max() <= 1
+
+
+def test_a_transparent_palette_is_composited_on_white(tmp_path):
+    image = Image.new("P", (40, 40), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    pixels, repaired = read(tmp_path, encode(image, "PNG", transparency=0))
+    assert repaired == "alpha composited on white"
+    assert (pixels == 255).all()
+
+
+@pytest.mark.parametrize("value, wanted", [(65535, 255), (32896, 128), (0, 0)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_are_scaled_to_8(tmp_path, value, wanted, channels):
+    deep = np.full((40, 40, channels), value, np.uint16)
+    data = cv2.imencode(".png", deep)[1].tobytes()
+    pixels, repaired = read(tmp_path, data)
+    assert (pixels == wanted).all()
+    grey = "; grey" if channels == 1 else ""
+    assert repaired == "16 bits reduced to 8" + grey
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_grey_becomes_three_equal_channels(tmp_path, photograph, format):
+    pixels, repaired = read(tmp_path, encode(photograph.convert("L"), format))
+    assert repaired == "grey"
+    assert (pixels == pixels[:, :, :1]).all() and pixels.std() > 0
+
+
+def test_several_repairs_are_all_told(tmp_path):
+    image = Image.new("LA", (40, 40), (0, 0))
+    pixels, repaired = read(tmp_path, encode(image, "PNG"))
+    assert repaired == "grey; alpha composited on white"
+    assert (pixels == 255).all()
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    red = Image.new("RGB", (40, 40), "red").convert("CMYK")
+    pixels, repaired = read(tmp_path, encode(red, "JPEG", quality=95))
+    assert repaired == "CMYK"
+    assert np.abs(pixels.astype(int) - (254, 0, 0)).max() < 5
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_upright(
+    tmp_path, photograph, format, orientation
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photograph, format, exif=exif)
+    pixels, repaired = read(tmp_path, data)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.abs(pixels.astype(int) - expected(upright)).max() <= 1
+    if format != "TIFF":  # Pillow turns TIFF by itself
+        assert repaired == ("" if orientation == 1 else "turned upright")
+
+
+def test_damaged_jpegs_are_used_without_a_word_on_standard_error(
+    tmp_path, photograph
+):
+    exif = b"Exif\0\0MM\0*\xff\xff\xff\xff"
+    data = bytearray(encode(photograph, "JPEG", exif=exif))
+    data[-300:-296] = b"\xff\xd0\xff\xd5"  # libjpeg's "Corrupt JPEG data"
+    (tmp_path / "x.jpg").write_bytes(data)
+    # In a process of its own, because pytest has filters for warnings too.
+    code = (
+        "import pathlib, sys, captioning.images as images\n"
+        "pixels, _ = images.read_image(pathlib.Path(sys.argv[1]), 32)\n"
+        "print(pixels.shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x.jpg")],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("(32, 32, 3)\n", "")
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation_is_used(tmp_path, format):
+    frames = [Image.new("RGB", (40, 40), name) for name in ("red", "blue")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(
+        frames[0], format, save_all=True, append_images=frames[1:], **options
+    )
+    pixels, repaired = read(tmp_path, data)
+    assert repaired == "first frame of an animation"
+    assert (pixels == (255, 0, 0)).all()
+
+
+# --- refused --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 0.99])
+def test_a_truncated_jpeg_is_refused_though_opencv_reads_it(
+    tmp_path, photograph, capfd, progressive, share
+):
+    large = photograph.resize((400, 300))
+    data = encode(large, "JPEG", progressive=progressive)
+    data = data[: int(len(data) * share)]
+    assert reason(tmp_path, data) == "truncated"
+    assert reason(tmp_path, data + bytes(5000)) == "truncated"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "BMP", "WEBP", "TIFF"])
+def test_half_a_file_is_refused(tmp_path, photograph, format):
+    data = encode(photograph, format)
+    assert reason(tmp_path, data[: len(data) // 2]) in (
+        "truncated",
+        "cannot be decoded",
+    )
+
+
+@pytest.mark.parametrize(
+    "data, wanted",
+    [
+        (b"", "empty file"),
+        (b"a text about a dog", "not an image"),
+        (bytes(1000), "not an image"),
+        (b"\x89PNG\r\n\x1a\n", "broken header"),
+        (png(20_000, 20_000), "above 100,000,000 pixels"),
+        (png(2**31 - 1, 2**31 - 1), "above 100,000,000 pixels"),
+        (png(100, 100), "truncated"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_the_reason(tmp_path, data, wanted):
+    assert reason(tmp_path, data) == wanted
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path):
+    data = encode(Image.new("1", (10_001, 10_000)), "PNG")
+    tracemalloc.start()
+    assert reason(tmp_path, data) == "above 100,000,000 pixels"
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_a_file_of_absurd_length_is_refused_before_reading(tmp_path):
+    with open(tmp_path / "x.jpg", "wb") as file:
+        file.truncate(10_000_000_000)  # takes no space on the disk
+    with pytest.raises(UnusableImage, match="above 801,048,576 bytes"):
+        read_image(tmp_path / "x.jpg", SIZE)
+
+
+def test_what_is_no_file_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "dangling.jpg").symlink_to("nothing.jpg")
+    (tmp_path / "circle.jpg").symlink_to("circle.jpg")
+    for name, wanted in {
+        "folder.jpg": "is a folder",
+        "dangling.jpg": "dangling link",
+        "circle.jpg": "unreadable",
+        "none.jpg": "missing",
+        "a\0b.jpg": "unreadable",
+    }.items():
+        with pytest.raises(UnusableImage, match=wanted):
+            read_image(tmp_path / name, SIZE)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on Windows")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UnusableImage, match="is no file"):
+        read_image(tmp_path / "pipe.jpg", SIZE)
+
+
+def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
+    # root may read everything, so that chmod would not test this everywhere
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    (tmp_path / "x.jpg").write_text("x")
+    with pytest.raises(UnusableImage, match=r"^unreadable: permission denied$"):
+        read_image(tmp_path / "x.jpg", SIZE)
+
+
+def _samples() -> list[bytes]:
+    image = Image.effect_noise((24, 16), 60).convert("RGB")
+    options = {"PNG": {}, "GIF": {}, "WEBP": {}, "BMP": {}, "TIFF": {}}
+    files = [encode(image, format, **o) for format, o in options.items()]
+    return [encode(image, "JPEG"), *files]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(_samples()),
+    st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=4))),
+    st.integers(0, 3000),
+)
+def test_damaged_bytes_give_pixels_or_a_reason(
+    tmp_path_factory, data, changes, length
+):
+    damaged = bytearray(data)
+    for place, patch in changes:
+        damaged[place : place + len(patch)] = patch
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(bytes(damaged[:length]))
+    try:
+        pixels, _ = read_image(path, SIZE)
+    except UnusableImage as error:
+        assert str(error)
+    else:
+        assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
+
+
+@pytest.mark.real_data
+def test_real_photographs_are_read_as_opencv_reads_them(real_data):
+    folder = real_data / "data" / "flickr8k" / "Images"
+    for path in sorted(folder.iterdir())[:50]:
+        pixels, repaired = read_image(path, 224)
+        assert repaired == ""
+        np.testing.assert_array_equal(pixels, cv2.imread(str(path))[..., ::-1])
