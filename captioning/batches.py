@@ -1,0 +1,161 @@
+"""Training batches: cached features and packed captions."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from captioning.backend import PACKED
+from captioning.vocabulary import PAD
+
+# Batches of images with captions of like length have fewer steps. So many
+# batches are sorted by length at a time: enough to be alike, few enough to
+# leave the order random.
+SORTED_BATCHES = 16
+
+
+class Packed(NamedTuple):
+    """The captions of a batch, one step after the other.
+
+    The captions are sorted, the longest first; then come the first words of
+    all captions, the second words of those that have two, and so on. It is
+    the order in which the decoder's loop works, and holds no padding.
+    """
+
+    words: np.ndarray  # the words that the decoder sees, int32 (tokens,)
+    targets: np.ndarray  # the words that it shall say, int32 (tokens,)
+    image: np.ndarray  # the place of the image in the batch, int32 (tokens,)
+    caption: np.ndarray  # the place of the caption, sorted, int32 (tokens,)
+    counts: np.ndarray  # tokens of each step, int32 (steps,)
+
+
+def pack(rows: np.ndarray, image: np.ndarray, padded: bool = False) -> Packed:
+    """Packs captions.
+
+    Args:
+        rows: int32 (captions, steps + 1), from `vocabulary.encode`.
+        image: the image of each caption, int32 (captions,).
+        padded: keep the padding, so that batches are all of one size.
+    """
+    lengths = np.count_nonzero(rows[:, 1:] != PAD, axis=1)  # (captions,)
+    order = np.argsort(-lengths, kind="stable")
+    rows, image, lengths = rows[order], image[order], lengths[order]
+    steps = rows.shape[1] - 1
+    there = np.arange(steps)[:, None] < lengths  # (steps, captions)
+    words = np.where(there, rows[:, :-1].T, PAD)
+    kept = np.ones_like(there) if padded else there
+    step, caption = np.nonzero(kept)
+    return Packed(
+        words[kept],
+        rows[:, 1:].T[kept],
+        image[caption].astype(np.int32),
+        caption.astype(np.int32),
+        np.bincount(step, minlength=steps).astype(np.int32),
+    )
+
+
+class CaptionBatches(keras.utils.PyDataset):
+    """Batches of images, each with several of its captions.
+
+    The order of an epoch depends on the seed and the number of the epoch
+    alone, so that a run that goes on in the middle sees what it would have
+    seen.
+
+    Args:
+        features: float16 (rows, regions, channels), memory-mapped.
+        rows: the row of each image, int (images,).
+        captions: for each image int32 (its captions, steps + 1).
+        batch_images: images a batch.
+        captions_per_image: captions of each image a batch; 0 takes all.
+        seed: of the order; None keeps the order of the images.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        rows: np.ndarray,
+        captions: Sequence[np.ndarray],
+        batch_images: int,
+        captions_per_image: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.features, self.rows, self.captions = features, rows, captions
+        self.batch_images = batch_images
+        self.captions_per_image = captions_per_image
+        self.seed = seed
+        self.lengths = np.array(
+            [np.count_nonzero(each, axis=1).max() for each in captions]
+        )
+        self.most = max(map(len, captions))
+        self.begin(0)
+
+    def begin(self, epoch: int, skip: int = 0) -> None:
+        """Sets the order of an epoch, and how many batches of it to skip."""
+        self.epoch, self.skip = epoch, skip
+        self.order = [
+            np.arange(start, min(start + self.batch_images, len(self.rows)))
+            for start in range(0, len(self.rows), self.batch_images)
+        ]
+        if self.seed is not None:
+            self.order = self._shuffled()
+
+    def _shuffled(self) -> list[np.ndarray]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        images = generator.permutation(len(self.rows))
+        reach = SORTED_BATCHES * self.batch_images
+        order = []
+        for start in range(0, len(images), reach):
+            some = images[start : start + reach]
+            some = some[np.argsort(self.lengths[some], kind="stable")]
+            for first in range(0, len(some), self.batch_images):
+                order.append(some[first : first + self.batch_images])
+        return [order[place] for place in generator.permutation(len(order))]
+
+    def __len__(self) -> int:
+        """How many batches are left in the epoch."""
+        return len(self.order) - self.skip
+
+    def __getitem__(self, place: int) -> tuple[dict[str, Any], Any, Any]:
+        """A batch: inputs, targets (tokens,), weights (tokens,)."""
+        images = self.order[place + self.skip]
+        captions = [self._chosen(image) for image in images]
+        numbers = [len(each) for each in captions]
+        rows = np.concatenate(captions)
+        owners = np.repeat(np.arange(len(images), dtype=np.int32), numbers)
+        features = self.features[self.rows[images]]
+        if not PACKED:
+            features, rows, owners = self._padded(features, rows, owners)
+        packed = pack(rows, owners, padded=not PACKED)
+        inputs = {
+            "features": features,  # (images, regions, channels)
+            "words": packed.words,
+            "image": packed.image,
+            "caption": packed.caption,
+            "counts": packed.counts,
+        }
+        weights = (packed.targets != PAD).astype(np.float32)
+        return inputs, packed.targets, weights
+
+    def _chosen(self, image: int) -> np.ndarray:
+        """The captions of an image that are up in this epoch."""
+        captions = self.captions[image]
+        number = self.captions_per_image
+        if not number or len(captions) <= number:
+            return captions
+        first = self.epoch * number
+        return captions[(first + np.arange(number)) % len(captions)]
+
+    def _padded(
+        self, features: np.ndarray, rows: np.ndarray, owners: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Fills a batch up to the size that all batches have."""
+        captions = self.batch_images * (self.captions_per_image or self.most)
+        images = self.batch_images - len(features)
+        missing = captions - len(rows)
+        return (
+            np.pad(features, ((0, images), (0, 0), (0, 0))),
+            np.pad(rows, ((0, missing), (0, 0)), constant_values=PAD),
+            np.pad(owners, (0, missing)),
+        )

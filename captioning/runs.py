@@ -1,0 +1,252 @@
+"""The run folder: config, vocabulary, weights, and what resuming needs."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from captioning.command import Arguments
+from captioning.files import atomic_path, write_text
+from config import Config, UserError, group
+
+# What a run that goes on may change; every other field of these groups is
+# part of what the result depends on.
+CHANGEABLE = ("epochs", "patience")
+# What evaluate.py may change: which images, never what shapes the model.
+EVALUATED = (
+    "dataset",
+    "layout",
+    "limit_images",
+    "val_share",
+    "test_share",
+)
+
+
+def folder(config: Config) -> Path:
+    """The folder of the run that a config names."""
+    name = config.run_name or f"{config.dataset}-{config.encoder}"
+    return Path(config.checkpoints_dir) / name
+
+
+def save_config(config: Config, place: Path) -> None:
+    """Writes the config that trains a run."""
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    write_text(place / "config.json", text + "\n")
+
+
+def load_config(place: Path) -> Config:
+    """Reads the config that trained a run.
+
+    Raises:
+        UserError: if there is none, or it is not one.
+    """
+    path = place / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(_no_run(place)) from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    known = {each.name for each in dataclasses.fields(Config)}
+    return Config(**{k: v for k, v in fields.items() if k in known})
+
+
+def _no_run(place: Path) -> str:
+    text = f"there is no trained run in {place}: run train.py first"
+    runs = [path.parent.name for path in place.parent.glob("*/config.json")]
+    if runs:
+        text += f", or give --run-name (there are {', '.join(sorted(runs))})"
+    return text
+
+
+def training_config(arguments: Arguments, place: Path) -> Config:
+    """The config to train with: that of the run, if there is one already.
+
+    Raises:
+        UserError: if a field that a run may not change has changed.
+    """
+    if not (place / "config.json").exists():
+        return arguments.config
+    config, wanted = load_config(place), arguments.config
+    for name in group("model"):
+        _refuse_other(arguments, config, name, place)
+        _notice_default(config, name)
+    fixed = [*group("data"), *group("encoder"), *group("training")]
+    for name in fixed:
+        old, new = getattr(config, name), getattr(wanted, name)
+        if old != new and name not in CHANGEABLE:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{name} is {old!r} in the run {place} and {new!r} now: give "
+                f"{flag} {old} to go on with it, --fresh to start it over, "
+                "or another --run-name"
+            )
+    return _with(
+        config, wanted, [*CHANGEABLE, *group("place"), *group("decoding")]
+    )
+
+
+def decoding_config(arguments: Arguments) -> tuple[Config, Path]:
+    """The config of a trained run, with the decoding that is asked for now.
+
+    Returns:
+        The config and the run's folder.
+
+    Raises:
+        UserError: if there is no such run, or a flag contradicts it.
+    """
+    wanted = arguments.config
+    place = folder(wanted)
+    config = load_config(place)
+    for name in group("model"):
+        _refuse_other(arguments, config, name, place)
+        _notice_default(config, name)
+    for name in [*group("data"), *group("encoder")]:
+        if name not in (*EVALUATED, "encoder_weights"):
+            _refuse_other(arguments, config, name, place)
+    asked = [
+        name
+        for name in (*EVALUATED, "encoder_weights")
+        if name in arguments.given
+    ]
+    names = [*group("place"), *group("decoding"), "precision", *asked]
+    return _with(config, wanted, names), place
+
+
+def _with(config: Config, other: Config, names: list[str]) -> Config:
+    values = {name: getattr(other, name) for name in names}
+    return dataclasses.replace(config, **values)
+
+
+def _refuse_other(
+    arguments: Arguments, config: Config, name: str, place: Path
+) -> None:
+    """Refuses a flag that contradicts the run."""
+    value = getattr(config, name)
+    if arguments.given.get(name, value) != value:
+        raise UserError(
+            f"{name} is {value!r} in the run {place}, not "
+            f"{arguments.given[name]!r}: leave the flag out, or train another "
+            "run with --run-name"
+        )
+
+
+def _notice_default(config: Config, name: str) -> None:
+    """Tells of a default that has been edited since."""
+    value, default = getattr(config, name), getattr(Config(), name)
+    if value != default:
+        print(
+            f"Note: {name} is {value!r} in this run and {default!r} in "
+            "config.py; the run's counts."
+        )
+
+
+def set_aside(place: Path) -> Path:
+    """Gives a run folder another name; returns it."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = place.with_name(f"{place.name}-before-{stamp}")
+    place.rename(aside)
+    return aside
+
+
+def save_features(
+    place: Path, description: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    """Writes which features a run was trained on.
+
+    Args:
+        place: the run folder.
+        description: from `features.describe`.
+        shape: (regions, channels).
+    """
+    text = json.dumps({**description, "shape": shape}, indent=2)
+    write_text(place / "features.json", text + "\n")
+
+
+def load_features(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Reads what `save_features` wrote: description and shape."""
+    path = place / "features.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        return description, tuple(description.pop("shape"))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): train the run anew with "
+            "train.py --fresh"
+        ) from None
+
+
+def save_weights(model: Any, place: Path) -> None:
+    """Writes the best weights."""
+    with atomic_path(place / "model.weights.h5") as part:
+        model.save_weights(part)
+
+
+def load_weights(model: Any, place: Path) -> None:
+    """Reads the best weights.
+
+    Raises:
+        UserError: if there are none, or they do not fit.
+    """
+    path = place / "model.weights.h5"
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there yet: train.py writes it when it first "
+            "measures CIDEr; run it to the end"
+        )
+    try:
+        model.load_weights(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} does not fit {place / 'config.json'}: {reason}"
+        ) from None
+
+
+def save_state(
+    place: Path, variables: list[Any], progress: dict[str, Any]
+) -> None:
+    """Writes all that resuming needs as one file.
+
+    Args:
+        place: the run folder.
+        variables: Keras variables; their order says which is which.
+        progress: what JSON can hold.
+    """
+    arrays = {str(n): np.asarray(v.value) for n, v in enumerate(variables)}
+    with atomic_path(place / "last" / "state.npz") as part:
+        np.savez(part, progress=json.dumps(progress), **arrays)
+
+
+def load_progress(place: Path) -> dict[str, Any] | None:
+    """Reads how far a run has come; None if it has not begun."""
+    path = place / "last" / "state.npz"
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as state:
+            return json.loads(str(state["progress"]))
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): start over with --fresh"
+        ) from None
+
+
+def load_state(place: Path, variables: list[Any]) -> None:
+    """Gives variables the values that `save_state` wrote.
+
+    Raises:
+        UserError: if they are not the same variables.
+    """
+    path = place / "last" / "state.npz"
+    with np.load(path) as state:
+        shapes = [state[str(n)].shape for n in range(len(state.files) - 1)]
+        if shapes != [tuple(v.shape) for v in variables]:
+            raise UserError(
+                f"{path} belongs to another model: start over with --fresh"
+            )
+        for number, variable in enumerate(variables):
+            variable.assign(state[str(number)])

@@ -1,0 +1,316 @@
+"""checkpoints/<run>/ -> captions, metrics, report.
+
+    python evaluate.py
+    python evaluate.py --dataset flickr8k --split val --beam-size 3
+    python evaluate.py --captions captions.json
+
+Captions a split with beam search, scores the captions and leaves both in
+checkpoints/<run>/evaluation/<split>/. With --captions it only scores a file
+of captions (COCO's results format) against the split.
+"""
+
+import json
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from captioning import command
+from config import Config, UserError
+
+ACTIONS = [
+    command.Action(
+        "--captions",
+        {
+            "metavar": "FILE",
+            "default": "",
+            "help": "score these captions instead of making some",
+        },
+    )
+]
+SHOWN = 5  # captions printed
+DRAWN = 12  # attention figures written
+PHOTO_SIDE = 448  # pixels, of the photograph in such a figure
+
+
+def main(arguments: command.Arguments) -> None:
+    """Evaluates a run on a split."""
+    from captioning import metrics, prepared, runs
+    from captioning.files import lock
+
+    config, run = runs.decoding_config(arguments)
+    split = prepared.load_split(config, config.split)
+    split = limit(split, arguments.given.get("limit_images", 0))
+    place = run / "evaluation" / config.split
+    with lock(place / ".lock", str(place)):
+        if arguments.actions.captions:
+            captions = read_captions(Path(arguments.actions.captions), split)
+            figures, attention = {}, None
+        else:
+            found, figures = caption_split(config, run, split)
+            captions = {
+                image: each.caption
+                for image, each in zip(split.images, found, strict=True)
+            }
+            attention = [each.attention for each in found]
+            # Before anything is scored: hours of work end up on disk first.
+            write_captions(place / "captions.json", split, captions)
+        references = dict(zip(split.images, split.captions, strict=True))
+        scores = metrics.score(captions, references, training_captions(config))
+        figures = all_metrics(config, figures, scores)
+        write_metrics(place / "metrics.json", figures)
+        examples = write_examples(
+            place / "captions.csv", captions, references, scores
+        )
+        if attention is not None:
+            write_report(config, run, place, figures, examples, attention)
+    for line in scores.notices:
+        print(line)
+    print(metrics.table(figures, config.dataset))
+    show(examples)
+    print(
+        f"Wrote {place} (report.html to look at). Next: "
+        f"{command.next_line('caption.py', arguments)} PHOTO_OR_FOLDER..."
+    )
+
+
+def limit(split: Any, images: int) -> Any:
+    """The first images of a split; all of them for 0."""
+    if not images:
+        return split
+    return type(split)(*(column[:images] for column in split))
+
+
+def training_captions(config: Config) -> list[str]:
+    """What people wrote of the training images."""
+    from captioning import prepared
+
+    captions = prepared.load_split(config, "train").captions
+    return [caption for each in captions for caption in each]
+
+
+def caption_split(
+    config: Config, run: Path, split: Any
+) -> tuple[list[Any], dict[str, float]]:
+    """Captions the images of a split.
+
+    Returns:
+        What the search found for each image, and the figures that need the
+        model: teacher-forced ones and the speed.
+    """
+    from captioning import prepared, runs, search
+
+    description, _ = runs.load_features(run)
+    check_weights(config, description)
+    cache, rows = prepared.load_features(config, description, split.images)
+    decoder, words = load_decoder(config, run)
+    print(f"Captioning {len(rows):,} images, beam size {config.beam_size}")
+    searcher = search.build(decoder, config)
+    # The first batch compiles the search, which is no part of its speed.
+    search.caption_rows(searcher, cache.features, rows[:1], words)
+    begun = time.monotonic()
+    found = search.caption_rows(
+        searcher, cache.features, rows, words, progress=True
+    )
+    speed = len(rows) / (time.monotonic() - begun)
+    figures = teacher_forced(config, decoder, cache, rows, split, words)
+    return found, {**figures, "images_per_second": speed}
+
+
+def check_weights(config: Config, description: dict[str, Any]) -> None:
+    """Refuses encoder weights that are not those of the run."""
+    import model as captioning_model
+
+    if description["weights"] in ("imagenet", "random-0"):
+        return
+    weights = captioning_model.encoder_weights(config)
+    if Path(weights).exists():
+        found = captioning_model.weights_fingerprint(weights)
+        if found != description["weights"]:
+            raise UserError(
+                f"{weights} is not the weights file that the run was trained "
+                f"with ({description['weights']}): give that one by "
+                "--encoder-weights"
+            )
+
+
+def load_decoder(config: Config, run: Path) -> tuple[Any, Any]:
+    """The trained decoder of a run, and its vocabulary."""
+    import model as captioning_model
+    from captioning import backend, runs, vocabulary
+
+    backend.set_precision(config)
+    words = vocabulary.load(run / "vocabulary.json")
+    _, (_, channels) = runs.load_features(run)
+    decoder = captioning_model.build_model(config, len(words), channels)
+    runs.load_weights(decoder, run)
+    return decoder, words
+
+
+def teacher_forced(
+    config: Config, decoder: Any, cache: Any, rows: Any, split: Any, words: Any
+) -> dict[str, float]:
+    """Token accuracy and perplexity, given the true words before."""
+    import numpy as np
+
+    import model as captioning_model
+    from captioning import backend
+    from captioning.batches import CaptionBatches
+    from captioning.vocabulary import encode
+
+    captions = [
+        encode(tokens, words, config.max_caption_length)
+        for tokens in split.tokens
+    ]
+    batches = CaptionBatches(
+        cache.features, rows, captions, config.batch_images
+    )
+    decoder.compile(
+        loss=captioning_model.SmoothedCrossEntropy(),
+        weighted_metrics=[
+            captioning_model.TokenAccuracy(),
+            captioning_model.TokenAccuracy(5, "token_accuracy_top5"),
+        ],
+        jit_compile=backend.use_xla(),
+    )
+    figures = decoder.evaluate(batches, return_dict=True, verbose=0)
+    return {
+        "token_accuracy": float(figures["token_accuracy"]),
+        "token_accuracy_top5": float(figures["token_accuracy_top5"]),
+        "perplexity": float(np.exp(figures["loss"])),
+    }
+
+
+def read_captions(path: Path, split: Any) -> dict[str, str]:
+    """Reads captions in COCO's results format: image -> caption.
+
+    Raises:
+        UserError: if the file is not one.
+    """
+    image_of = dict(zip(map(str, split.image_ids), split.images, strict=True))
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        found = {str(e["image_id"]): str(e["caption"]) for e in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no file of captions ({error}): it has to be a JSON "
+            'list of {"image_id": ..., "caption": ...}'
+        ) from None
+    # Names that are of no image of the split are told of by the scorer.
+    return {image_of.get(name, name): text for name, text in found.items()}
+
+
+def write_captions(path: Path, split: Any, captions: dict[str, str]) -> None:
+    """Writes captions in COCO's results format."""
+    from captioning.files import write_text
+
+    entries = [
+        {"image_id": number, "caption": captions[image]}
+        for image, number in zip(split.images, split.image_ids, strict=True)
+    ]
+    write_text(path, json.dumps(entries, ensure_ascii=False, indent=0) + "\n")
+
+
+def all_metrics(
+    config: Config, figures: dict[str, float], scores: Any
+) -> dict[str, Any]:
+    """Joins the figures of the model with the scores of its captions."""
+    unavailable = dict(scores.metrics["unavailable"])
+    for name in (
+        "token_accuracy",
+        "token_accuracy_top5",
+        "perplexity",
+        "images_per_second",
+    ):
+        if name not in figures:
+            unavailable[name] = "captions were read from a file"
+    return {
+        "split": config.split,
+        "beam_size": config.beam_size if figures else None,
+        **dict.fromkeys(unavailable),
+        **figures,
+        **scores.metrics,
+        "unavailable": unavailable,
+    }
+
+
+def write_metrics(path: Path, figures: dict[str, Any]) -> None:
+    """Writes metrics.json."""
+    from captioning.files import write_text
+
+    text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_examples(
+    path: Path,
+    captions: dict[str, str],
+    references: dict[str, list[str]],
+    scores: Any,
+) -> Any:
+    """Writes captions.csv: each image's caption, references and scores."""
+    from captioning.files import write_csv
+
+    table = scores.per_image.reset_index()
+    table.insert(1, "caption", [captions.get(i, "") for i in table["image"]])
+    table.insert(2, "references", [references[i] for i in table["image"]])
+    as_json = table["references"].map(
+        lambda each: json.dumps(each, ensure_ascii=False)
+    )
+    write_csv(path, table.assign(references=as_json))
+    return table
+
+
+def write_report(
+    config: Config,
+    run: Path,
+    place: Path,
+    figures: dict[str, Any],
+    examples: Any,
+    attention: list[Any],
+) -> None:
+    """Writes report.html and some attention figures."""
+    import pandas as pd
+
+    from captioning import images, prepared, report
+
+    directory = prepared.images_dir(config)
+    maps = [square(each) for each in attention]
+    history = run / "history.csv"
+    report.write_report(
+        place / "report.html",
+        f"{run.name} on {config.split}",
+        figures,
+        examples,
+        maps,
+        directory,
+        pd.read_csv(history) if history.exists() else None,
+    )
+    for row, each in islice(zip(examples.itertuples(), maps), DRAWN):
+        try:
+            photo, _ = images.read_image(directory / row.image, PHOTO_SIDE)
+        except images.UnusableImage:
+            continue
+        report.write_attention_figure(
+            place / "attention" / (Path(row.image).stem + ".png"),
+            photo,
+            row.caption.split(),
+            each,
+        )
+
+
+def square(attention: Any) -> Any:
+    """(words, regions) -> (words, side, side)."""
+    side = round(attention.shape[1] ** 0.5)
+    return attention.reshape(-1, side, side)
+
+
+def show(examples: Any) -> None:
+    """Prints a few captions beside what people wrote."""
+    for row in examples.head(SHOWN).itertuples():
+        print(f"  {row.image}: {row.caption}")
+        print(f"      a reference: {row.references[0]}")
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, ACTIONS)

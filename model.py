@@ -1,0 +1,741 @@
+"""The Keras model: frozen encoder, Bahdanau attention, LSTM decoder.
+
+The architecture is that of Show, Attend and Tell (Xu et al. 2015) with soft
+attention. What does not depend on the decoder's state is computed outside of
+the loop over words: attention keys once an image, however many captions it
+has; the word's part of the LSTM input and the output layer as one matrix
+product each, over all words of all captions.
+
+Only `keras` is imported, so that every backend runs the same code.
+"""
+
+import hashlib
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from captioning import features
+from captioning.backend import PACKED, use_xla
+from captioning.vocabulary import PAD, UNKNOWN
+from config import ENCODERS, Config, UserError
+
+# Seeds of their own, so that --seed changes the training and neither the
+# encoder nor, with it, the feature cache.
+RANDOM_ENCODER_SEED = 0
+
+# What each step of the unrolled loop hands to the output layer.
+Steps = list[Any]
+
+
+# --- encoder ---------------------------------------------------------------
+
+
+def build_encoder(config: Config, weights: str) -> keras.Model:
+    """Builds the frozen encoder.
+
+    Args:
+        config: its encoder fields name the network and the image size.
+        weights: `imagenet`, `random`, or the path of a weights file.
+
+    Returns:
+        A model from uint8 RGB images (batch, size, size, 3) to annotation
+        vectors, float16 (batch, regions, channels).
+
+    Raises:
+        UserError: if the weights cannot be had or do not fit.
+    """
+    entry = ENCODERS[config.encoder]
+    application = getattr(keras.applications, entry.application)
+    module = getattr(keras.applications, entry.module)
+    shape = (config.image_size, config.image_size, 3)
+    network = application(include_top=False, weights=None, input_shape=shape)
+    network.trainable = False
+    _load_encoder_weights(network, application, config.encoder, weights)
+
+    images = keras.Input(shape, dtype="uint8", name="images")
+    pixels = module.preprocess_input(ops.cast(images, "float32"))
+    truncated = keras.Model(
+        network.input, network.get_layer(entry.layer).output
+    )
+    feature_map = truncated(pixels, training=False)  # (batch, h, w, channels)
+    _, height, width, channels = feature_map.shape
+    annotations = ops.reshape(feature_map, (-1, height * width, channels))
+    # float16 ends at 65,504; an activation beyond it would become infinite.
+    annotations = ops.clip(ops.cast(annotations, "float32"), -65504, 65504)
+    encoder = keras.Model(images, ops.cast(annotations, "float16"))
+    encoder.compile(jit_compile=use_xla())
+    return encoder
+
+
+def feature_shape(config: Config) -> tuple[int, int]:
+    """(regions, channels) of an encoder, from the network without weights."""
+    entry = ENCODERS[config.encoder]
+    application = getattr(keras.applications, entry.application)
+    shape = (config.image_size, config.image_size, 3)
+    network = application(include_top=False, weights=None, input_shape=shape)
+    _, height, width, channels = network.get_layer(entry.layer).output.shape
+    return height * width, channels
+
+
+def describe_features(config: Config, weights: str) -> dict[str, Any]:
+    """What the features of a config depend on, for `captioning.features`.
+
+    Args:
+        config: its encoder fields.
+        weights: `imagenet`, `random`, or the path of a weights file.
+    """
+    return features.describe(
+        config.encoder,
+        ENCODERS[config.encoder].layer,
+        weights_fingerprint(weights),
+        config.image_size,
+    )
+
+
+def encoder_weights(config: Config) -> str:
+    """Which weights the encoder has: `imagenet`, `random` or a path."""
+    if config.encoder_weights != "auto":
+        return config.encoder_weights
+    return "random" if config.dataset == "sample" else "imagenet"
+
+
+def weights_fingerprint(weights: str) -> str:
+    """A short name for encoder weights that another file cannot have.
+
+    Args:
+        weights: `imagenet`, `random`, or the path of a weights file.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    if weights == "random":
+        return f"random-{RANDOM_ENCODER_SEED}"
+    if weights == "imagenet":
+        return weights
+    try:
+        with open(weights, "rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256")
+    except OSError as error:
+        raise UserError(
+            f"encoder weights {weights}: {error.strerror}; --encoder-weights "
+            "takes imagenet, random or the path of a weights file"
+        ) from None
+    return f"sha256-{digest.hexdigest()[:16]}"
+
+
+def _load_encoder_weights(
+    network: keras.Model, application: Any, name: str, weights: str
+) -> None:
+    if weights == "random":
+        _draw_weights(network)
+        return
+    if weights == "imagenet":
+        try:
+            shape = network.input_shape[1:]
+            trained = application(include_top=False, input_shape=shape)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"the ImageNet weights of {name} could not be downloaded "
+                f"({reason}): get the file elsewhere and give its path by "
+                "--encoder-weights"
+            ) from None
+        network.set_weights(trained.get_weights())
+        return
+    try:
+        network.load_weights(weights)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{weights} holds no weights for {name} without its top: {reason}"
+        ) from None
+
+
+def _draw_weights(network: keras.Model) -> None:
+    """He-normal kernels from NumPy, the same on every backend."""
+    generator = np.random.default_rng(RANDOM_ENCODER_SEED)
+    drawn = []
+    for variable in network.weights:
+        shape = variable.shape
+        if len(shape) > 1:
+            fan_in = (
+                np.prod(shape[:-1]) if shape[-2] > 1 else np.prod(shape[:2])
+            )
+            scale = np.sqrt(2 / fan_in)
+            drawn.append(generator.normal(0, scale, shape))
+        else:
+            ones = variable.name in ("gamma", "moving_variance")
+            drawn.append(np.full(shape, float(ones)))
+    network.set_weights(drawn)
+
+
+# --- decoder ---------------------------------------------------------------
+
+
+@keras.saving.register_keras_serializable("captioning")
+class FeatureStandardisation(keras.layers.Layer):
+    """Shifts and scales features to mean 0 and variance 1 a channel.
+
+    Encoders differ in scale by a factor of twenty. The statistics are those
+    of the training split; they are weights that no gradient changes, so that
+    they travel with the run.
+    """
+
+    def build(self, shape: tuple[int | None, ...]) -> None:
+        """Makes the statistics for (batch, regions, channels)."""
+        statistic = {"shape": (shape[-1],), "trainable": False}
+        self.mean = self.add_weight(
+            name="mean", initializer="zeros", dtype="float32", **statistic
+        )
+        self.deviation = self.add_weight(
+            name="deviation", initializer="ones", dtype="float32", **statistic
+        )
+
+    def call(self, features: Any) -> Any:
+        """Standardises (batch, regions, channels)."""
+        features = ops.cast(features, "float32")
+        standardised = (features - self.mean) / self.deviation
+        return ops.cast(standardised, self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable("captioning")
+class BahdanauAttention(keras.layers.Layer):
+    """Additive attention: which regions matter for the next word.
+
+    e_i = v . tanh(W_h h + W_a a_i), alpha = softmax(e), z = sum alpha_i a_i
+    (Bahdanau et al. 2015, appendix A.1.2; Xu et al. 2015, equations 4-6 and
+    13). W_a a_i, the key of region i, does not depend on the state h.
+
+    Args:
+        units: width of keys and queries.
+    """
+
+    def __init__(self, units: int, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.units = units
+        self.key = keras.layers.Dense(units, name="key")
+        self.query = keras.layers.Dense(units, use_bias=False, name="query")
+
+    def build(
+        self,
+        state: tuple[int | None, ...],
+        keys: tuple[int | None, ...],
+        annotations: tuple[int | None, ...],
+    ) -> None:
+        """Makes the weights."""
+        self.key.build(annotations)
+        self.query.build(state)
+        self.score = self.add_weight(
+            name="score", shape=(self.units, 1), initializer="glorot_uniform"
+        )
+
+    def call(self, state: Any, keys: Any, annotations: Any) -> Any:
+        """Attends.
+
+        Args:
+            state: h, (captions, decoder units).
+            keys: (captions, regions, units), from `key`.
+            annotations: (captions, regions, decoder units).
+
+        Returns:
+            The context z (captions, decoder units) and the attention weights
+            alpha, float32 (captions, regions).
+        """
+        # Sum and tanh in float32: no slower on a CPU, and a softmax over
+        # bfloat16 scores loses what tells regions apart.
+        query = ops.cast(self.query(state), "float32")
+        energy = ops.cast(keys, "float32") + ops.expand_dims(query, 1)
+        score = ops.cast(self.score, "float32")
+        scores = ops.matmul(ops.tanh(energy), score)  # (captions, regions, 1)
+        weights = ops.softmax(ops.squeeze(scores, -1))
+        row = ops.expand_dims(ops.cast(weights, annotations.dtype), 1)
+        return ops.squeeze(ops.matmul(row, annotations), 1), weights
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` takes."""
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable("captioning")
+class ContextGate(keras.layers.Layer):
+    """The gate beta = sigmoid(W_b h) by which the decoder weighs the image.
+
+    Words like "of" need no look at the image (Xu et al. 2015, section 4.2.1,
+    where beta is one number; here it is one a channel).
+    """
+
+    def build(
+        self, state: tuple[int | None, ...], context: tuple[int | None, ...]
+    ) -> None:
+        """Makes the weights."""
+        self.beta = keras.layers.Dense(
+            context[-1], activation="sigmoid", name="beta"
+        )
+        self.beta.build(state)
+
+    def call(self, state: Any, context: Any) -> Any:
+        """Gates a context (..., units) by a state (..., units)."""
+        return self.beta(state) * context
+
+
+@keras.saving.register_keras_serializable("captioning")
+class InitialState(keras.layers.Layer):
+    """h_0 and c_0 from the mean annotation vector (Xu et al. 2015, 3.1.2).
+
+    Args:
+        units: width of the decoder's state.
+    """
+
+    def __init__(self, units: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.units = units
+        self.hidden = keras.layers.Dense(units, "tanh", name="hidden")
+        self.cell = keras.layers.Dense(units, "tanh", name="cell")
+
+    def build(self, shape: tuple[int | None, ...]) -> None:
+        """Makes the weights."""
+        self.hidden.build((shape[0], shape[-1]))
+        self.cell.build((shape[0], shape[-1]))
+
+    def call(self, annotations: Any) -> Any:
+        """Annotations (images, regions, units) -> h, c (images, units)."""
+        mean = ops.mean(annotations, axis=1)
+        return self.hidden(mean), ops.cast(self.cell(mean), "float32")
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` takes."""
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable("captioning")
+class AttentionLSTMCell(keras.layers.Layer):
+    """An LSTM step over word, state and context (Xu et al. 2015, eq. 1-3).
+
+    The word's part of the gates comes ready-made, because all words of a
+    caption are known in training and one large product is faster than many
+    small ones.
+
+    Args:
+        units: width of the state.
+    """
+
+    def __init__(self, units: int, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.units = units
+        self.word_gates = keras.layers.Dense(4 * units, name="word_gates")
+        self.recurrent = keras.layers.Dense(
+            4 * units,
+            use_bias=False,
+            kernel_initializer="orthogonal",
+            name="recurrent",
+        )
+        self.visual = keras.layers.Dense(
+            4 * units, use_bias=False, name="visual"
+        )
+
+    def build(
+        self,
+        word: tuple[int | None, ...],
+        hidden: tuple[int | None, ...],
+    ) -> None:
+        """Makes the weights."""
+        self.word_gates.build(word)
+        self.recurrent.build(hidden)
+        self.visual.build(hidden)
+        # An open forget gate lets gradients through from the first step
+        # (Jozefowicz et al. 2015).
+        bias = np.zeros(4 * self.units, np.float32)
+        bias[self.units : 2 * self.units] = 1
+        self.word_gates.bias.assign(bias)
+
+    def call(self, gates: Any, hidden: Any, cell: Any, context: Any) -> Any:
+        """One step.
+
+        Args:
+            gates: the word's part, from `word_gates` (..., 4 * units).
+            hidden: h (..., units).
+            cell: c, float32 (..., units).
+            context: the gated context (..., units).
+
+        Returns:
+            The next h, in the layers' arithmetic, and the next c, float32.
+        """
+        gates = gates + self.recurrent(hidden) + self.visual(context)
+        gates = ops.cast(gates, "float32")
+        enter, forget, candidate, leave = ops.split(gates, 4, axis=-1)
+        cell = ops.sigmoid(forget) * cell
+        cell = cell + ops.sigmoid(enter) * ops.tanh(candidate)
+        hidden_next = ops.sigmoid(leave) * ops.tanh(cell)
+        return ops.cast(hidden_next, hidden.dtype), cell
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` takes."""
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable("captioning")
+class DeepOutput(keras.layers.Layer):
+    """Scores of the next word from word, state and context.
+
+    L_o (E y + L_h h + L_z z) (Xu et al. 2015, equation 7), with dropout
+    before L_o.
+
+    Args:
+        vocabulary_size: how many words there are.
+        units: width of the word embedding.
+        dropout: rate.
+    """
+
+    def __init__(
+        self, vocabulary_size: int, units: int, dropout: float, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.vocabulary_size, self.units = vocabulary_size, units
+        self.rate = dropout
+        self.state = keras.layers.Dense(units, name="state")
+        self.context = keras.layers.Dense(units, use_bias=False, name="context")
+        self.dropout = keras.layers.Dropout(dropout)
+        self.logits = keras.layers.Dense(vocabulary_size, name="logits")
+
+    def build(
+        self,
+        word: tuple[int | None, ...],
+        hidden: tuple[int | None, ...],
+        context: tuple[int | None, ...],
+    ) -> None:
+        """Makes the weights."""
+        self.state.build(hidden)
+        self.context.build(context)
+        self.logits.build(word)
+
+    def call(
+        self, word: Any, hidden: Any, context: Any, training: bool = False
+    ) -> Any:
+        """(..., units) each -> logits (..., vocabulary)."""
+        deep = word + self.state(hidden) + self.context(context)
+        return self.logits(self.dropout(deep, training=training))
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` takes."""
+        return {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "units": self.units,
+            "dropout": self.rate,
+        }
+
+
+@keras.saving.register_keras_serializable("captioning")
+class CaptioningModel(keras.Model):
+    """The decoder over cached features, for training and, by step, search.
+
+    Args:
+        vocabulary_size: how many words there are, special ones included.
+        steps: the longest caption, in words with its `<end>`.
+        decoder_units: width of the state and of the annotation vectors.
+        attention_units: width of keys and queries.
+        embedding_units: width of the word embedding.
+        word_dropout: rate on embeddings and annotation vectors.
+        output_dropout: rate before the output layer.
+        attention_regularisation: weight of the doubly stochastic penalty.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        steps: int,
+        decoder_units: int,
+        attention_units: int,
+        embedding_units: int,
+        word_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        attention_regularisation: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.settings = {
+            "vocabulary_size": vocabulary_size,
+            "steps": steps,
+            "decoder_units": decoder_units,
+            "attention_units": attention_units,
+            "embedding_units": embedding_units,
+            "word_dropout": word_dropout,
+            "output_dropout": output_dropout,
+            "attention_regularisation": attention_regularisation,
+        }
+        self.steps = steps
+        self.penalty = attention_regularisation
+        self.standardisation = FeatureStandardisation()
+        self.annotation = keras.layers.Dense(
+            decoder_units, "relu", name="annotation"
+        )
+        self.annotation_dropout = keras.layers.Dropout(word_dropout)
+        self.embedding = keras.layers.Embedding(
+            vocabulary_size, embedding_units, name="embedding"
+        )
+        self.word_dropout = keras.layers.Dropout(word_dropout)
+        self.initial_state = InitialState(decoder_units)
+        self.attention = BahdanauAttention(attention_units)
+        self.gate = ContextGate()
+        self.cell = AttentionLSTMCell(decoder_units)
+        self.deep_output = DeepOutput(
+            vocabulary_size, embedding_units, output_dropout
+        )
+
+    def build(self, shapes: dict[str, tuple[int | None, ...]]) -> None:
+        """Makes all weights, for features of so many channels."""
+        features = shapes["features"]
+        units = self.settings["decoder_units"]
+        embedding = (None, self.settings["embedding_units"])
+        state, annotations = (None, units), (*features[:2], units)
+        self.standardisation.build(features)
+        self.annotation.build(features)
+        self.embedding.build((None,))
+        self.initial_state.build(annotations)
+        self.attention.build(state, annotations, annotations)
+        self.gate.build(state, state)
+        self.cell.build(embedding, state)
+        self.deep_output.build(embedding, state, state)
+        self.built = True
+
+    def call(self, inputs: dict[str, Any], training: bool = False) -> Any:
+        """Scores every next word, given the true words before it.
+
+        Args:
+            inputs: `features` (images, regions, channels) and packed
+                captions, see `captioning.batches.pack`: `words`, `image` and
+                `caption`, int32 (tokens,), and `counts`, int32 (steps,).
+            training: whether to drop out.
+
+        Returns:
+            Logits (tokens, vocabulary).
+        """
+        logits, attention = self.decode(inputs, training)
+        if training and self.penalty:
+            penalty = doubly_stochastic_penalty(
+                attention, inputs["caption"], inputs["words"], self.steps
+            )
+            self.add_loss(self.penalty * penalty)
+        return logits
+
+    def decode(self, inputs: dict[str, Any], training: bool = False) -> Any:
+        """Like `call`; also gives the attention weights.
+
+        Returns:
+            Logits (tokens, vocabulary) and attention weights, float32
+            (tokens, regions).
+        """
+        words, image, counts = (
+            inputs[name] for name in ("words", "image", "counts")
+        )
+        annotations, keys, hidden, cell = self.start(
+            inputs["features"], training
+        )
+        embedded = self.embedding(words)  # (tokens, embedding)
+        embedded = self.word_dropout(embedded, training=training)
+        word_gates = self.cell.word_gates(embedded)  # (tokens, 4 * units)
+        first = image[: self.first_count(words, counts)]
+        hidden = ops.take(hidden, first, axis=0)  # (captions, units)
+        cell = ops.take(cell, first, axis=0)
+        hiddens, contexts, weights = [], [], []
+        start = 0
+        for step in range(self.steps):
+            # The captions that have not ended stand first.
+            count = counts[step] if PACKED else hidden.shape[0]
+            tokens = ops.arange(count) + start
+            start = start + count
+            shown = ops.take(image, tokens, axis=0)
+            hidden, cell = hidden[:count], cell[:count]
+            context, alpha = self.attention(
+                hidden,
+                ops.take(keys, shown, axis=0),
+                ops.take(annotations, shown, axis=0),
+            )
+            context = self.gate(hidden, context)
+            gates = ops.take(word_gates, tokens, axis=0)
+            hidden, cell = self.cell(gates, hidden, cell, context)
+            hiddens.append(hidden)
+            contexts.append(context)
+            weights.append(alpha)
+        logits = self.deep_output(
+            embedded,
+            ops.concatenate(hiddens),  # (tokens, units)
+            ops.concatenate(contexts),
+            training=training,
+        )
+        return logits, ops.concatenate(weights)
+
+    def first_count(self, words: Any, counts: Any) -> Any:
+        """How many captions a packed batch holds."""
+        return counts[0] if PACKED else words.shape[0] // self.steps
+
+    def start(self, features: Any, training: bool = False) -> Any:
+        """What decoding starts from.
+
+        Args:
+            features: (images, regions, channels).
+            training: whether to drop out.
+
+        Returns:
+            Annotations (images, regions, units), keys (images, regions,
+            attention units), h and c (images, units).
+        """
+        annotations = self.annotation(self.standardisation(features))
+        annotations = self.annotation_dropout(annotations, training=training)
+        keys = self.attention.key(annotations)
+        return annotations, keys, *self.initial_state(annotations)
+
+    def step(
+        self, word: Any, hidden: Any, cell: Any, keys: Any, annotations: Any
+    ) -> Any:
+        """One step of a search.
+
+        Args:
+            word: the last word of each hypothesis, int32 (hypotheses,).
+            hidden: h (hypotheses, units).
+            cell: c (hypotheses, units).
+            keys: from `start`, (hypotheses, regions, attention units).
+            annotations: from `start`, (hypotheses, regions, units).
+
+        Returns:
+            Log-probabilities of the next word, float32 (hypotheses,
+            vocabulary), h, c, and attention weights (hypotheses, regions).
+        """
+        embedded = self.embedding(word)
+        context, alpha = self.attention(hidden, keys, annotations)
+        context = self.gate(hidden, context)
+        gates = self.cell.word_gates(embedded)
+        hidden, cell = self.cell(gates, hidden, cell, context)
+        logits = self.deep_output(embedded, hidden, context)
+        log_probabilities = ops.log_softmax(ops.cast(logits, "float32"))
+        return log_probabilities, hidden, cell, alpha
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` takes."""
+        return {**super().get_config(), **self.settings}
+
+
+def doubly_stochastic_penalty(
+    attention: Any, caption: Any, words: Any, steps: int
+) -> Any:
+    """Asks that each region gets about as much attention as the others.
+
+    mean_i (1 - sum_t alpha_ti)^2 (Xu et al. 2015, equation 14, averaged over
+    regions so that its size does not depend on the encoder).
+
+    Args:
+        attention: alpha, float32 (tokens, regions).
+        caption: which caption a token belongs to, int32 (tokens,).
+        words: int32 (tokens,); padding counts for nothing.
+        steps: the largest number of tokens a caption has.
+
+    Returns:
+        The mean over the captions.
+    """
+    if PACKED:
+        captions = ops.max(caption) + 1
+    else:
+        captions = caption.shape[0] // steps
+    real = ops.cast(ops.expand_dims(words != PAD, -1), "float32")
+    received = ops.segment_sum(attention * real, caption, captions)
+    there = ops.segment_max(real, caption, captions)  # (captions, 1)
+    penalty = ops.mean(ops.square(1 - received), -1, keepdims=True)
+    return ops.sum(penalty * there) / ops.maximum(ops.sum(there), 1)
+
+
+def build_model(
+    config: Config, vocabulary_size: int, channels: int
+) -> CaptioningModel:
+    """Builds the decoder that a config describes, with its weights drawn.
+
+    Args:
+        config: its model and training fields.
+        vocabulary_size: how many words there are.
+        channels: of the encoder's features.
+    """
+    model = CaptioningModel(
+        vocabulary_size,
+        config.max_caption_length + 1,
+        config.decoder_units,
+        config.attention_units,
+        config.embedding_units,
+        config.word_dropout,
+        config.output_dropout,
+        config.attention_regularisation,
+    )
+    model.build({"features": (None, None, channels)})
+    return model
+
+
+# --- loss and accuracy -----------------------------------------------------
+
+
+@keras.saving.register_keras_serializable("captioning")
+class SmoothedCrossEntropy(keras.losses.Loss):
+    """Cross-entropy with label smoothing, averaged over the real words.
+
+    Label smoothing is that of Szegedy et al. 2016, section 7, written without
+    one-hot targets: these would be as large as the logits.
+
+    Args:
+        smoothing: share of the target that is spread over all words.
+    """
+
+    def __init__(self, smoothing: float = 0.0, **kwargs: Any) -> None:
+        # Divided by the sum of the sample weights, which are 1 for a word and
+        # 0 for padding: padding changes nothing.
+        kwargs.setdefault("reduction", "mean_with_sample_weight")
+        super().__init__(**kwargs)
+        self.smoothing = smoothing
+
+    def call(self, targets: Any, logits: Any) -> Any:
+        """Targets (..., steps) and logits (..., vocabulary) -> (..., steps)."""
+        logits = ops.cast(logits, "float32")
+        index = ops.expand_dims(ops.cast(targets, "int32"), -1)
+        chosen = ops.squeeze(ops.take_along_axis(logits, index, -1), -1)
+        target = (1 - self.smoothing) * chosen
+        if self.smoothing:
+            target = target + self.smoothing * ops.mean(logits, -1)
+        return ops.logsumexp(logits, -1) - target
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` takes."""
+        return {**super().get_config(), "smoothing": self.smoothing}
+
+
+@keras.saving.register_keras_serializable("captioning")
+class TokenAccuracy(keras.metrics.Mean):
+    """Share of reference words that are among the model's first `best`.
+
+    A word outside the vocabulary counts and is never right.
+    """
+
+    def __init__(
+        self, best: int = 1, name: str = "token_accuracy", **kwargs: Any
+    ) -> None:
+        super().__init__(name=name, **kwargs)
+        self.best = best
+
+    def update_state(
+        self, targets: Any, logits: Any, sample_weight: Any = None
+    ) -> None:
+        """Adds a batch; the sample weights are 0 where there is padding."""
+        targets = ops.cast(targets, "int32")
+        if self.best == 1:
+            hit = ops.cast(ops.argmax(logits, -1), "int32") == targets
+        else:
+            shape = (-1, logits.shape[-1])
+            hit = ops.in_top_k(
+                ops.reshape(targets, (-1,)),
+                ops.cast(ops.reshape(logits, shape), "float32"),
+                self.best,
+            )
+            hit = ops.reshape(hit, ops.shape(targets))
+        hit = ops.logical_and(hit, targets != UNKNOWN)
+        super().update_state(ops.cast(hit, "float32"), sample_weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` takes."""
+        return {**super().get_config(), "best": self.best}

@@ -1,0 +1,243 @@
+"""Feature cache -> checkpoints/<run>/.
+
+    python train.py
+    python train.py --dataset flickr30k --epochs 15
+
+Trains the decoder on what preprocess.py has left in data/cache/. A run that
+was stopped, however it was, goes on where it stood when the same command is
+given again; --fresh starts it over and keeps the old folder under another
+name.
+"""
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+from captioning import command
+from config import Config
+
+ACTIONS = [
+    command.Action(
+        "--fresh",
+        {
+            "action": "store_true",
+            "default": False,
+            "help": "start over; the old run folder gets another name",
+        },
+    )
+]
+
+
+def main(arguments: command.Arguments) -> None:
+    """Trains a run, or goes on with it."""
+    from captioning import prepared, runs
+    from captioning.files import lock
+
+    place = runs.folder(arguments.config)
+    if arguments.actions.fresh and place.exists():
+        print(f"Kept the old run as {runs.set_aside(place)}")
+    config = runs.training_config(arguments, place)
+    train = prepared.load_split(config, "train")
+    val = prepared.load_split(config, "val")
+    words = prepared.load_vocabulary(config)
+    with lock(place / ".lock", str(place)):
+        fit(config, place, train, val, words)
+    print(f"Wrote {place}. Next: {command.next_line('evaluate.py', arguments)}")
+
+
+def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
+    """Trains on the training split, watched on the validation split."""
+    import keras
+
+    import model as captioning_model
+    from captioning import backend, callbacks, prepared, runs, vocabulary
+
+    keras.utils.set_random_seed(config.seed)
+    precision = backend.set_precision(config)
+    weights = captioning_model.encoder_weights(config)
+    description = captioning_model.describe_features(config, weights)
+    cache, rows = prepared.load_features(config, description, train.images)
+    _, val_rows = prepared.load_features(config, description, val.images)
+    runs.save_config(config, place)
+    vocabulary.save(words, place / "vocabulary.json")
+    runs.save_features(place, description, cache.features.shape[1:])
+
+    batches, val_batches = make_batches(
+        config, cache, (rows, val_rows), (train, val), words
+    )
+    decoder = captioning_model.build_model(
+        config, len(words), cache.features.shape[-1]
+    )
+    standardise(decoder, cache, rows)
+    averaged = compile_decoder(config, decoder, len(batches))
+    cider = callbacks.MeasureCider(
+        cider_on(config, decoder, cache, val_rows, val, words),
+        averaged,
+        place,
+        config.cider_every,
+        config.patience,
+        config.epochs,
+    )
+    points = callbacks.SavePoints(place, batches, cider)
+    resume(decoder, points)
+    done = cider.since_best >= config.patience
+    if points.epoch >= config.epochs or done:
+        print(f"This run is trained: best CIDEr {cider.best:.3f} on val.")
+        return
+    print(
+        f"Training {place}: {len(rows):,} images, {len(words):,} words, "
+        f"{decoder.count_params():,} weights, {precision}"
+    )
+    points.catch_signals()
+    board = keras.callbacks.TensorBoard(place / "tensorboard")
+    watching = [averaged] if config.ema_epochs else []
+    watching += [cider, points, board]
+    run_epochs(decoder, batches, val_batches, watching, points, config.epochs)
+    print(f"Best CIDEr on val: {cider.best:.3f}, epoch {cider.best_epoch}")
+
+
+def make_batches(
+    config: Config, cache: Any, rows: Any, splits: Any, words: Any
+) -> list[Any]:
+    """Batches of the training and of the validation split."""
+    from captioning.batches import CaptionBatches
+    from captioning.vocabulary import encode
+
+    made = []
+    for split_rows, split, seed, number in zip(
+        rows,
+        splits,
+        (config.seed, None),
+        (config.captions_per_image, 0),
+        strict=True,
+    ):
+        captions = [
+            encode(tokens, words, config.max_caption_length)
+            for tokens in split.tokens
+        ]
+        made.append(
+            CaptionBatches(
+                cache.features,
+                split_rows,
+                captions,
+                config.batch_images,
+                number,
+                seed,
+            )
+        )
+    return made
+
+
+def standardise(decoder: Any, cache: Any, rows: Any) -> None:
+    """Gives the decoder the statistics of the training features."""
+    from captioning.features import channel_statistics
+
+    mean, deviation = channel_statistics(cache, rows)
+    decoder.standardisation.mean.assign(mean)
+    decoder.standardisation.deviation.assign(deviation)
+
+
+def compile_decoder(config: Config, decoder: Any, steps: int) -> Any:
+    """Compiles for training; returns what lends the averaged weights.
+
+    Args:
+        config: its training fields.
+        decoder: the model.
+        steps: of one epoch.
+    """
+    import keras
+
+    import model as captioning_model
+    from captioning import backend
+    from captioning.callbacks import Averaged
+
+    total = steps * config.epochs
+    warmup = max(1, round(total * config.warmup_share))
+    rate = keras.optimizers.schedules.CosineDecay(
+        config.learning_rate / warmup,
+        max(1, total - warmup),
+        warmup_target=config.learning_rate,
+        warmup_steps=warmup,
+    )
+    average = config.ema_epochs > 0
+    optimizer = keras.optimizers.AdamW(
+        rate,
+        weight_decay=config.weight_decay,
+        global_clipnorm=config.clip_norm or None,
+        use_ema=average,
+        ema_momentum=math.exp(-1 / (config.ema_epochs * steps))
+        if average
+        else 0.99,
+    )
+    decoder.compile(
+        optimizer,
+        captioning_model.SmoothedCrossEntropy(config.label_smoothing),
+        weighted_metrics=[captioning_model.TokenAccuracy()],
+        jit_compile=backend.use_xla(),
+    )
+    if not average:
+        return contextlib.nullcontext()
+    averaged = Averaged()
+    averaged.set_model(decoder)
+    return averaged
+
+
+def cider_on(
+    config: Config, decoder: Any, cache: Any, rows: Any, split: Any, words: Any
+) -> Any:
+    """A function that captions a split and gives the CIDEr of it."""
+    from captioning import metrics, search
+
+    searcher = search.build(decoder, config)
+    references = {
+        image: [" ".join(tokens) for tokens in each]
+        for image, each in zip(split.images, split.tokens, strict=True)
+    }
+
+    def measure() -> float:
+        found = search.caption_rows(searcher, cache.features, rows, words)
+        captions = dict(
+            zip(split.images, (each.caption for each in found), strict=True)
+        )
+        return metrics.cider(captions, references)
+
+    return measure
+
+
+def resume(decoder: Any, points: Any) -> None:
+    """Takes up a run where its folder stands."""
+    from captioning import runs
+
+    decoder.optimizer.build(decoder.trainable_variables)
+    points.restore(decoder)
+    if points.epoch or points.batch:
+        print(f"Going on after {points.epoch} epochs and {points.batch} steps")
+        runs.load_state(points.place, points.variables())
+
+
+def run_epochs(
+    decoder: Any,
+    batches: Any,
+    val_batches: Any,
+    watching: list[Any],
+    points: Any,
+    epochs: int,
+) -> None:
+    """Model.fit; an epoch that was begun is finished by a fit of its own."""
+    ends = [points.epoch + 1, epochs] if points.batch else [epochs]
+    for end in ends:
+        if points.epoch >= end or decoder.stop_training:
+            break
+        batches.begin(points.epoch, points.batch)
+        decoder.fit(
+            batches,
+            validation_data=val_batches,
+            initial_epoch=points.epoch,
+            epochs=end,
+            callbacks=watching,
+        )
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, ACTIONS)
