@@ -488,7 +488,7 @@ def _intervals(
 
 _WIDTH = 100
 # metric, name, format, what it is
-_FIGURES = (
+FIGURES = (
     (
         "token_accuracy",
         "token accuracy",
@@ -591,7 +591,7 @@ def table(metrics: Mapping[str, Any], dataset: str) -> str:
         f"{metrics['tokenizer']}"
     )
     lines = textwrap.wrap(heading, _WIDTH)
-    for name, title, form, meaning in _FIGURES:
+    for name, title, form, meaning in FIGURES:
         if name == "token_accuracy":
             lines += ["", "Teacher-forced: given the true words before"]
         if name == "bleu1":

@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from captioning import images
 from captioning import metrics as scores
 from captioning.files import atomic_path, write_text
-from captioning.images import UnusableImage, read_image
 
 # title, column of the training split, column of the validation split
 _PANELS = (
@@ -28,33 +28,24 @@ _PANELS = (
     ("Token accuracy", "token_accuracy", "val_token_accuracy"),
     ("CIDEr", None, "val_cider"),
 )
-# On white paper; the page puts its own ink in the place of _INK.
-_INK, _TRAINING, _VALIDATION = "#2b2a28", "#8f8b84", "#d9730d"
+_TRAINING, _VALIDATION = "#8f8b84", "#d9730d"  # on white and on black
 _STYLE = {
-    "font.size": 9.0,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
-    "axes.titlesize": 10.0,
-    "axes.titlecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
     "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 3.5,
     "svg.fonttype": "none",
     # Without it the names inside an SVG are drawn by chance.
     "svg.hashsalt": "curves",
 }
-_EXIF_ORIENTATION = 0x0112
-
-# 1,000 images stay below 30 MB: base64 makes 24 KB of this.
-_THUMBNAIL_SIDE, _THUMBNAIL_BYTES = 224, 18_000
-_FIGURE_COLUMNS, _PANEL_SIDE = 6, 150  # of an attention figure; pixels
-_UNATTENDED = 0.3  # what is left of the light where there is no attention
+# A photograph then takes some 14 KB of the page.
+_THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 224, 70
+# Of an attention figure. All its photographs together take about a byte a
+# pixel, so that it stays small however long the caption is.
+_COLUMNS, _PANEL_SIDE, _PIXELS = 6, 160, 300_000
+# As the page does it: what is left of the light where there is no attention,
+# and the colour that the attention adds to the photograph, with its weight.
+_UNLIT, _GLOW, _GLOW_SHARE = 0.4, (255, 150, 40), 0.35
 
 
 def write_curves(path: Path, history: pd.DataFrame) -> None:
@@ -66,6 +57,7 @@ def write_curves(path: Path, history: pd.DataFrame) -> None:
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure((11, 3), 150, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15)
         for axes, panel in zip(figure.subplots(1, 3), _PANELS, strict=True):
             _draw_panel(axes, history, *panel)
         with atomic_path(path) as part:
@@ -79,63 +71,46 @@ def _draw_panel(
     training: str | None,
     validation: str,
 ) -> None:
+    """Draws one figure over the epochs; the best has the highest CIDEr."""
     for column, name, colour in (
         (training, "training", _TRAINING),
         (validation, "validation", _VALIDATION),
     ):
         if column:
             line = history[["epoch", column]].dropna()
-            axes.plot(
-                line["epoch"], line[column], "o-", color=colour, label=name
-            )
-    best = _best(history)
-    if best is not None:
-        axes.axvline(
-            best["epoch"], color=_INK, linewidth=0.8, linestyle=(0, (2, 3))
-        )
+            axes.plot(*line.values.T, ".-", color=colour, label=name)
+    measured = history.dropna(subset="val_cider")
+    if not measured.empty:
+        best = measured.loc[measured["val_cider"].idxmax()]
+        axes.axvline(best["epoch"], color="black", linewidth=0.8, linestyle=":")
         axes.plot(
-            best["epoch"],
-            best[validation],
+            *best[["epoch", validation]],
             "o",
-            markersize=7,
-            markerfacecolor="none",
-            markeredgecolor=_VALIDATION,
+            fillstyle="none",
+            color=_VALIDATION,
             label=f"best epoch, {best['epoch']:.0f}",
         )
+    epochs = history["epoch"]
+    axes.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
     axes.set(title=title, xlabel="epoch")
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.grid(axis="y", color=_TRAINING, alpha=0.25, linewidth=0.6)
-    axes.margins(y=0.12)
+    axes.grid(axis="y", color=_TRAINING, alpha=0.25)
     axes.legend()
 
 
-def _best(history: pd.DataFrame) -> pd.Series | None:
-    """The epoch with the highest CIDEr, if it was measured."""
-    measured = history.dropna(subset=["val_cider"])
-    return (
-        None if measured.empty else measured.loc[measured["val_cider"].idxmax()]
-    )
-
-
-def _curves(history: pd.DataFrame) -> list[str]:
-    """The panels as SVG elements for the page, in its own ink."""
-    found = []
+def _curve(history: pd.DataFrame, panel: tuple[str, str | None, str]) -> str:
+    """A panel as an SVG element that takes the ink of the page."""
+    buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        for panel in _PANELS:
-            figure = Figure((4.4, 3), layout="constrained")
-            _draw_panel(figure.subplots(), history, *panel)
-            buffer = io.StringIO()
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(
-                buffer, format="svg", transparent=True, metadata=nothing
-            )
-            svg = buffer.getvalue()
-            svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-            # Inside HTML an SVG needs no name space.
-            svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-            label = f'<svg role="img" aria-label="{panel[0]} by epoch"'
-            found.append(svg.replace("<svg", label, 1))
-    return found
+        figure = Figure((4.4, 3), layout="constrained")
+        _draw_panel(figure.subplots(), history, *panel)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue().replace("#000000", "currentColor")
+    # Inside HTML an SVG needs no prologue and no name space.
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
+    label = f'<svg role="img" aria-label="{panel[0]} by epoch"'
+    return svg.replace("<svg", label, 1)
 
 
 def write_attention_figure(
@@ -151,31 +126,40 @@ def write_attention_figure(
         words: the caption.
         attention: weights (words, side, side).
     """
-    height, width = photo.shape[:2]
-    scale = _PANEL_SIDE / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    photo = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+    side = min(_PANEL_SIDE, math.isqrt(_PIXELS // (len(words) + 1)))
+    photo = _fit(photo, photo.shape[1::-1], side)
     panels = [("", photo)]
     for word, weights in zip(words, attention, strict=True):
         panels.append((word, _lit(photo, weights)))
-    columns = min(len(panels), _FIGURE_COLUMNS)
+    columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(
-        (columns * size[0] / 100 + 0.1, rows * (size[1] / 100 + 0.24)), 100
-    )
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.95, 0.04, 0.2)
+    height, width = photo.shape[:2]
+    figure = Figure((columns * (width + 8) / 100, rows * (height + 28) / 100))
+    figure.subplots_adjust(0, 0, 1, 1 - 24 / (rows * (height + 28)), 0.05, 0.17)
     for place, (word, pixels) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.imshow(pixels)
         axes.axis("off")
-        axes.set_title(word, fontsize=9, pad=3, parse_math=False)
+        axes.set_title(word, fontsize=9, parse_math=False)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # A script that the font does not have is drawn as boxes.
+        # A letter that the font does not have is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(buffer, format="png")
+        figure.savefig(buffer, format="png", dpi=100)
     with atomic_path(path) as part, Image.open(buffer) as image:
-        image.convert("RGB").quantize(128).save(part, "PNG", optimize=True)
+        image.convert("RGB").quantize(256).save(part, "PNG", optimize=True)
+
+
+def _fit(photo: np.ndarray, shape: Sequence[int], side: int) -> np.ndarray:
+    """Shrinks a photograph until its longer side is `side` pixels.
+
+    Args:
+        photo: uint8 RGB (height, width, 3).
+        shape: its width and height before anything distorted it.
+        side: pixels.
+    """
+    size = [max(1, round(each * side / max(shape))) for each in shape]
+    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
 
 
 def _lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -192,10 +176,15 @@ def _lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
     share = _scaled(weights[None])[0].astype(np.float32) / 255
     share = cv2.resize(share, (width, height), interpolation=cv2.INTER_CUBIC)
     sigma = max(height, width) / len(weights) / 2
-    share = cv2.GaussianBlur(share, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
+    share = cv2.GaussianBlur(
+        share, (0, 0), sigma, borderType=cv2.BORDER_REFLECT
+    )
+    share = share / max(share.max(), 1e-6)
     share = share.clip(0, 1)[..., None]  # (height, width, 1)
-    grey = photo.mean(axis=2, keepdims=True) * _UNATTENDED
-    return (share * photo + (1 - share) * grey).round().astype(np.uint8)
+    grey = photo.mean(axis=2, keepdims=True) * _UNLIT
+    glow = share * _GLOW_SHARE
+    lit = share * photo + (1 - share) * grey
+    return ((1 - glow) * lit + glow * _GLOW).round().astype(np.uint8)
 
 
 def _scaled(attention: np.ndarray) -> np.ndarray:
@@ -238,6 +227,7 @@ def write_report(
         _example(row, maps, images_dir)
         for row, maps in zip(rows, attention, strict=True)
     ]
+    has_history = history is not None and len(history) > 0
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -251,14 +241,14 @@ def write_report(
         figures=list(_figures(metrics)),
         examples=data,
         history=history,
-        curves=[] if history is None else _curves(history),
+        curves=[_curve(history, each) for each in _PANELS if has_history],
     )
     write_text(path, text)
 
 
 def _figures(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """What a person reads of each metric."""
-    for name, title, form, meaning in scores._FIGURES:
+    for name, title, form, meaning in scores.FIGURES:
         value = metrics.get(name)
         reason = metrics.get("unavailable", {}).get(name, "not measured")
         ends = metrics.get("intervals", {}).get(name) or []
@@ -282,13 +272,8 @@ def _example(
         maps: weights (words, side, side).
         images_dir: the folder with the photographs.
     """
-    maps = np.nan_to_num(np.asarray(maps, np.float32))
     return {
-        **{name: row[name] for name in ("image", "caption", "references")},
-        **{
-            name: float(np.nan_to_num(row[name]))
-            for name in ("cider", "bleu4", "rouge_l")
-        },
+        **row,
         "photo": _thumbnail(images_dir / row["image"]),
         "side": maps.shape[1],
         "peaks": [round(float(each.max()), 4) for each in maps],
@@ -299,23 +284,18 @@ def _example(
 def _thumbnail(path: Path) -> str | None:
     """A small JPEG in base64; None if the photograph cannot be read."""
     try:
-        pixels, _ = read_image(path, _THUMBNAIL_SIDE)
-    except UnusableImage:
+        pixels, _ = images.read_image(path, _THUMBNAIL_SIDE)
+    except images.UnusableImage:
         return None
     with Image.open(path) as image:
-        width, height = image.size
-        if image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
-            width, height = height, width
-    scale = _THUMBNAIL_SIDE / max(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    for quality in (75, 60, 45, 30):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(
-            buffer, "JPEG", quality=quality, optimize=True
-        )
-        if buffer.tell() <= _THUMBNAIL_BYTES:
-            break
+        size = image.size
+        if images.orientation(image) >= 5:
+            size = size[::-1]
+    pixels = _fit(pixels, size, _THUMBNAIL_SIDE)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(
+        buffer, "JPEG", quality=_THUMBNAIL_QUALITY, optimize=True
+    )
     return _base64(buffer.getvalue())
 
 

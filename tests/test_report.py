@@ -1,0 +1,514 @@
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from captioning import report
+
+SIDE = 7
+TRAP = 'a <script>alert("x")</script> & <b>dog</b> runs </script>'
+METRICS = {
+    "split": "test",
+    "images": 60,
+    "beam_size": 5,
+    "tokenizer": "PTB",
+    "token_accuracy": 0.4312,
+    "token_accuracy_top5": 0.7,
+    "perplexity": 14.2,
+    **{f"bleu{n}": 0.7 / n for n in (1, 2, 3, 4)},
+    "meteor": None,
+    "rouge_l": 0.46,
+    "cider": 0.5812,
+    "spice": None,
+    "distinct_captions": 0.8,
+    "novel_captions": 0.7,
+    "vocabulary_used": 1812,
+    "mean_length": 9.7,
+    "images_per_second": 131.2,
+    "intervals": {"bleu4": [0.161, 0.189], "cider": [0.55, 0.613]},
+    "unavailable": {"meteor": "no Java", "spice": "needs <models>"},
+}
+
+
+def history(epochs: int) -> pd.DataFrame:
+    epoch = np.arange(1, epochs + 1)
+    rising = 1 - np.exp(-epoch / 3)
+    return pd.DataFrame(
+        {
+            "epoch": epoch,
+            "loss": 5 - 2 * rising,
+            "token_accuracy": 0.4 * rising,
+            "val_loss": 5 - 1.8 * rising,
+            "val_token_accuracy": 0.38 * rising,
+            "val_cider": np.where(epoch % 2, np.nan, 0.5 * rising),
+            "learning_rate": 1e-3,
+            "seconds": 60.0,
+        }
+    )
+
+
+def photograph(seed: int, width: int = 320, height: int = 240) -> Image.Image:
+    """Blurred noise: it compresses about as well as a photograph."""
+    noise = np.random.default_rng(seed).integers(0, 256, (60, 80, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.BICUBIC)
+
+
+def attend(words: int, side: int = SIDE) -> np.ndarray:
+    """Word number n looks at region number n: (words, side, side)."""
+    attention = np.full((words, side * side), 0.01)
+    attention[range(words), range(words)] = 0.5
+    return attention.reshape(words, side, side)
+
+
+def examples_in(folder, captions, references=("a man walks .", "people")):
+    """Photographs 000.jpg, ... and a table with falling CIDEr."""
+    for number in range(len(captions)):
+        photograph(number).save(folder / f"{number:03}.jpg", quality=90)
+    return pd.DataFrame(
+        {
+            "image": [f"{n:03}.jpg" for n in range(len(captions))],
+            "caption": captions,
+            "references": [list(references)] * len(captions),
+            "bleu4": 0.25,
+            "rouge_l": 0.5,
+            "cider": np.linspace(3, 0, len(captions)),
+        }
+    )
+
+
+def write(folder, examples, side=SIDE, title="run on test", epochs=0):
+    """Writes report.html; returns its path."""
+    path = folder / "out" / "report.html"
+    maps = [attend(len(each.split()), side) for each in examples["caption"]]
+    curves = history(epochs) if epochs else None
+    report.write_report(path, title, METRICS, examples, maps, folder, curves)
+    return path
+
+
+class Page(HTMLParser):
+    """What an HTML parser makes of the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.addresses, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        names = ("src", "href", "srcset", "action", "data", "xlink:href")
+        self.addresses += [value for name, value in attributes if name in names]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def data(self):
+        texts = [text for text in self.texts if text.startswith('[{"')]
+        return json.loads(*texts)
+
+
+# --- figures -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 30])
+def test_curves_are_a_png_whatever_the_number_of_epochs(tmp_path, epochs):
+    report.write_curves(tmp_path / "curves.png", history(epochs))
+    with Image.open(tmp_path / "curves.png") as image:
+        assert (image.format, image.size) == ("PNG", (1650, 450))
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_curves_mark_the_epoch_with_the_highest_cider(tmp_path):
+    table = history(6)
+    table["val_cider"] = [np.nan, 0.2, np.nan, 0.4, np.nan, 0.3]
+    examples = examples_in(tmp_path, ["a"])
+    path = tmp_path / "report.html"
+    report.write_report(
+        path, "t", METRICS, examples, [attend(1)], tmp_path, table
+    )
+    assert path.read_text(encoding="utf-8").count("best epoch, 4") == 3
+
+
+def test_an_attention_figure_of_a_long_caption_is_small(tmp_path):
+    photo = np.asarray(photograph(0, 448, 448))
+    path = tmp_path / "figure.png"
+    report.write_attention_figure(path, photo, ["word"] * 20, attend(20))
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width > 700 and image.height > 500
+    assert 20_000 < path.stat().st_size < 300_000
+
+
+def test_attention_to_nothing_lights_nothing(recwarn):
+    lit = report._lit(np.full((70, 70, 3), 100, np.uint8), np.zeros((7, 7)))
+    assert np.unique(lit).tolist() == [40]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("words", [[], ["$x^", "犬", "<unk>"]])
+def test_an_attention_figure_takes_any_word(tmp_path, words, recwarn):
+    photo = np.asarray(photograph(0, 900, 60))
+    path = tmp_path / "figure.png"
+    report.write_attention_figure(path, photo, words, attend(len(words)))
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+    assert not recwarn.list
+
+
+def test_light_is_where_the_attention_is():
+    photo = np.full((70, 140, 3), 128, np.uint8)
+    weights = np.zeros((7, 7))
+    weights[1, 5] = 1
+    lit = report._lit(photo, weights).astype(int)
+    row, column = np.unravel_index(lit[..., 0].argmax(), lit.shape[:2])
+    assert abs(row - 15) <= 2 and abs(column - 110) <= 3
+    assert lit[60, 10].max() < 60  # dimmed
+    assert np.ptp(lit[60, 10]) <= 1  # and grey
+
+
+def test_even_attention_lights_the_whole_photograph():
+    photo = np.asarray(photograph(0, 70, 70))
+    lit = report._lit(photo, np.full((7, 7), 1 / 49))
+    expected = 0.65 * photo + 0.35 * np.array([255, 150, 40])
+    assert np.abs(lit - expected).max() <= 1
+
+
+# --- the page without a browser ----------------------------------------------
+
+
+def test_the_page_loads_nothing_from_anywhere(tmp_path):
+    path = write(tmp_path, examples_in(tmp_path, ["a dog runs"] * 3), epochs=6)
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//\w+\.|@import|url\((?!#)", text)
+    assert all(
+        address.startswith(("data:", "#")) for address in Page(text).addresses
+    )
+
+
+def test_captions_names_and_titles_are_text(tmp_path):
+    examples = examples_in(tmp_path, [TRAP], references=[TRAP, "\u2028"])
+    path = write(tmp_path, examples.assign(caption="a"), title="t")
+    plain = Page(path.read_text(encoding="utf-8"))
+    path = write(tmp_path, examples, title=TRAP)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.tags == plain.tags
+    assert page.texts.count(TRAP) == 2  # <title> and <h1>
+    assert page.data[0]["caption"] == TRAP
+    assert page.data[0]["references"] == [TRAP, "\u2028"]
+
+
+def test_metrics_have_intervals_meanings_and_reasons(tmp_path):
+    path = write(tmp_path, examples_in(tmp_path, ["a"]))
+    page = Page(path.read_text(encoding="utf-8"))
+    for text in (
+        "43.1%",
+        "16.1 to 18.9",
+        "0.550 to 0.613",
+        "1,812",
+        "words matched, also by stem and synonym",
+        "Not computed: needs <models>",
+    ):
+        found = any(text == each for each in page.texts)
+        assert found == (text[0] != "w"), text  # METEOR was not computed
+    assert "svg" not in page.tags  # there is no history
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    examples = examples_in(tmp_path, ["a dog", ""])
+    pages = [write(tmp_path, examples, epochs=6).read_bytes() for _ in range(2)]
+    assert pages[0] == pages[1]
+
+
+def test_a_photograph_that_cannot_be_read_is_left_out(tmp_path):
+    examples = examples_in(tmp_path, ["a dog", "a cat", "a bird"])
+    (tmp_path / "000.jpg").unlink()
+    (tmp_path / "001.jpg").write_bytes(b"\xff\xd8\xff broken")
+    data = Page(write(tmp_path, examples).read_text(encoding="utf-8")).data
+    assert [bool(each["photo"]) for each in data] == [False, False, True]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_photograph_with_broken_exif_has_a_thumbnail(tmp_path):
+    path = tmp_path / "odd.jpg"
+    photograph(0).save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
+    assert report._thumbnail(path)
+
+
+def test_thumbnails_stand_upright_in_their_proportions(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (400, 200), "blue")
+    picture.paste("red", (0, 0, 200, 200))  # the left becomes the top
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    data = base64.b64decode(report._thumbnail(tmp_path / "turned.jpg"))
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (112, 224)
+        assert image.getpixel((56, 20))[0] > 200
+        assert image.getpixel((56, 200))[2] > 200
+
+
+def test_attention_is_kept_relative_to_its_highest(tmp_path):
+    examples = examples_in(tmp_path, ["a dog"])
+    data = Page(write(tmp_path, examples).read_text(encoding="utf-8")).data[0]
+    maps = np.frombuffer(base64.b64decode(data["maps"]), np.uint8)
+    maps = maps.reshape(2, SIDE * SIDE)
+    assert maps.argmax(axis=1).tolist() == [0, 1]
+    assert maps.max() == 255 and maps.min() == 5  # 0.01 of 0.5
+    assert data["peaks"] == [0.5, 0.5]
+
+
+def test_a_thousand_images_stay_below_30_megabytes(tmp_path):
+    captions = ["a group of people stand on a balcony near a building"] * 200
+    reference = "People are standing on the balcony of a colourful building ."
+    examples = examples_in(tmp_path, captions, [reference] * 5)
+    path = write(tmp_path, examples, side=14)
+    assert 5_000_000 < 5 * path.stat().st_size < 30_000_000
+
+
+@pytest.mark.real_data
+def test_a_thousand_photographs_stay_below_30_megabytes(tmp_path, real_data):
+    folder = real_data / "data" / "flickr8k" / "Images"
+    images = sorted(path.name for path in folder.iterdir())[:1000]
+    examples = pd.DataFrame({"image": images, "caption": "a dog runs in snow"})
+    references = ["A dog is running through deep snow ."] * 5
+    examples["references"] = [references] * len(images)
+    examples[["bleu4", "rouge_l", "cider"]] = 0.5
+    path = tmp_path / "report.html"
+    maps = [attend(5, 14)] * len(examples)
+    report.write_report(path, "t", METRICS, examples, maps, folder, None)
+    assert path.stat().st_size * 1000 / len(examples) < 30_000_000
+
+
+# --- the page in a browser ---------------------------------------------------
+
+DOGS = 7  # of 60 captions
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """Headless Chromium with the page of 60 images open."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    places = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(places):
+        pytest.skip("chromium and chromedriver are not installed")
+    folder = tmp_path_factory.mktemp("page")
+    captions = [f"a dog number {n} runs" for n in range(DOGS)]
+    captions += ["a hotdog runs out", TRAP, ""]
+    captions += ["two people walk along a street"] * 50
+    examples = examples_in(folder, captions).sample(frac=1, random_state=0)
+    (folder / "002.jpg").unlink()
+    options = webdriver.ChromeOptions()
+    options.binary_location = places[0]
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "window-size=1200,900",
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=places[1])
+    driver = webdriver.Chrome(options=options, service=service)
+    try:
+        driver.get(write(folder, examples, epochs=6).as_uri())
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def page(chromium):
+    """The page as after loading; afterwards, nothing may have gone wrong."""
+    chromium.refresh()
+    yield chromium
+    assert chromium.get_log("browser") == []
+    loaded = "return performance.getEntriesByType('resource').map(e => e.name)"
+    assert all(
+        name.startswith("data:") for name in chromium.execute_script(loaded)
+    )
+
+
+def find(page, selector):
+    return page.find_elements("css selector", selector)
+
+
+def press(page, *keys):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    for key in keys:
+        ActionChains(page).send_keys(key).perform()
+
+
+def wait(page, condition):
+    """Waits until a script's expression is true."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    script = f"return Boolean({condition})"
+    return WebDriverWait(page, 5, 0.02).until(
+        lambda page: page.execute_script(script)
+    )
+
+
+def ciders(page):
+    script = "return [...document.querySelectorAll('#gallery b')]"
+    texts = page.execute_script(script + ".map(each => each.textContent)")
+    return [float(text.removeprefix("CIDEr ")) for text in texts]
+
+
+def picture(page):
+    """The pixels of the canvas, once a heat map has settled there."""
+    wait(page, "pixels && glow === Math.sign(word)")
+    wait(page, "heat.every((x, i) => x === maps[word][i])")
+    script = "return canvas.toDataURL().split(',')[1]"
+    data = base64.b64decode(page.execute_script(script))
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def test_images_sort_by_cider_and_shuffle(page):
+    assert ciders(page) == sorted(ciders(page), reverse=True)
+    best, worst, random = find(page, "[data-order]")
+    worst.click()
+    assert ciders(page) == sorted(ciders(page))
+    assert ciders(page)[0] == 0
+    assert worst.get_attribute("aria-pressed") == "true"
+    assert best.get_attribute("aria-pressed") == "false"
+    random.click()
+    first = ciders(page)
+    assert first not in (sorted(first), sorted(first, reverse=True))
+    random.click()
+    assert ciders(page) != first
+
+
+def test_search_finds_words_and_tells_how_many(page):
+    count = find(page, "#count")[0]
+    assert count.text == "60 images"
+    find(page, "#search")[0].send_keys("Dog, run")
+    # TRAP has both words too; "hotdog" is another word.
+    assert count.text == f"{DOGS + 1} of 60 images"
+    assert len(find(page, "#gallery > li")) == DOGS + 1
+    assert {each.text for each in find(page, "mark")} == {"dog", "runs"}
+    find(page, "#search")[0].send_keys(" zebra")
+    assert count.text == "0 of 60 images"
+    assert not find(page, "#gallery > li")
+
+
+def test_references_are_searched_too(page):
+    find(page, "#search")[0].send_keys("walks")
+    assert find(page, "#count")[0].text == "60 images"
+
+
+def test_more_images_come_as_the_reader_scrolls(page):
+    assert len(find(page, "#gallery > li")) == 48
+    page.execute_script("scrollTo(0, document.body.scrollHeight)")
+    wait(page, "document.querySelectorAll('#gallery > li').length === 60")
+    assert not find(page, "#more")[0].is_displayed()
+
+
+def test_markup_in_a_caption_is_shown_as_text(page):
+    find(page, "#search")[0].send_keys("script")
+    (caption,) = find(page, "#gallery .caption")
+    assert caption.text == TRAP
+    assert not find(page, "#gallery .caption b")
+    caption.click()
+    words = [each.text for each in find(page, "#words button")]
+    assert words == ["photograph", *TRAP.split()]
+
+
+def test_a_click_lights_the_photograph_where_the_first_word_looked(page):
+    find(page, "#gallery .open")[0].click()
+    lit = picture(page)
+    assert lit.shape == (336, 448, 3)
+    page.execute_script("show(0)")
+    photo = picture(page)
+    assert np.ptp(photo) > 150
+    brightness = lit.mean(axis=2) / np.maximum(photo.mean(axis=2), 1)
+    corner, rest = brightness[:48, :64], brightness[150:, 200:]
+    assert np.median(corner) > 2 * np.median(rest)
+
+
+def test_the_keyboard_opens_steps_and_closes(page):
+    from selenium.webdriver.common.keys import Keys
+
+    focused = "document.activeElement.textContent"
+    page.execute_script("document.querySelector('.open').focus()")
+    press(page, Keys.ENTER)
+    wait(page, f"$('dialog').open && {focused} === 'a'")
+    first = picture(page)
+    press(page, Keys.ARROW_RIGHT)
+    wait(page, f"{focused} === 'dog'")
+    assert "word 2 of 5" in find(page, "#where")[0].text
+    assert "upper left" in find(page, "#where")[0].text
+    assert "50%" in find(page, "#where")[0].text
+    second = picture(page)
+    assert np.abs(second - first).max() > 20
+    press(page, Keys.END, Keys.ARROW_RIGHT)
+    wait(page, f"{focused} === 'runs'")
+    press(page, Keys.HOME)
+    wait(page, f"{focused} === 'photograph'")
+    press(page, Keys.ARROW_DOWN)
+    wait(page, "$('place').textContent === '2 of 60'")
+    press(page, Keys.ESCAPE)
+    wait(page, "!$('dialog').open")
+    wait(page, "document.activeElement.closest('li').previousElementSibling")
+
+
+def test_mouse_and_touch_step_through_the_words(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    find(page, "#gallery .open")[0].click()
+    picture(page)
+    ActionChains(page).move_to_element(find(page, "#words button")[3]).perform()
+    wait(page, "word === 3")
+    find(page, "#canvas")[0].click()
+    wait(page, "word === 4")
+    swipe = (
+        "for (const [kind, x] of [['down', 100], ['up', 200]]) "
+        "canvas.dispatchEvent(new PointerEvent('pointer' + kind, "
+        "{clientX: x, pointerType: 'touch'}))"
+    )
+    page.execute_script(swipe)
+    wait(page, "word === 3")
+    find(page, "#next")[0].click()
+    wait(page, "$('place').textContent === '2 of 60'")
+    find(page, "#close")[0].click()
+    wait(page, "!$('dialog').open")
+
+
+def test_an_image_without_photograph_or_caption_opens(page):
+    find(page, "#search")[0].send_keys("number 2")
+    (button,) = find(page, "#gallery .open")
+    assert "could not be read" in button.text
+    button.click()
+    assert np.ptp(picture(page)) > 50
+    page.execute_script("$('dialog').close()")
+    page.execute_script(
+        "shown = examples.filter(each => !each.caption); open(0)"
+    )
+    wait(page, "word === 0")
+    assert np.ptp(picture(page)) > 150
+
+
+def test_a_phone_does_not_scroll_sideways(page):
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        wait(page, "document.documentElement.scrollWidth <= 390")
+        find(page, "#gallery .open")[0].click()
+        picture(page)
+        wait(page, "$('dialog').scrollWidth <= 390")
+        wait(page, "canvas.getBoundingClientRect().width > 300")
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
