@@ -10,13 +10,14 @@ Only `keras` is imported, so that every backend runs the same code.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from captioning import features
+from captioning import features, runs, vocabulary
 from captioning.backend import PACKED, use_xla
 from captioning.vocabulary import PAD, UNKNOWN
 from config import ENCODERS, Config, UserError
@@ -123,6 +124,30 @@ def weights_fingerprint(weights: str) -> str:
             "takes imagenet, random or the path of a weights file"
         ) from None
     return f"sha256-{digest.hexdigest()[:16]}"
+
+
+def check_weights(config: Config, description: dict[str, Any]) -> str:
+    """Holds the encoder weights at hand against those of a run.
+
+    Args:
+        config: its encoder fields.
+        description: from `runs.load_features`.
+
+    Returns:
+        The weights: `imagenet`, `random` or a path.
+
+    Raises:
+        UserError: if they are not the ones that the run was trained with.
+    """
+    weights = encoder_weights(config)
+    found = weights_fingerprint(weights)
+    if found != description["weights"]:
+        raise UserError(
+            f"the run was trained with the encoder weights "
+            f"{description['weights']}, and {weights} is {found}: give the "
+            "same file by --encoder-weights"
+        )
+    return weights
 
 
 def _load_encoder_weights(
@@ -634,10 +659,7 @@ def doubly_stochastic_penalty(
     Returns:
         The mean over the captions.
     """
-    if PACKED:
-        captions = ops.max(caption) + 1
-    else:
-        captions = caption.shape[0] // steps
+    captions = ops.max(caption) + 1 if PACKED else caption.shape[0] // steps
     real = ops.cast(ops.expand_dims(words != PAD, -1), "float32")
     received = ops.segment_sum(attention * real, caption, captions)
     there = ops.segment_max(real, caption, captions)  # (captions, 1)
@@ -667,6 +689,25 @@ def build_model(
     )
     model.build({"features": (None, None, channels)})
     return model
+
+
+def load_decoder(
+    config: Config, run: Path
+) -> tuple[CaptioningModel, vocabulary.Vocabulary]:
+    """Builds the decoder of a trained run, with its best weights.
+
+    Args:
+        config: from `runs.decoding_config`.
+        run: the run folder.
+
+    Returns:
+        The decoder and its vocabulary.
+    """
+    words = vocabulary.load(run / "vocabulary.json")
+    _, (_, channels) = runs.load_features(run)
+    decoder = build_model(config, len(words), channels)
+    runs.load_weights(decoder, run)
+    return decoder, words
 
 
 # --- loss and accuracy -----------------------------------------------------

@@ -2,8 +2,8 @@
 
 A folder holds `features.npy` (images, regions, channels), `images.csv` (row
 -> image), `meta.json` (what the features depend on) and `finished.bin` (one
-byte a row, not 0 once the row's bytes are on disk). The array is filled in place;
-only rows that `finished.bin` names count.
+byte a row, not 0 once the row's bytes are on disk). The array is filled in
+place; only rows that `finished.bin` names count.
 """
 
 import hashlib
@@ -217,6 +217,10 @@ def _lengthen(path: Path, shape: tuple[int, ...]) -> None:
         size = offset + 2 * int(np.prod(shape, dtype=np.int64))
         if size != old:
             handle.truncate(size)
+            # Reserved now: a disk that fills up later would kill the process
+            # with a bus error where it writes to the memory map.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, size)
         handle.flush()
         os.fsync(handle.fileno())
 

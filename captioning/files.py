@@ -52,23 +52,25 @@ def write_csv(path: Path, rows: Any, columns: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Holds a lock that ends with the process, however that ends.
 
     Args:
-        path: the lock file; it stays, empty, and means nothing by itself.
-        what: what is locked, for the message.
+        path: the folder that is locked. The lock file lies beside it, so
+            that the folder can be moved; it stays, and means nothing by
+            itself.
 
     Raises:
         UserError: if another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    locked, path = path, path.with_name(f".{path.name}.lock")
     with open(path, "a+") as handle:
         try:
             _lock(handle)
         except OSError:
             raise UserError(
-                f"another process is at work on {what}: wait for it to end"
+                f"another process is at work on {locked}: wait for it to end"
             ) from None
         yield
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from captioning import vocabulary
 from captioning.command import Arguments
 from captioning.files import atomic_path, write_text
 from config import Config, UserError, group
@@ -15,14 +17,9 @@ from config import Config, UserError, group
 # What a run that goes on may change; every other field of these groups is
 # part of what the result depends on.
 CHANGEABLE = ("epochs", "patience")
-# What evaluate.py may change: which images, never what shapes the model.
-EVALUATED = (
-    "dataset",
-    "layout",
-    "limit_images",
-    "val_share",
-    "test_share",
-)
+# What else evaluate.py and caption.py may be given: which images to look at,
+# and where the encoder's weights are now. `limit_images` is theirs to obey.
+EVALUATED = ("dataset", "layout", "val_share", "test_share", "encoder_weights")
 
 
 def folder(config: Config) -> Path:
@@ -105,13 +102,9 @@ def decoding_config(arguments: Arguments) -> tuple[Config, Path]:
         _refuse_other(arguments, config, name, place)
         _notice_default(config, name)
     for name in [*group("data"), *group("encoder")]:
-        if name not in (*EVALUATED, "encoder_weights"):
+        if name not in (*EVALUATED, "limit_images"):
             _refuse_other(arguments, config, name, place)
-    asked = [
-        name
-        for name in (*EVALUATED, "encoder_weights")
-        if name in arguments.given
-    ]
+    asked = [name for name in EVALUATED if name in arguments.given]
     names = [*group("place"), *group("decoding"), "precision", *asked]
     return _with(config, wanted, names), place
 
@@ -140,7 +133,8 @@ def _notice_default(config: Config, name: str) -> None:
     if value != default:
         print(
             f"Note: {name} is {value!r} in this run and {default!r} in "
-            "config.py; the run's counts."
+            "config.py; the run's counts.",
+            file=sys.stderr,
         )
 
 
@@ -152,22 +146,44 @@ def set_aside(place: Path) -> Path:
     return aside
 
 
-def save_features(
-    place: Path, description: dict[str, Any], shape: tuple[int, ...]
+def begin(
+    config: Config,
+    place: Path,
+    words: vocabulary.Vocabulary,
+    description: dict[str, Any],
+    shape: tuple[int, ...],
 ) -> None:
-    """Writes which features a run was trained on.
+    """Writes what a run depends on, or holds it against what it was.
 
     Args:
+        config: what trains it.
         place: the run folder.
-        description: from `features.describe`.
-        shape: (regions, channels).
+        words: of the training split.
+        description: of the features, from `features.describe`.
+        shape: of an image's features, (regions, channels).
+
+    Raises:
+        UserError: if the run was begun with other words or features.
     """
+    if (place / "last" / "state.npz").exists():
+        known = vocabulary.load(place / "vocabulary.json")
+        for what, same in {
+            "vocabulary": known == words,
+            "encoder": load_features(place) == (description, tuple(shape)),
+        }.items():
+            if not same:
+                raise UserError(
+                    f"the {what} has changed since {place} was begun: give "
+                    "--fresh to start it over, or another --run-name"
+                )
     text = json.dumps({**description, "shape": shape}, indent=2)
     write_text(place / "features.json", text + "\n")
+    vocabulary.save(words, place / "vocabulary.json")
+    save_config(config, place)
 
 
 def load_features(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Reads what `save_features` wrote: description and shape."""
+    """Reads which features a run was trained on: description and shape."""
     path = place / "features.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))

@@ -177,7 +177,7 @@ class BeamSearch(keras.Model):
 
 
 def _gather(tensor: Any, place: Any) -> Any:
-    """tensor (images, n, ...) at place (images, m) -> (images, m, ...)."""
+    """Takes (images, n, ...) at place (images, m): (images, m, ...)."""
     shape = (*place.shape, *[1] * (len(tensor.shape) - 2))
     shape = (-1, *shape[1:])
     return ops.take_along_axis(tensor, ops.reshape(place, shape), axis=1)
@@ -247,3 +247,9 @@ def caption_rows(
                 )
             bar.update(len(chosen))
     return captioned
+
+
+def square(attention: np.ndarray) -> np.ndarray:
+    """Attention (words, regions) as maps (words, side, side)."""
+    side = round(attention.shape[1] ** 0.5)
+    return attention.reshape(-1, side, side)

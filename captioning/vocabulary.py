@@ -17,7 +17,7 @@ PAD, START, END, UNKNOWN = range(4)
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 
 # A leading apostrophe stays: Treebank splits "dog's" into "dog" and "'s".
-_EDGES = punctuation.replace("'", "") + "“”‘…–—"
+_EDGES = punctuation.replace("'", "") + "\u2018\u201c\u201d\u2026\u2013\u2014"
 
 
 @functools.cache

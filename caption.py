@@ -1,0 +1,185 @@
+"""Your own photographs -> captions.
+
+    python caption.py holiday.jpg
+    python caption.py --dataset flickr30k --attention maps photographs/
+
+Captions photographs, or all that are in a folder, with a trained run, and
+prints a line `photo<TAB>caption` for each. A `-` takes the list of photographs
+from standard input, one a line.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from captioning import command
+from config import Config, UserError
+
+ACTIONS = [
+    command.Action(
+        "photos",
+        {
+            "nargs": "+",
+            "metavar": "PHOTO_OR_FOLDER",
+            "help": "photographs, folders of them, or - for a list",
+        },
+    ),
+    command.Action(
+        "--json",
+        {
+            "action": "store_true",
+            "default": False,
+            "help": "print a JSON object a line: photo, caption, score, words "
+            "with their attention",
+        },
+    ),
+    command.Action(
+        "--attention",
+        {
+            "metavar": "DIR",
+            "default": "",
+            "help": "write there what each word looked at, a figure a photo",
+        },
+    ),
+]
+ENDINGS = {
+    *(".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"),
+    ".avif",
+}
+PHOTO_SIDE = 448  # pixels, of the photograph in an attention figure
+
+
+def main(arguments: command.Arguments) -> int:
+    """Captions photographs; returns 1 if some could not be read."""
+    from tqdm import tqdm
+
+    from captioning import extraction, runs
+
+    actions = arguments.actions
+    photos, failed = find_photos(actions.photos)
+    config, run = runs.decoding_config(arguments)
+    captioner = load_captioner(config, run)
+    reads = extraction.read_ahead(Path(), photos, config.image_size)
+    done = 0
+    # The bar is on standard error and only for a person who waits.
+    quiet = not sys.stderr.isatty() or sys.stdout.isatty()
+    for batch in tqdm(reads, unit="batch", disable=quiet):
+        for each in batch:
+            if each.pixels is None:
+                complain(each.name, each.reason)
+                failed += 1
+        good = [each for each in batch if each.pixels is not None]
+        for each, found in zip(good, captioner(good), strict=True):
+            print(line(each.name, found, actions.json), flush=True)
+            if actions.attention:
+                draw(Path(actions.attention), each.name, found)
+            done += 1
+    where = f"; figures in {actions.attention}" if actions.attention else ""
+    print(
+        f"{done:,} captions by {run}, {failed:,} photographs left out{where}. "
+        "Next: python evaluate.py scores the run",
+        file=sys.stderr,
+    )
+    return command.FAILED if failed else command.DONE
+
+
+def find_photos(named: list[str]) -> tuple[list[str], int]:
+    """The photographs that arguments name, and how many are not there."""
+    photos, failed = [], 0
+    for name in listed(named):
+        path = Path(name)
+        if path.is_dir():
+            photos += sorted(
+                str(each)
+                for each in path.rglob("*")
+                if each.suffix.lower() in ENDINGS and each.is_file()
+            )
+        elif path.exists():
+            photos.append(name)
+        else:
+            complain(name, "there is no such file")
+            failed += 1
+    if not photos:
+        raise UserError(
+            "no photographs found: give files, folders that hold "
+            "photographs, or - and a list of them on standard input"
+        )
+    return photos, failed
+
+
+def listed(named: list[str]) -> Iterator[str]:
+    """The names themselves; for `-`, those on standard input."""
+    for name in named:
+        if name == "-":
+            yield from filter(None, (each.strip("\r\n") for each in sys.stdin))
+        else:
+            yield name
+
+
+def complain(photo: str, reason: str) -> None:
+    """Says on standard error why a photograph is left out."""
+    print(f"caption.py: {photo}: {reason}", file=sys.stderr)
+
+
+def load_captioner(config: Config, run: Path) -> Any:
+    """A function from read photographs to what the search found for each."""
+    command.import_keras()
+    import numpy as np
+
+    import model as captioning_model
+    from captioning import backend, extraction, runs, search
+
+    backend.set_precision(config)
+    description, _ = runs.load_features(run)
+    weights = captioning_model.check_weights(config, description)
+    decoder, words = captioning_model.load_decoder(config, run)
+    encoder = captioning_model.build_encoder(config, weights)
+    searcher = search.build(decoder, config)
+
+    def caption(photos: list[extraction.Read]) -> list[Any]:
+        if not photos:
+            return []
+        pixels = [each.pixels for each in photos]
+        features = extraction.encode(pixels, encoder.predict_on_batch)
+        rows = np.arange(len(features))
+        return search.caption_rows(searcher, features, rows, words)
+
+    return caption
+
+
+def line(photo: str, found: Any, as_json: bool) -> str:
+    """What is printed for a photograph."""
+    if not as_json:
+        return f"{photo}\t{found.caption}"
+    attention = [
+        {"word": word, "attention": [round(float(x), 5) for x in weights]}
+        for word, weights in zip(found.words, found.attention, strict=True)
+    ]
+    entry = {
+        "photo": photo,
+        "caption": found.caption,
+        "score": round(found.score, 5),
+        "words": attention,
+    }
+    return json.dumps(entry, ensure_ascii=False)
+
+
+def draw(folder: Path, photo: str, found: Any) -> None:
+    """Writes the attention figure of a photograph."""
+    from captioning import images, report, search
+
+    pixels, _ = images.read_image(Path(photo), PHOTO_SIDE)
+    # The whole path, so that two photographs of one name do not meet.
+    name = "_".join(Path(photo).with_suffix("").parts[-3:]).strip("_/\\")
+    report.write_attention_figure(
+        folder / f"{name}.png",
+        pixels,
+        found.words,
+        search.square(found.attention),
+    )
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, ACTIONS)
