@@ -62,9 +62,12 @@ SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}
 
 
 def _setting(group: str, default: Any, text: str, **limits: Any) -> Any:
-    """A field: its group, its default, its --help text and its limits.
+    """A field.
 
     Args:
+        group: what a change of it means.
+        default: its value where nothing else is said.
+        text: for --help.
         limits: `least` and `most` for numbers, `choices` for names.
     """
     metadata = {"group": group, "help": text, **limits}

@@ -42,17 +42,22 @@ def main(arguments: command.Arguments) -> None:
     split = prepared.load_split(config, config.split)
     split = limit(split, arguments.given.get("limit_images", 0))
     place = run / "evaluation" / config.split
-    with lock(place / ".lock", str(place)):
+    with lock(place):
         if arguments.actions.captions:
             captions = read_captions(Path(arguments.actions.captions), split)
             figures, attention = {}, None
         else:
+            from captioning import search
+
             found, figures = caption_split(config, run, split)
             captions = {
                 image: each.caption
                 for image, each in zip(split.images, found, strict=True)
             }
-            attention = [each.attention for each in found]
+            attention = {
+                image: search.square(each.attention)
+                for image, each in zip(split.images, found, strict=True)
+            }
             # Before anything is scored: hours of work end up on disk first.
             write_captions(place / "captions.json", split, captions)
         references = dict(zip(split.images, split.captions, strict=True))
@@ -98,12 +103,16 @@ def caption_split(
         What the search found for each image, and the figures that need the
         model: teacher-forced ones and the speed.
     """
-    from captioning import prepared, runs, search
+    command.import_keras()
+    import model as captioning_model
+    from captioning import backend, prepared, runs, search
 
+    backend.set_precision(config)
     description, _ = runs.load_features(run)
-    check_weights(config, description)
+    if config.encoder_weights != "auto":
+        captioning_model.check_weights(config, description)
     cache, rows = prepared.load_features(config, description, split.images)
-    decoder, words = load_decoder(config, run)
+    decoder, words = captioning_model.load_decoder(config, run)
     print(f"Captioning {len(rows):,} images, beam size {config.beam_size}")
     searcher = search.build(decoder, config)
     # The first batch compiles the search, which is no part of its speed.
@@ -115,36 +124,6 @@ def caption_split(
     speed = len(rows) / (time.monotonic() - begun)
     figures = teacher_forced(config, decoder, cache, rows, split, words)
     return found, {**figures, "images_per_second": speed}
-
-
-def check_weights(config: Config, description: dict[str, Any]) -> None:
-    """Refuses encoder weights that are not those of the run."""
-    import model as captioning_model
-
-    if description["weights"] in ("imagenet", "random-0"):
-        return
-    weights = captioning_model.encoder_weights(config)
-    if Path(weights).exists():
-        found = captioning_model.weights_fingerprint(weights)
-        if found != description["weights"]:
-            raise UserError(
-                f"{weights} is not the weights file that the run was trained "
-                f"with ({description['weights']}): give that one by "
-                "--encoder-weights"
-            )
-
-
-def load_decoder(config: Config, run: Path) -> tuple[Any, Any]:
-    """The trained decoder of a run, and its vocabulary."""
-    import model as captioning_model
-    from captioning import backend, runs, vocabulary
-
-    backend.set_precision(config)
-    words = vocabulary.load(run / "vocabulary.json")
-    _, (_, channels) = runs.load_features(run)
-    decoder = captioning_model.build_model(config, len(words), channels)
-    runs.load_weights(decoder, run)
-    return decoder, words
 
 
 def teacher_forced(
@@ -267,7 +246,7 @@ def write_report(
     place: Path,
     figures: dict[str, Any],
     examples: Any,
-    attention: list[Any],
+    attention: dict[str, Any],
 ) -> None:
     """Writes report.html and some attention figures."""
     import pandas as pd
@@ -275,7 +254,8 @@ def write_report(
     from captioning import images, prepared, report
 
     directory = prepared.images_dir(config)
-    maps = [square(each) for each in attention]
+    # Images without a usable reference have no score and no place here.
+    maps = [attention[image] for image in examples["image"]]
     history = run / "history.csv"
     report.write_report(
         place / "report.html",
@@ -286,7 +266,8 @@ def write_report(
         directory,
         pd.read_csv(history) if history.exists() else None,
     )
-    for row, each in islice(zip(examples.itertuples(), maps), DRAWN):
+    pairs = zip(examples.itertuples(), maps, strict=True)
+    for row, each in islice(pairs, DRAWN):
         try:
             photo, _ = images.read_image(directory / row.image, PHOTO_SIDE)
         except images.UnusableImage:
@@ -297,12 +278,6 @@ def write_report(
             row.caption.split(),
             each,
         )
-
-
-def square(attention: Any) -> Any:
-    """(words, regions) -> (words, side, side)."""
-    side = round(attention.shape[1] ** 0.5)
-    return attention.reshape(-1, side, side)
 
 
 def show(examples: Any) -> None:

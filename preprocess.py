@@ -30,7 +30,7 @@ def main(arguments: command.Arguments) -> None:
     dataset = limit(config, dataset)
     check_splits(config, dataset)
     place = prepared.folder(config)
-    with lock(place / ".lock", str(place)):
+    with lock(place):
         skipped, repaired = encode_images(config, dataset)
         skipped = dataset.skipped + skipped
         dataset = dataset._replace(
@@ -100,6 +100,7 @@ def check_skipped(config: Config, dataset: Any) -> None:
 
 def encode_images(config: Config, dataset: Any) -> Any:
     """Fills the feature cache; returns what was skipped and repaired."""
+    command.import_keras()
     import cv2
     import keras
 

@@ -11,6 +11,7 @@ name.
 
 import contextlib
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,24 @@ def main(arguments: command.Arguments) -> None:
     from captioning.files import lock
 
     place = runs.folder(arguments.config)
-    if arguments.actions.fresh and place.exists():
-        print(f"Kept the old run as {runs.set_aside(place)}")
-    config = runs.training_config(arguments, place)
-    train = prepared.load_split(config, "train")
-    val = prepared.load_split(config, "val")
-    words = prepared.load_vocabulary(config)
-    with lock(place / ".lock", str(place)):
+    with lock(place):
+        if arguments.actions.fresh and place.exists():
+            print(f"Kept the old run as {runs.set_aside(place)}")
+        config = runs.training_config(arguments, place)
+        train = prepared.load_split(config, "train")
+        val = prepared.load_split(config, "val")
+        words = prepared.load_vocabulary(config)
         fit(config, place, train, val, words)
     print(f"Wrote {place}. Next: {command.next_line('evaluate.py', arguments)}")
 
 
 def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
     """Trains on the training split, watched on the validation split."""
+    command.import_keras()
     import keras
 
     import model as captioning_model
-    from captioning import backend, callbacks, prepared, runs, vocabulary
+    from captioning import backend, callbacks, prepared, runs
 
     keras.utils.set_random_seed(config.seed)
     precision = backend.set_precision(config)
@@ -59,10 +61,7 @@ def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
     description = captioning_model.describe_features(config, weights)
     cache, rows = prepared.load_features(config, description, train.images)
     _, val_rows = prepared.load_features(config, description, val.images)
-    runs.save_config(config, place)
-    vocabulary.save(words, place / "vocabulary.json")
-    runs.save_features(place, description, cache.features.shape[1:])
-
+    runs.begin(config, place, words, description, cache.features.shape[1:])
     batches, val_batches = make_batches(
         config, cache, (rows, val_rows), (train, val), words
     )
@@ -236,6 +235,8 @@ def run_epochs(
             initial_epoch=points.epoch,
             epochs=end,
             callbacks=watching,
+            # A bar for a person, a line an epoch for a log.
+            verbose=1 if sys.stdout.isatty() else 2,
         )
 
 
