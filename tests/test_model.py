@@ -1,0 +1,317 @@
+"""The decoder: shapes, attention, padding, loss, and that it can learn."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from captioning.backend import PACKED
+from captioning.batches import CaptionBatches, pack
+from captioning.vocabulary import END, PAD, START, UNKNOWN
+from config import Config
+from model import (
+    BahdanauAttention,
+    CaptioningModel,
+    SmoothedCrossEntropy,
+    TokenAccuracy,
+    build_encoder,
+    build_model,
+    describe_features,
+    doubly_stochastic_penalty,
+    feature_shape,
+)
+
+REGIONS, CHANNELS, SIZE, STEPS = 9, 6, 12, 5
+random = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(1)
+
+
+def tiny(steps: int = STEPS, **settings) -> CaptioningModel:
+    settings = {
+        "decoder_units": 8,
+        "attention_units": 7,
+        "embedding_units": 6,
+        **settings,
+    }
+    decoder = CaptioningModel(SIZE, steps, **settings)
+    decoder.build({"features": (None, None, CHANNELS)})
+    return decoder
+
+
+def row(*words: int, steps: int = STEPS) -> list[int]:
+    made = [START, *words, END]
+    return made + [PAD] * (steps + 1 - len(made))
+
+
+def inputs(features, rows, image, padded=not PACKED) -> tuple:
+    packed = pack(np.array(rows, np.int32), np.array(image, np.int32), padded)
+    given = {
+        "features": features,
+        "words": packed.words,
+        "image": packed.image,
+        "caption": packed.caption,
+        "counts": packed.counts,
+    }
+    weights = (packed.targets != PAD).astype("float32")
+    return given, packed.targets, weights
+
+
+def some_features(images: int = 2) -> np.ndarray:
+    shape = (images, REGIONS, CHANNELS)
+    return random.normal(size=shape).astype("float16")
+
+
+def test_decoding_gives_logits_and_attention_for_every_word():
+    given, targets, _ = inputs(
+        some_features(), [row(5, 6), row(7), row(8, 9, 10)], [0, 0, 1]
+    )
+    logits, attention = tiny().decode(given)
+    assert logits.shape == (len(targets), SIZE)
+    assert attention.shape == (len(targets), REGIONS)
+    np.testing.assert_allclose(ops.sum(attention, -1), 1, rtol=1e-5)
+
+
+def test_attention_depends_on_the_state_of_the_decoder():
+    attention = BahdanauAttention(7)
+    attention.build((None, 8), (None, REGIONS, 8), (None, REGIONS, 8))
+    annotations = random.normal(size=(1, REGIONS, 8)).astype("float32")
+    keys = attention.key(annotations)
+    _, calm = attention(np.zeros((1, 8), "float32"), keys, annotations)
+    _, moved = attention(np.ones((1, 8), "float32"), keys, annotations)
+    assert np.abs(np.asarray(calm) - np.asarray(moved)).max() > 1e-3
+
+
+def test_attention_finds_the_region_whose_key_fits():
+    attention = BahdanauAttention(2)
+    attention.build((None, 2), (None, 3, 2), (None, 3, 2))
+    attention.score.assign([[4.0], [4.0]])
+    attention.query.kernel.assign(np.zeros((2, 2)))
+    keys = np.array([[[-2, -2], [2, 2], [-2, -2]]], "float32")
+    annotations = np.array([[[1, 0], [5, 7], [0, 1]]], "float32")
+    context, weights = attention(np.zeros((1, 2)), keys, annotations)
+    assert int(np.argmax(weights)) == 1
+    np.testing.assert_allclose(context, [[5, 7]], atol=0.01)
+
+
+def test_the_step_of_a_search_agrees_with_teacher_forcing():
+    decoder, features = tiny(), some_features(1)
+    words = [5, 6, 7]
+    given, _, _ = inputs(features, [row(*words)], [0])
+    forced, _ = decoder.decode(given)
+    forced = ops.log_softmax(forced)
+    annotations, keys, hidden, cell = decoder.start(features)
+    for place, word in enumerate([START, *words]):
+        found, hidden, cell, _ = decoder.step(
+            np.array([word]), hidden, cell, keys, annotations
+        )
+        np.testing.assert_allclose(found[0], forced[place], atol=1e-5)
+
+
+def loss_and_gradients(decoder, batch, rate=1.0):
+    """The loss, and the weights after a step of plain gradient descent."""
+    decoder.compile(
+        keras.optimizers.SGD(rate), SmoothedCrossEntropy(0.1), jit_compile=False
+    )
+    given, targets, weights = batch
+    loss = decoder.train_on_batch(given, targets, weights)
+    return float(loss), [np.array(v.value) for v in decoder.trainable_variables]
+
+
+def test_padding_changes_neither_loss_nor_gradients():
+    features = some_features()
+    rows = [(5, 6), (7,), (8, 9, 10)]
+    found = []
+    for steps, extra in ((STEPS, 0), (STEPS + 3, 0), (STEPS, 2)):
+        keras.utils.set_random_seed(3)
+        decoder = tiny(steps, attention_regularisation=1.0)
+        padded = [row(*each, steps=steps) for each in rows]
+        padded += [[PAD] * (steps + 1)] * extra
+        image = [0, 0, 1] + [0] * extra
+        # On JAX, and for whoever wants it on TensorFlow, whole empty captions
+        # and images fill a batch up.
+        batch = inputs(features, padded, image, padded=not PACKED)
+        found.append(loss_and_gradients(decoder, batch))
+    for loss, weights in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for one, other in zip(weights, found[0][1], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_words_not_over_captions():
+    features = some_features(1)
+    decoder = tiny()
+    rows = [row(5), row(6, 7, 8, 9)]
+    given, targets, weights = inputs(features, rows, [0, 0])
+    logits, _ = decoder.decode(given)
+    log_probabilities = np.asarray(ops.log_softmax(logits))
+    chosen = log_probabilities[np.arange(len(targets)), targets]
+    real = weights > 0
+    loss = SmoothedCrossEntropy()(targets, logits, weights)
+    assert real.sum() == 2 + 5
+    assert float(loss) == pytest.approx(-chosen[real].mean(), rel=1e-5)
+
+
+def test_label_smoothing_equals_cross_entropy_with_smoothed_targets():
+    logits = random.normal(size=(4, SIZE)).astype("float32")
+    targets = np.array([1, 5, 6, 3])
+    smoothed = np.full((4, SIZE), 0.2 / SIZE)
+    smoothed[np.arange(4), targets] += 0.8
+    wanted = keras.losses.CategoricalCrossentropy(from_logits=True)(
+        smoothed, logits
+    )
+    found = SmoothedCrossEntropy(0.2)(targets, logits, np.ones(4))
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_an_unknown_word_counts_and_is_never_right():
+    logits = np.eye(SIZE, dtype="float32")[[UNKNOWN, 5, 6, 7]]
+    targets = np.array([UNKNOWN, 5, 6, 8])
+    accuracy = TokenAccuracy()
+    accuracy.update_state(targets, logits, np.array([1.0, 1.0, 0.0, 1.0]))
+    assert float(accuracy.result()) == pytest.approx(1 / 3)
+
+
+def test_top_five_accuracy_counts_what_is_among_the_first_five():
+    logits = np.arange(SIZE, dtype="float32")[None].repeat(3, 0)
+    accuracy = TokenAccuracy(5)
+    targets = np.array([SIZE - 1, SIZE - 5, SIZE - 6])
+    accuracy.update_state(targets, logits, np.ones(3))
+    assert float(accuracy.result()) == pytest.approx(2 / 3)
+
+
+def test_even_attention_is_punished_less_than_staring():
+    words = np.full(REGIONS, 5, "int32")
+    caption = np.zeros(REGIONS, "int32")
+    even = np.eye(REGIONS, dtype="float32")
+    staring = np.zeros((REGIONS, REGIONS), "float32")
+    staring[:, 0] = 1
+    penalties = [
+        float(doubly_stochastic_penalty(each, caption, words, REGIONS))
+        for each in (even, staring)
+    ]
+    assert penalties[0] == pytest.approx(0, abs=1e-6)
+    wanted = ((1 - REGIONS) ** 2 + REGIONS - 1) / REGIONS
+    assert penalties[1] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_layers_are_made_again_from_their_config():
+    decoder = tiny()
+    for layer in (decoder.attention, decoder.cell, decoder.deep_output):
+        again = type(layer).from_config(layer.get_config())
+        assert again.get_config() == layer.get_config()
+    again = CaptioningModel.from_config(decoder.get_config())
+    assert again.settings == decoder.settings
+
+
+def test_validation_changes_no_weight():
+    decoder = tiny()
+    decoder.compile(loss=SmoothedCrossEntropy(), jit_compile=False)
+    before = [np.array(each) for each in decoder.get_weights()]
+    decoder.test_on_batch(*inputs(some_features(1), [row(5, 6)], [0]))
+    for one, other in zip(before, decoder.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_tiny_set_is_learned_by_heart():
+    features = np.eye(CHANNELS, dtype="float16")[:4, None].repeat(REGIONS, 1)
+    captions = [np.array([row(4 + n, 8 + n)], np.int32) for n in range(4)]
+    batches = CaptionBatches(features, np.arange(4), captions, 4, 1, seed=0)
+    decoder = tiny(decoder_units=32)
+    decoder.compile(
+        keras.optimizers.Adam(0.02),
+        SmoothedCrossEntropy(),
+        weighted_metrics=[TokenAccuracy()],
+        jit_compile=False,
+    )
+    decoder.fit(batches, epochs=60, verbose=0)
+    figures = decoder.evaluate(batches, return_dict=True, verbose=0)
+    assert figures["token_accuracy"] == 1
+    # And by looking: with the images exchanged the words are wrong.
+    blind = CaptionBatches(features, np.arange(4)[::-1], captions, 4, 1)
+    figures = decoder.evaluate(blind, return_dict=True, verbose=0)
+    assert figures["token_accuracy"] < 0.5
+
+
+def test_the_sizes_of_a_config_shape_the_model():
+    config = Config(
+        decoder_units=8,
+        attention_units=7,
+        embedding_units=6,
+        max_caption_length=4,
+    )
+    decoder = build_model(config, SIZE, CHANNELS)
+    assert decoder.steps == 5
+    assert decoder.embedding.embeddings.shape == (SIZE, 6)
+    assert decoder.attention.score.shape == (7, 1)
+
+
+# --- encoder ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_encoder():
+    keras.config.set_dtype_policy("float32")
+    config = Config(encoder="mobilenetv2", image_size=64)
+    return config, build_encoder(config, "random")
+
+
+def test_the_encoder_is_frozen_and_gives_float16(small_encoder):
+    config, encoder = small_encoder
+    images = random.integers(0, 256, (2, 64, 64, 3), np.uint8)
+    found = np.asarray(encoder.predict_on_batch(images))
+    assert found.dtype == np.float16
+    assert found.shape == (2, *feature_shape(config))
+    assert not encoder.trainable_variables
+    assert np.abs(found[0] - found[1]).max() > 0
+
+
+def test_random_encoder_weights_are_the_same_every_time(small_encoder):
+    config, encoder = small_encoder
+    again = build_encoder(config, "random")
+    for one, other in zip(
+        encoder.get_weights(), again.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_encoder_preprocesses_rgb_as_keras_applications_does():
+    config = Config(encoder="vgg16", image_size=32)
+    encoder = build_encoder(config, "random")
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    image[..., 0] = 255  # red, in RGB
+    network = keras.applications.VGG16(
+        include_top=False, weights=None, input_shape=(32, 32, 3)
+    )
+    network.set_weights(encoder.get_weights())
+    layer = network.get_layer("block5_conv3").output
+    # Caffe's VGG wants blue first, less ImageNet's mean.
+    pixels = np.array([0 - 103.939, 0 - 116.779, 255 - 123.68], "float32")
+    pixels = np.broadcast_to(pixels, (1, 32, 32, 3))
+    wanted = np.asarray(keras.Model(network.input, layer)(pixels))
+    found = np.asarray(encoder.predict_on_batch(image))
+    np.testing.assert_allclose(
+        found.reshape(wanted.shape), wanted, rtol=0.01, atol=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoder", "size", "shape"),
+    [
+        ("vgg16", 224, (196, 512)),
+        ("resnet50", 224, (49, 2048)),
+        ("mobilenetv2", 224, (49, 1280)),
+    ],
+)
+def test_the_feature_maps_are_those_of_the_papers(encoder, size, shape):
+    assert feature_shape(Config(encoder=encoder, image_size=size)) == shape
+
+
+def test_another_encoder_has_other_features():
+    one = describe_features(Config(), "random")
+    other = describe_features(Config(image_size=256), "random")
+    assert one != other
