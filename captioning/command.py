@@ -143,7 +143,7 @@ def parse(
 
 
 def import_keras() -> None:
-    """Imports Keras for the first time, without what TensorFlow has to say of its build.
+    """Imports Keras without what TensorFlow has to say of its build.
 
     It tells of instruction sets and absent GPUs on standard error, past
     Python, before its own switch for that (TF_CPP_MIN_LOG_LEVEL) counts; a
