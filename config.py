@@ -186,8 +186,10 @@ class Config:
     )
 
     # --- training ------------------------------------------------------
+    # On Flickr8k the validation loss is lowest after seven epochs of a schedule
+    # of twelve, and rises from there; eight lets the learning rate fall in time.
     epochs: int = _setting(
-        "training", 12, "passes over the training captions", least=1
+        "training", 8, "passes over the training captions", least=1
     )
     # Counted in measurements of CIDEr, not in epochs.
     patience: int = _setting(
@@ -237,9 +239,10 @@ class Config:
         "weight of the doubly stochastic attention penalty",
         least=0,
     )
+    # With less, Flickr8k's 30,000 captions are learned by heart.
     word_dropout: float = _setting(
         "training",
-        0.3,
+        0.4,
         "dropout on the word embeddings and annotation vectors",
         least=0,
         most=0.95,
