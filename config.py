@@ -172,6 +172,17 @@ class Config:
         most=2048,
     )
 
+    # An encoder field although it adds rows to the folder instead of making
+    # another: like the image size it says which features are cached, and a
+    # run keeps what it was trained with.
+    feature_views: int = _setting(
+        "encoder",
+        1,
+        "views of an image to cache and train on (2: mirrored as well)",
+        least=1,
+        most=2,
+    )
+
     # --- model ---------------------------------------------------------
     # 512 is what the yardsticks of the field use; the word embeddings are as
     # wide, so that the deep output adds the three without a projection more.
