@@ -270,13 +270,19 @@ def _check_files(folder: Path, shape: tuple[int, int]) -> int:
     for name in ("meta.json", "images.csv"):
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing: {advice}")
+    named = len(_names(folder))
+    if named < marked:
+        raise UserError(
+            f"{folder / 'images.csv'} names {named} images where {marked} rows "
+            f"are wanted: {advice}"
+        )
     path = folder / "features.npy"
     try:
         found = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} does not fit ({error}): {advice}") from None
     fits = found.shape[1:] == shape and found.dtype == np.float16
-    if not fits or len(found) < marked or len(_names(folder)) < marked:
+    if not fits or len(found) < marked:
         raise UserError(
             f"{path} has the shape {found.shape} where {(marked, *shape)} is "
             f"wanted: {advice}"
