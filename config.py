@@ -7,7 +7,8 @@ The group of a field says what a change of it means:
 
     place     where things are and what is tolerated: results do not change
     data      which captions and which words: another folder in data/cache/
-    encoder   which image features: another feature folder below it
+    encoder   which image features: another feature folder below it (more
+              views: more rows in the same one)
     model     the shape of the decoder: fixed by the run once it is trained
     training  how it is trained: fixed by the run, but for epochs and patience
     decoding  how captions are searched for and scored: free at any time
@@ -172,9 +173,8 @@ class Config:
         most=2048,
     )
 
-    # An encoder field although it adds rows to the folder instead of making
-    # another: like the image size it says which features are cached, and a
-    # run keeps what it was trained with.
+    # Mirrored views are rows more of the same feature folder. Captions that
+    # name a side are never shown with one.
     feature_views: int = _setting(
         "encoder",
         1,
