@@ -1,5 +1,7 @@
 """Runs images through the frozen encoder into the feature cache."""
 
+import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,14 +36,54 @@ class Read(NamedTuple):
     name: str
     pixels: np.ndarray | None  # uint8 RGB (size, size, 3)
     reason: str  # why it is skipped, or what was repaired
+    digest: bytes = b""  # of the pixels, features.DIGEST_BYTES
 
 
 def read(images_dir: Path, name: str, size: int) -> Read:
-    """Reads one image, or says why it cannot be used."""
+    """Reads one view of an image, or says why it cannot be used.
+
+    Args:
+        images_dir: where the images are.
+        name: of the image; with features.MIRRORED at its end, the image is
+            mirrored.
+        size: the side to resize it to, in pixels.
+    """
+    image = name.removesuffix(features.MIRRORED)
     try:
-        return Read(name, *read_image(images_dir / name, size))
+        pixels, repairs = read_image(images_dir / image, size)
     except UnusableImage as error:
         return Read(name, None, str(error))
+    if image != name:
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
+    digest = hashlib.blake2b(pixels, digest_size=features.DIGEST_BYTES)
+    return Read(name, pixels, repairs, digest.digest())
+
+
+def views(images: Sequence[str], mirrored: Sequence[str]) -> list[str]:
+    """The names of the rows of images and of their mirrored views.
+
+    Args:
+        images: whose plain view is wanted.
+        mirrored: whose mirrored view is wanted too.
+    """
+    return [*images, *(image + features.MIRRORED for image in mirrored)]
+
+
+def share(names: Sequence[str], number: int, of: int) -> list[str]:
+    """The part of the rows that is up to one of several workers.
+
+    Whole batches, so that a worker writes rows that follow each other.
+
+    Args:
+        names: of all rows.
+        number: of the worker, from 0.
+        of: how many workers there are.
+    """
+    return [
+        name
+        for place, name in enumerate(names)
+        if place // BATCH % of == number
+    ]
 
 
 def read_ahead(
@@ -97,54 +139,104 @@ def fill(
     Args:
         cache: from `features.create`.
         images_dir: where the images are.
-        names: the images that are wanted.
+        names: of the rows that are wanted: images, and with features.MIRRORED
+            at the end their mirrored views.
         size: the side to resize them to, in pixels.
         build: makes the encoder; called only if there is work for it.
 
     Returns:
-        What was skipped and what was repaired, in this run or before.
+        What was skipped and what was repaired, in this run or before, sorted.
     """
-    state = {name: cache.finished[cache.row[name]] for name in names}
-    todo = [name for name in names if not state[name]]
-    notes = Notes([], [])
-    # What was put right in a run before is told again; only the reason is
-    # wanted, and few images need it.
-    for name in names:
-        if state[name] == REPAIRED:
-            found = read(images_dir, name, size)
-            notes.repaired.append((name, found.reason))
-    if not todo:
-        return notes
-    encoder = build()
+    todo = [name for name in names if not cache.finished[cache.row[name]]]
+    notes = _look_again(cache, images_dir, names, size)
+    encoder = functools.cache(build)
     marks: dict[int, int] = {}
+    found: dict[int, bytes] = {}
     last = time.monotonic()
-    bar = tqdm(total=len(names), initial=len(names) - len(todo), unit="image")
+    bar = tqdm(
+        total=len(names),
+        initial=len(names) - len(todo),
+        unit="image",
+        delay=0.1,  # after what `build` has to say
+        disable=not todo,
+    )
     try:
         with bar:
             for batch in read_ahead(images_dir, todo, size):
-                marks |= _encode_batch(cache, batch, encoder, notes)
+                done = _encode_batch(cache, batch, encoder, notes)
+                marks |= {row: mark for row, mark, _ in done}
+                found |= {row: digest for row, _, digest in done}
                 bar.update(len(batch))
                 if time.monotonic() - last > COMMIT_SECONDS:
-                    features.commit(cache, marks)
-                    marks, last = {}, time.monotonic()
+                    features.commit(cache, marks, found)
+                    marks, found, last = {}, {}, time.monotonic()
     finally:
-        features.commit(cache, marks)
+        features.commit(cache, marks, found)
+    return Notes(sorted(set(notes.skipped)), sorted(set(notes.repaired)))
+
+
+def _look_again(
+    cache: features.Cache, images_dir: Path, names: Sequence[str], size: int
+) -> Notes:
+    """Reads finished images of which something is to be told again.
+
+    What was put right in a run before is told in every run; only the reason
+    is wanted, and few images need it. Rows of a cache from before there were
+    digests get theirs.
+    """
+    notes = Notes([], [])
+    known = features.load_digests(cache).any(axis=1)  # (rows,)
+    marks: dict[int, int] = {}
+    seen: dict[int, bytes] = {}
+    again = [
+        name
+        for name in names
+        if (mark := cache.finished[cache.row[name]])
+        and (mark == REPAIRED or not known[cache.row[name]])
+        and not name.endswith(features.MIRRORED)
+    ]
+    for batch in read_ahead(images_dir, again, size):
+        for found in batch:
+            row = cache.row[found.name]
+            if found.pixels is None:
+                continue  # its features are there all the same
+            marks[row], seen[row] = int(cache.finished[row]), found.digest
+            if marks[row] == REPAIRED:
+                notes.repaired.append((found.name, found.reason))
+    features.commit(cache, marks, seen)
     return notes
 
 
 def _encode_batch(
     cache: features.Cache,
     batch: list[Read],
-    encoder: Callable[[np.ndarray], np.ndarray],
+    encoder: Callable[[], Callable[[np.ndarray], np.ndarray]],
     notes: Notes,
-) -> dict[int, int]:
-    """Encodes and writes a batch; returns the marks of its rows."""
-    notes.skipped.extend((r.name, r.reason) for r in batch if r.pixels is None)
+) -> list[tuple[int, int, bytes]]:
+    """Encodes and writes a batch; returns row, mark and digest of each."""
     good = [each for each in batch if each.pixels is not None]
+    for each in batch:
+        image = each.name.removesuffix(features.MIRRORED)
+        if each.pixels is None:
+            notes.skipped.append((image, each.reason))
+        elif each.reason:
+            notes.repaired.append((image, each.reason))
     if not good:
-        return {}
-    notes.repaired.extend((r.name, r.reason) for r in good if r.reason)
+        return []
     rows = [cache.row[each.name] for each in good]
-    cache.features[rows] = encode([each.pixels for each in good], encoder)
-    marks = [REPAIRED if each.reason else 1 for each in good]
-    return dict(zip(rows, marks, strict=True))
+    values = encode([each.pixels for each in good], encoder())
+    features.write(cache, rows, values)
+    return [
+        (row, REPAIRED if each.reason else 1, each.digest)
+        for row, each in zip(rows, good, strict=True)
+    ]
+
+
+def digests(cache: features.Cache, images: Sequence[str]) -> dict[str, str]:
+    """Image -> digest of its pixels, of all images that are finished."""
+    table = features.load_digests(cache)
+    return {
+        image: table[cache.row[image]].tobytes().hex()
+        for image in images
+        if table[cache.row[image]].any()
+    }

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,12 @@ SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 
 # A leading apostrophe stays: Treebank splits "dog's" into "dog" and "'s".
 _EDGES = punctuation.replace("'", "") + "\u2018\u201c\u201d\u2026\u2013\u2014"
+
+# Words whose meaning a mirror turns round; not "leftover", not "upright".
+_SIDE = re.compile(
+    "(?<![a-z])(left|right)(most|wards?|hand(ed|er)?|side|y|ies)?(?![a-z])"
+    "|clockwise"
+)
 
 
 @functools.cache
@@ -66,6 +73,15 @@ class Vocabulary(NamedTuple):
                 break
             words.append(self.words[number])
         return words
+
+
+def names_a_side(caption: Sequence[str]) -> bool:
+    """Whether a tokenised caption is wrong of the mirrored image.
+
+    Args:
+        caption: tokens, of English: left, rightmost, left-hand, clockwise.
+    """
+    return any(_SIDE.search(word) for word in caption)
 
 
 def build(captions: Iterable[Sequence[str]], min_count: int) -> Vocabulary:
