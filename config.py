@@ -1,7 +1,7 @@
 """Every hyperparameter, in one frozen dataclass.
 
 Change a default here, or give any field as a flag to any of the scripts:
-`python train.py --batch-images 32 --no-context-gate`.
+`python train.py --batch-images 32 --seed 1`.
 
 The group of a field says what a change of it means:
 
@@ -197,8 +197,8 @@ class Config:
     )
 
     # --- training ------------------------------------------------------
-    # On Flickr8k the validation loss is lowest after seven epochs of a schedule
-    # of twelve, and rises from there; eight lets the learning rate fall in time.
+    # On Flickr8k the validation loss is lowest after seven epochs of a
+    # schedule of twelve; eight lets the learning rate fall in time.
     epochs: int = _setting(
         "training", 8, "passes over the training captions", least=1
     )
@@ -324,7 +324,9 @@ class Config:
 
 
 def _check(each: dataclasses.Field, value: Any) -> None:
-    """Holds a value against the limits of its field."""
+    """Holds a value against the kind and the limits of its field."""
+    if not isinstance(value, (int, float) if each.type is float else each.type):
+        raise UserError(f"{each.name} {value!r} is no {each.type.__name__}")
     least, most = each.metadata.get("least"), each.metadata.get("most")
     if least is not None and not value >= least:
         raise UserError(f"{each.name} {value} is below {least}")

@@ -218,8 +218,9 @@ def _names(folder: Path) -> list[str]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         return table["image"].tolist()
     except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} cannot be read ({error}): delete {folder} and run "
+            f"{path} cannot be read ({reason}): delete {folder} and run "
             "preprocess.py again"
         ) from None
 
@@ -230,6 +231,7 @@ def _check_meta(folder: Path, description: dict[str, Any]) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = {}
+    found = found if isinstance(found, dict) else {}
     for name, wanted in description.items():
         if found.get(name) != wanted:
             raise UserError(
@@ -279,7 +281,7 @@ def _check_files(folder: Path, shape: tuple[int, int]) -> int:
     path = folder / "features.npy"
     try:
         found = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} does not fit ({error}): {advice}") from None
     fits = found.shape[1:] == shape and found.dtype == np.float16
     if not fits or len(found) < marked:
@@ -376,7 +378,7 @@ def _map(
     try:
         features = np.load(path, mmap_mode=mode)
         finished = np.memmap(folder / "finished.bin", np.uint8, mode)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} does not fit ({error}): {advice}") from None
     expected = (len(names), *(shape or features.shape)[1:])
     fits = features.shape == expected and features.dtype == np.float16
