@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,9 @@ from captioning import features
 from captioning.images import UnusableImage, read_image
 
 BATCH = 32  # images a forward pass
-READERS = 2  # threads; OpenCV and Pillow decode outside of Python's lock
+# Threads; OpenCV and Pillow decode outside of Python's lock. A photograph of
+# the largest size takes 300 MB while it is decoded, so there are few.
+READERS = min(os.cpu_count() or 2, 8)
 AHEAD = 3  # batches read while the encoder works
 COMMIT_SECONDS = 10.0  # between two marks on disk of what is finished
 
