@@ -160,8 +160,8 @@ def encode_part(config: Config, dataset: Any, number: int, of: int) -> bool:
         others = workers.end_part(place, cache.folder, number, of)
     if others:
         print(
-            f"Worker {number}/{of} has done its part. The last of "
-            f"{', '.join(f'{n}/{of}' for n in others)} to end completes "
+            f"Worker {number}/{of} has done its part. Still to end: "
+            f"{', '.join(f'{n}/{of}' for n in others)}. The last completes "
             f"{place}; one that was stopped goes on where it was."
         )
     return not others

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,9 @@ from captioning import features
 from captioning.images import UnusableImage, read_image
 
 BATCH = 32  # images a forward pass
-READERS = 2  # threads; OpenCV and Pillow decode outside of Python's lock
+# Threads; OpenCV and Pillow decode outside of Python's lock. A photograph of
+# the largest size takes 300 MB while it is decoded, so there are few.
+READERS = min(os.cpu_count() or 2, 8)
 AHEAD = 3  # batches read while the encoder works
 COMMIT_SECONDS = 10.0  # between two marks on disk of what is finished
 
@@ -151,7 +154,6 @@ def fill(
     notes = _look_again(cache, images_dir, names, size)
     encoder = functools.cache(build)
     marks: dict[int, int] = {}
-    found: dict[int, bytes] = {}
     last = time.monotonic()
     bar = tqdm(
         total=len(names),
@@ -163,15 +165,13 @@ def fill(
     try:
         with bar:
             for batch in read_ahead(images_dir, todo, size):
-                done = _encode_batch(cache, batch, encoder, notes)
-                marks |= {row: mark for row, mark, _ in done}
-                found |= {row: digest for row, _, digest in done}
+                marks |= _encode_batch(cache, batch, encoder, notes)
                 bar.update(len(batch))
                 if time.monotonic() - last > COMMIT_SECONDS:
-                    features.commit(cache, marks, found)
-                    marks, found, last = {}, {}, time.monotonic()
+                    features.commit(cache, marks)
+                    marks, last = {}, time.monotonic()
     finally:
-        features.commit(cache, marks, found)
+        features.commit(cache, marks)
     return Notes(sorted(set(notes.skipped)), sorted(set(notes.repaired)))
 
 
@@ -186,8 +186,6 @@ def _look_again(
     """
     notes = Notes([], [])
     known = features.load_digests(cache).any(axis=1)  # (rows,)
-    marks: dict[int, int] = {}
-    seen: dict[int, bytes] = {}
     again = [
         name
         for name in names
@@ -196,14 +194,11 @@ def _look_again(
         and not name.endswith(features.MIRRORED)
     ]
     for batch in read_ahead(images_dir, again, size):
-        for found in batch:
-            row = cache.row[found.name]
-            if found.pixels is None:
-                continue  # its features are there all the same
-            marks[row], seen[row] = int(cache.finished[row]), found.digest
-            if marks[row] == REPAIRED:
-                notes.repaired.append((found.name, found.reason))
-    features.commit(cache, marks, seen)
+        # Of a file that has gone since, the features are there all the same.
+        good = [each for each in batch if each.pixels is not None]
+        rows = [cache.row[each.name] for each in good]
+        features.write_digests(cache, rows, [each.digest for each in good])
+        notes.repaired.extend((e.name, e.reason) for e in good if e.reason)
     return notes
 
 
@@ -212,8 +207,8 @@ def _encode_batch(
     batch: list[Read],
     encoder: Callable[[], Callable[[np.ndarray], np.ndarray]],
     notes: Notes,
-) -> list[tuple[int, int, bytes]]:
-    """Encodes and writes a batch; returns row, mark and digest of each."""
+) -> dict[int, int]:
+    """Encodes and writes a batch; returns the marks of its rows."""
     good = [each for each in batch if each.pixels is not None]
     for each in batch:
         image = each.name.removesuffix(features.MIRRORED)
@@ -222,14 +217,12 @@ def _encode_batch(
         elif each.reason:
             notes.repaired.append((image, each.reason))
     if not good:
-        return []
+        return {}
     rows = [cache.row[each.name] for each in good]
     values = encode([each.pixels for each in good], encoder())
-    features.write(cache, rows, values)
-    return [
-        (row, REPAIRED if each.reason else 1, each.digest)
-        for row, each in zip(rows, good, strict=True)
-    ]
+    features.write(cache, rows, values, [each.digest for each in good])
+    marks = [REPAIRED if each.reason else 1 for each in good]
+    return dict(zip(rows, marks, strict=True))
 
 
 def digests(cache: features.Cache, images: Sequence[str]) -> dict[str, str]:

@@ -124,8 +124,13 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
     return _map(folder, names, None, "r")
 
 
-def write(cache: Cache, rows: Sequence[int], values: np.ndarray) -> None:
-    """Writes features to the disk; `commit` makes them count.
+def write(
+    cache: Cache,
+    rows: Sequence[int],
+    values: np.ndarray,
+    digests: Sequence[bytes],
+) -> None:
+    """Writes rows to the disk; `commit` makes them count.
 
     Not through the memory map: a write tells of a full disk by an error, a
     map by killing the process; and of two machines that write to one page of
@@ -135,33 +140,33 @@ def write(cache: Cache, rows: Sequence[int], values: np.ndarray) -> None:
         cache: from `create`.
         rows: where to.
         values: float16 (rows, regions, channels).
+        digests: of the pixels of each row, DIGEST_BYTES.
     """
     path, start = cache.folder / "features.npy", cache.features.offset
     _write_rows(path, start, rows, values)
+    write_digests(cache, rows, digests)
 
 
-def commit(
-    cache: Cache,
-    marks: Mapping[int, int],
-    digests: Mapping[int, bytes] | None = None,
+def write_digests(
+    cache: Cache, rows: Sequence[int], digests: Sequence[bytes]
 ) -> None:
+    """Writes the digests of the pixels of some rows."""
+    values = np.frombuffer(b"".join(digests), np.uint8)
+    values = values.reshape(len(rows), DIGEST_BYTES)
+    _write_rows(cache.folder / "digests.bin", 0, rows, values)
+
+
+def commit(cache: Cache, marks: Mapping[int, int]) -> None:
     """Marks rows as finished, after their bytes are on disk.
 
     Args:
         cache: from `create`; the rows have been written to its features.
         marks: row -> what to write for it in `finished`.
-        digests: row -> DIGEST_BYTES of the pixels, as far as they are known.
     """
     cache.features.flush()
-    for name, of_rows in (
-        ("digests.bin", digests or {}),
-        ("finished.bin", {row: bytes([m]) for row, m in marks.items()}),
-    ):
-        rows = sorted(of_rows)
-        if rows:
-            values = b"".join(of_rows[row] for row in rows)
-            table = np.frombuffer(values, np.uint8).reshape(len(rows), -1)
-            _write_rows(cache.folder / name, 0, rows, table)
+    rows = sorted(marks)
+    values = np.array([marks[row] for row in rows], np.uint8)
+    _write_rows(cache.folder / "finished.bin", 0, rows, values)
 
 
 def load_digests(cache: Cache) -> np.ndarray:
@@ -228,10 +233,9 @@ def _names(folder: Path) -> list[str]:
 def _check_meta(folder: Path, description: dict[str, Any]) -> None:
     path = folder / "meta.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
         found = {}
-    found = found if isinstance(found, dict) else {}
     for name, wanted in description.items():
         if found.get(name) != wanted:
             raise UserError(
@@ -343,6 +347,8 @@ def _write_rows(
         rows: where to.
         values: (rows, ...).
     """
+    if not len(rows):
+        return
     width = values[0].nbytes
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     try:
