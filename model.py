@@ -64,7 +64,10 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
     _, height, width, channels = feature_map.shape
     annotations = ops.reshape(feature_map, (-1, height * width, channels))
     # float16 ends at 65,504; an activation beyond it would become infinite.
-    annotations = ops.clip(ops.cast(annotations, "float32"), -65504, 65504)
+    annotations = ops.cast(annotations, "float32")
+    if weights == "random":
+        annotations = annotations / _size_of_response(truncated)
+    annotations = ops.clip(annotations, -65504, 65504)
     encoder = keras.Model(images, ops.cast(annotations, "float16"))
     encoder.compile(jit_compile=use_xla())
     return encoder
@@ -176,6 +179,19 @@ def _load_encoder_weights(
         raise UserError(
             f"{weights} holds no weights for {name} without its top: {reason}"
         ) from None
+
+
+def _size_of_response(network: keras.Model) -> float:
+    """How large the numbers are by which random filters answer to noise.
+
+    Without trained normalisation they grow or shrink from layer to layer, in
+    deep networks beyond what float16 holds. A power of two, so that rounding,
+    which differs between backends, does not matter.
+    """
+    generator = np.random.default_rng(RANDOM_ENCODER_SEED)
+    noise = generator.normal(0, 100, (1, *network.input_shape[1:]))
+    response = np.asarray(network(noise.astype("float32"), training=False))
+    return 2.0 ** round(float(np.log2(np.std(response.astype("float32")))))
 
 
 def _draw_weights(network: keras.Model) -> None:

@@ -37,12 +37,15 @@ def main(arguments: command.Arguments) -> None:
 
     place = runs.folder(arguments.config)
     with lock(place):
-        if arguments.actions.fresh and place.exists():
-            print(f"Kept the old run as {runs.set_aside(place)}")
-        config = runs.training_config(arguments, place)
+        fresh = arguments.actions.fresh and place.exists()
+        config = arguments.config
+        if not fresh:
+            config = runs.training_config(arguments, place)
         train = prepared.load_split(config, "train")
         val = prepared.load_split(config, "val")
         words = prepared.load_vocabulary(config)
+        if fresh:
+            print(f"Kept the old run as {runs.set_aside(place)}")
         fit(config, place, train, val, words)
     print(f"Wrote {place}. Next: {command.next_line('evaluate.py', arguments)}")
 

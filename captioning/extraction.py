@@ -196,8 +196,9 @@ def _look_again(
     for batch in read_ahead(images_dir, again, size):
         # Of a file that has gone since, the features are there all the same.
         good = [each for each in batch if each.pixels is not None]
-        rows = [cache.row[each.name] for each in good]
-        features.write_digests(cache, rows, [each.digest for each in good])
+        new = [each for each in good if not known[cache.row[each.name]]]
+        rows = [cache.row[each.name] for each in new]
+        features.write_digests(cache, rows, [each.digest for each in new])
         notes.repaired.extend((e.name, e.reason) for e in good if e.reason)
     return notes
 

@@ -246,7 +246,12 @@ def _check_meta(folder: Path, description: dict[str, Any]) -> None:
 
 def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
     path = folder / "features.npy"
-    here = path.stat().st_blocks * 512 if path.exists() else 0
+    here = 0
+    if path.exists():
+        status = path.stat()
+        # What is reserved, where the system says so: a file may have holes.
+        blocks = getattr(status, "st_blocks", None)
+        here = status.st_size if blocks is None else blocks * 512
     needed = 2 * int(np.prod(shape, dtype=np.int64)) - here
     place = folder
     while not place.exists():

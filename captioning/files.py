@@ -22,7 +22,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         A path in the same folder, with the same ending, to write to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}-{path.name}")
+    # One name for all processes: what a killed one leaves is written over.
+    part = path.with_name(f".part-{path.name}")
     try:
         yield part
         with open(part, "rb+") as handle:

@@ -111,7 +111,14 @@ def load_split(config: Config, split: str) -> Split:
     place = folder(config)
     _check_fields(config, place)
     path = place / "captions.csv"
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = table[[*TABLE, *({"image_id"} & {*table.columns})]]
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read ({reason}): run preprocess.py again"
+        ) from None
     found = [name for name in SPLITS if (table["split"] == name).any()]
     table = table[table["split"] == split]
     if table.empty:

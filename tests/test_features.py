@@ -137,6 +137,8 @@ def test_what_was_skipped_and_repaired_is_told_in_every_run(tmp_path, images):
     assert first.skipped == [(BROKEN, "not an image"), (MISSING, "missing")]
     assert first.repaired == [(GREY, "grey")]
     assert fill(tmp_path / "cache", images, Encoder()) == first
+    backwards = fill(tmp_path / "other", images, Encoder(), NAMES[::-1])
+    assert backwards == first
 
 
 def test_a_full_cache_needs_no_encoder(tmp_path, images):
@@ -205,7 +207,7 @@ def encode(batch):
         kill()
     return encoder(batch)
 
-def commit_or_die(cache, marks, digests):
+def commit_or_die(cache, marks):
     if encoder.calls == 3:
         write = features._write_rows
 
@@ -216,7 +218,7 @@ def commit_or_die(cache, marks, digests):
                 kill()
 
         features._write_rows = write_or_die
-    commit(cache, marks, digests)
+    commit(cache, marks)
 
 extraction.BATCH, extraction.COMMIT_SECONDS = 2, 0
 encoder, where, commit = Encoder(), sys.argv[3], features.commit
@@ -407,19 +409,20 @@ def test_a_disk_that_is_too_small_for_new_images_keeps_the_old(
     not hasattr(os, "posix_fallocate"), reason="nothing to reserve with"
 )
 def test_room_that_could_not_be_had_is_reserved_in_the_next_run(
-    tmp_path, monkeypatch
+    undisturbed, monkeypatch
 ):
-    def refuse(*_):
+    def refuse(handle: int, start: int, length: int) -> None:
+        os.truncate(handle, start + length)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    names = list(map(str, range(2000)))
+    names = [*NAMES, *map(str, range(2000))]
     with monkeypatch.context() as patched:
         patched.setattr(os, "posix_fallocate", refuse)
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-            create(tmp_path, names)
-    create(tmp_path, names)
-    # A hole in the file would be a bus error where the disk is full.
-    status = (tmp_path / "features.npy").stat()
+            create(undisturbed, names)
+    create(undisturbed, names)
+    # A hole in the file would be a full disk in the middle of the work.
+    status = (undisturbed / "features.npy").stat()
     assert status.st_blocks * 512 >= status.st_size
 
 
@@ -460,6 +463,10 @@ MISFITS = {
     "features.npy empty": (lambda f: cut(f / "features.npy", 0), "features"),
     "features.npy gone": (
         lambda f: (f / "features.npy").unlink(),
+        "features.npy",
+    ),
+    "features.npy short": (
+        lambda f: np.save(f / "features.npy", np.ones((3, *SHAPE), "f2")),
         "features.npy",
     ),
     "features.npy float32": (

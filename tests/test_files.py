@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -142,6 +143,14 @@ def test_a_locked_folder_can_be_moved_and_stays_locked(tmp_path):
         with pytest.raises(UserError), lock(path):
             pass
     assert os.listdir(tmp_path / "old run") == []
+
+
+def test_who_waits_gets_the_lock_when_the_other_process_ends(tmp_path, holder):
+    timer = threading.Timer(0.2, holder.kill)
+    timer.start()
+    with lock(tmp_path / "run", wait=True):
+        assert holder.wait(timeout=10)
+    timer.join()
 
 
 def test_two_folders_have_two_locks(tmp_path):

@@ -294,9 +294,21 @@ def test_the_encoder_preprocesses_rgb_as_keras_applications_does():
     pixels = np.broadcast_to(pixels, (1, 32, 32, 3))
     wanted = np.asarray(keras.Model(network.input, layer)(pixels))
     found = np.asarray(encoder.predict_on_batch(image))
+    # Random encoders are scaled by a power of two.
+    scale = 2.0 ** np.round(np.log2(wanted.std() / found.std()))
     np.testing.assert_allclose(
-        found.reshape(wanted.shape), wanted, rtol=0.01, atol=0.01
+        scale * found.reshape(wanted.shape), wanted, rtol=0.01, atol=0.01
     )
+
+
+@pytest.mark.parametrize("encoder", ["vgg16", "resnet50", "mobilenetv2"])
+def test_random_features_fit_into_float16(encoder):
+    config = Config(encoder=encoder, image_size=64)
+    images = random.integers(0, 256, (2, 64, 64, 3), np.uint8)
+    found = build_encoder(config, "random").predict_on_batch(images)
+    found = np.asarray(found, np.float32)
+    assert 0.05 < found.std() < 50
+    assert np.abs(found).max() < 10_000
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,11 @@ def test_decoding_keeps_the_dataset_of_the_run(checkpoints):
     assert (config.dataset, config.val_share) == ("mine", 0.2)
 
 
+def test_decoding_fewer_images_leaves_the_dataset_of_the_run(place):
+    config, _ = decoding_config("--limit-images", "5")
+    assert config.limit_images == 0
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--max-caption-length", "9"), ("--image-size", "64")],
