@@ -31,8 +31,9 @@ ACTIONS = [
         {
             "action": "store_true",
             "default": False,
-            "help": "print a JSON object a line: photo, caption, score, words "
-            "with their attention",
+            "help": "print a JSON object a line: photo, caption, its "
+            "log-probability, n_best (the whole beam) and words with their "
+            "attention",
         },
     ),
     command.Action(
@@ -160,7 +161,16 @@ def line(photo: str, found: Any, as_json: bool) -> str:
     entry = {
         "photo": photo,
         "caption": found.caption,
-        "score": round(found.score, 5),
+        "score": round(found.n_best[0].score, 5),
+        "log_probability": round(found.n_best[0].log_probability, 5),
+        "n_best": [
+            {
+                "caption": each.caption,
+                "score": round(each.score, 5),
+                "log_probability": round(each.log_probability, 5),
+            }
+            for each in found.n_best
+        ],
         "words": attention,
     }
     return json.dumps(entry, ensure_ascii=False)

@@ -260,23 +260,24 @@ class BahdanauAttention(keras.layers.Layer):
         """Attends.
 
         Args:
-            state: h, (captions, decoder units).
-            keys: (captions, regions, units), from `key`.
-            annotations: (captions, regions, decoder units).
+            state: h, (..., decoder units).
+            keys: (..., regions, units), from `key`.
+            annotations: (..., regions, decoder units).
 
         Returns:
-            The context z (captions, decoder units) and the attention weights
-            alpha, float32 (captions, regions).
+            The context z (..., decoder units) and the attention weights
+            alpha, float32 (..., regions). Leading dimensions are captions, or
+            images and hypotheses, and are broadcast.
         """
         # Sum and tanh in float32: no slower on a CPU, and a softmax over
         # bfloat16 scores loses what tells regions apart.
         query = ops.cast(self.query(state), "float32")
-        energy = ops.cast(keys, "float32") + ops.expand_dims(query, 1)
+        energy = ops.cast(keys, "float32") + ops.expand_dims(query, -2)
         score = ops.cast(self.score, "float32")
-        scores = ops.matmul(ops.tanh(energy), score)  # (captions, regions, 1)
+        scores = ops.matmul(ops.tanh(energy), score)  # (..., regions, 1)
         weights = ops.softmax(ops.squeeze(scores, -1))
-        row = ops.expand_dims(ops.cast(weights, annotations.dtype), 1)
-        return ops.squeeze(ops.matmul(row, annotations), 1), weights
+        row = ops.expand_dims(ops.cast(weights, annotations.dtype), -2)
+        return ops.squeeze(ops.matmul(row, annotations), -2), weights
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` takes."""
@@ -618,15 +619,16 @@ class CaptioningModel(keras.Model):
         """One step of a search.
 
         Args:
-            word: the last word of each hypothesis, int32 (hypotheses,).
-            hidden: h (hypotheses, units).
-            cell: c (hypotheses, units).
-            keys: from `start`, (hypotheses, regions, attention units).
-            annotations: from `start`, (hypotheses, regions, units).
+            word: the last word of each hypothesis, int32 (...,).
+            hidden: h (..., units).
+            cell: c (..., units).
+            keys: from `start`, (..., regions, attention units), which may
+                have a dimension of 1 where an image has many hypotheses.
+            annotations: from `start`, (..., regions, units), likewise.
 
         Returns:
-            Log-probabilities of the next word, float32 (hypotheses,
-            vocabulary), h, c, and attention weights (hypotheses, regions).
+            Log-probabilities of the next word, float32 (..., vocabulary), h,
+            c, and attention weights (..., regions).
         """
         embedded = self.embedding(word)
         context, alpha = self.attention(hidden, keys, annotations)

@@ -180,6 +180,11 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     entry = json.loads(done.stdout)
     assert done.returncode == 0
     assert entry["caption"].split() == [w["word"] for w in entry["words"]]
+    n_best = entry["n_best"]
+    assert len({each["caption"] for each in n_best}) == len(n_best) == 5
+    assert n_best[0]["caption"] == entry["caption"]
+    assert n_best[0]["score"] >= n_best[1]["score"]
+    assert n_best[0]["log_probability"] == entry["log_probability"] < 0
 
 
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
