@@ -10,6 +10,7 @@ Only `keras` is imported, so that every backend runs the same code.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from captioning import features, runs, vocabulary
+from captioning import features, runs, search, vocabulary
 from captioning.backend import PACKED, use_xla
 from captioning.vocabulary import PAD, UNKNOWN
 from config import ENCODERS, Config, UserError
@@ -642,6 +643,40 @@ class CaptioningModel(keras.Model):
     def get_config(self) -> dict[str, Any]:
         """What `from_config` takes."""
         return {**super().get_config(), **self.settings}
+
+
+class Ensemble(keras.Model):
+    """Several decoders whose probabilities are averaged, teacher-forced.
+
+    Args:
+        decoders: of one vocabulary; their features may differ.
+    """
+
+    def __init__(self, decoders: Sequence[CaptioningModel]) -> None:
+        super().__init__()
+        self.decoders = list(decoders)
+
+    def build(self, shapes: Any) -> None:
+        """Nothing to make: the decoders have their weights."""
+        self.built = True
+
+    def call(self, inputs: dict[str, Any], training: bool = False) -> Any:
+        """Scores every next word, given the true words before it.
+
+        Args:
+            inputs: as `CaptioningModel` takes them, with a tuple of features.
+            training: has no effect.
+
+        Returns:
+            Logarithm of the mean probability, float32 (tokens, vocabulary).
+        """
+        found = []
+        for decoder, each in zip(
+            self.decoders, inputs["features"], strict=True
+        ):
+            logits = decoder({**inputs, "features": each})
+            found.append(ops.log_softmax(ops.cast(logits, "float32")))
+        return search.average(found)
 
 
 def doubly_stochastic_penalty(

@@ -509,10 +509,10 @@ def caption_rows(
     Returns:
         The captions of each row.
     """
-    return caption_aligned(search, [features], [rows], vocabulary, progress)
+    return caption_together(search, [features], [rows], vocabulary, progress)
 
 
-def caption_aligned(
+def caption_together(
     search: BeamSearch | Sample,
     features: Sequence[np.ndarray],
     rows: Sequence[np.ndarray],
