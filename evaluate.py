@@ -4,12 +4,14 @@
     python evaluate.py --dataset flickr8k --split val --beam-size 3
     python evaluate.py --captions captions.json
     python evaluate.py --runs first second
+    python evaluate.py --export program
 
 Captions a split with beam search, scores the captions and leaves both in
 checkpoints/<run>/evaluation/<split>/. With --captions it only scores a file
 of captions (COCO's results format) against the split. With --runs it averages
 the probabilities of several runs at every word, and leaves what they are
-together worth in checkpoints/<run>+<run>/evaluation/<split>/.
+together worth in checkpoints/<run>+<run>/evaluation/<split>/. With --export it
+scores nothing, and writes the run as one program, from pixels to words.
 """
 
 import json
@@ -41,6 +43,15 @@ ACTIONS = [
             "vocabulary",
         },
     ),
+    command.Action(
+        "--export",
+        {
+            "metavar": "DIR",
+            "default": "",
+            "help": "write encoder, decoder and search there as one "
+            "TensorFlow SavedModel",
+        },
+    ),
 ]
 SHOWN = 5  # captions printed
 DRAWN = 12  # attention figures written
@@ -54,6 +65,9 @@ def main(arguments: command.Arguments) -> None:
 
     members = runs.members(arguments, arguments.actions.runs)
     config, run = members[0][0], runs.together(members)
+    if arguments.actions.export:
+        export_run(members, Path(arguments.actions.export))
+        return
     split = prepared.load_split(config, config.split)
     split = limit(split, arguments.given.get("limit_images", 0))
     place = run / "evaluation" / config.split
@@ -91,6 +105,29 @@ def main(arguments: command.Arguments) -> None:
     print(
         f"Wrote {place} (report.html to look at). Next: "
         f"{command.next_line('caption.py', arguments)} PHOTO_OR_FOLDER..."
+    )
+
+
+def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
+    """Writes a run as one program."""
+    if len(members) > 1:
+        raise UserError("--export takes one run: give --run-name, not --runs")
+    command.import_keras()
+    import model as captioning_model
+    from captioning import backend, export, runs, search
+
+    config, run = members[0]
+    backend.set_precision(config)
+    description, _ = runs.load_features(run)
+    weights = captioning_model.check_weights(config, description)
+    encoder = captioning_model.build_encoder(config, weights)
+    decoder, words = captioning_model.load_decoder(config, run)
+    searcher = search.build(decoder, config)
+    export.save(encoder, searcher, words, config.image_size, folder)
+    print(
+        f"Wrote {folder}: uint8 RGB images (batch, {config.image_size}, "
+        f"{config.image_size}, 3) -> word_ids, words, scores. "
+        f"Next: tf.saved_model.load({str(folder)!r}).serve(images)"
     )
 
 
