@@ -127,7 +127,8 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
     print(
         f"Wrote {folder}: uint8 RGB images (batch, {config.image_size}, "
         f"{config.image_size}, 3) -> word_ids, words, scores. "
-        f"Next: tf.saved_model.load({str(folder)!r}).serve(images)"
+        f"Next: program = tf.saved_model.load({str(folder)!r}); "
+        "program.serve(images)"
     )
 
 

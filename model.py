@@ -620,20 +620,28 @@ class CaptioningModel(keras.Model):
         """One step of a search.
 
         Args:
-            word: the last word of each hypothesis, int32 (...,).
-            hidden: h (..., units).
-            cell: c (..., units).
-            keys: from `start`, (..., regions, attention units), which may
-                have a dimension of 1 where an image has many hypotheses.
-            annotations: from `start`, (..., regions, units), likewise.
+            word: the last word of each hypothesis, int32 (hypotheses,); each
+                image has as many, and they stand together.
+            hidden: h (hypotheses, units).
+            cell: c (hypotheses, units).
+            keys: from `start`, (images, regions, attention units).
+            annotations: from `start`, (images, regions, units).
 
         Returns:
-            Log-probabilities of the next word, float32 (..., vocabulary), h,
-            c, and attention weights (..., regions).
+            Log-probabilities of the next word, float32 (hypotheses,
+            vocabulary), h, c, and attention weights (hypotheses, regions).
         """
         embedded = self.embedding(word)
-        context, alpha = self.attention(hidden, keys, annotations)
-        context = self.gate(hidden, context)
+        images, regions, _ = ops.shape(keys)
+        units = hidden.shape[-1]
+        # The regions of an image are there once for all of its hypotheses.
+        context, alpha = self.attention(
+            ops.reshape(hidden, (images, -1, units)),
+            ops.expand_dims(keys, 1),
+            ops.expand_dims(annotations, 1),
+        )
+        context = self.gate(hidden, ops.reshape(context, (-1, units)))
+        alpha = ops.reshape(alpha, (-1, regions))
         gates = self.cell.word_gates(embedded)
         hidden, cell = self.cell(gates, hidden, cell, context)
         logits = self.deep_output(embedded, hidden, context)

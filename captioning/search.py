@@ -1,8 +1,7 @@
 """Beam search and sampling, for a batch of images as one compiled program.
 
 Both take one decoder or several; of several, the probabilities of the next
-word are averaged at every step. Hypotheses are (images, hypotheses) all
-along, so that the regions of an image are there once for all of them.
+word are averaged at every step.
 """
 
 from collections.abc import Sequence
@@ -65,17 +64,17 @@ class _Search(keras.Model):
             features: (images, regions, channels) for each decoder.
 
         Returns:
-            For each decoder, what stays: annotations and keys (images, 1,
-            regions, units); and what each step changes: h and c (images,
+            For each decoder, what stays: annotations and keys (images,
+            regions, units); and what each step changes: h and c (images *
             hypotheses, units).
         """
         fixed, states = [], []
         for decoder, each in zip(self.decoders, features, strict=True):
             *shown, hidden, cell = decoder.start(each)
-            fixed.append([ops.expand_dims(one, 1) for one in shown])
+            fixed.append(shown)
             states.append(
                 [
-                    ops.repeat(ops.expand_dims(one, 1), self.hypotheses, axis=1)
+                    ops.repeat(one, self.hypotheses, axis=0)
                     for one in (hidden, cell)
                 ]
             )
@@ -97,6 +96,8 @@ class _Search(keras.Model):
             decoder (images, hypotheses, regions).
         """
         found, states_next, attention = [], [], []
+        shape = (*ops.shape(last), -1)
+        last = ops.reshape(last, (-1,))
         for decoder, state, shown in zip(
             self.decoders, states, fixed, strict=True
         ):
@@ -107,7 +108,8 @@ class _Search(keras.Model):
             found.append(log_probabilities)
             states_next.append(state)
             attention.append(alpha)
-        return average(found), states_next, attention[0]
+        found = ops.reshape(average(found), (*shape[:2], self.size))
+        return found, states_next, ops.reshape(attention[0], shape)
 
     def mask(self, step: Any) -> Any:
         """What is added to log-probabilities: which words may not come."""
@@ -252,13 +254,14 @@ class BeamSearch(_Search):
         open_ = ops.where(ends, IMPOSSIBLE, best)
         scores_next, chosen = ops.top_k(open_, beam)
         parent = ops.take_along_axis(place // size, chosen, axis=1)
+        parent = ops.reshape(_rows(parent, beam), (-1,))
         going = step < self.max_length
         return (
             step + 1,
             ops.where(going, _gather(longer, chosen), places),
             ops.where(going, scores_next, scores),
             keras.tree.map_structure(
-                lambda each: _gather(each, parent), states
+                lambda each: ops.take(each, parent, axis=0), states
             ),
             *(attention, final, ended),
         )
@@ -436,12 +439,17 @@ def average(log_probabilities: Sequence[Any]) -> Any:
     return together - float(np.log(len(log_probabilities)))
 
 
+def _rows(place: Any, number: int) -> Any:
+    """Places among an image's `number` -> among those of all images."""
+    first = ops.arange(ops.shape(place)[0]) * number
+    return place + ops.expand_dims(first, 1)
+
+
 def _gather(tensor: Any, place: Any) -> Any:
     """Takes (images, n, k) at place (images, m): (images, m, k)."""
     images, number, width = ops.shape(tensor)
     flat = ops.reshape(tensor, (images * number, width))
-    start = ops.expand_dims(ops.arange(images) * number, 1)
-    return ops.take(flat, place + start, axis=0)
+    return ops.take(flat, _rows(place, number), axis=0)
 
 
 class Hypothesis(NamedTuple):
