@@ -1,13 +1,14 @@
 """Every hyperparameter, in one frozen dataclass.
 
 Change a default here, or give any field as a flag to any of the scripts:
-`python train.py --batch-images 32 --no-context-gate`.
+`python train.py --batch-images 32 --seed 1`.
 
 The group of a field says what a change of it means:
 
     place     where things are and what is tolerated: results do not change
     data      which captions and which words: another folder in data/cache/
-    encoder   which image features: another feature folder below it
+    encoder   which image features: another feature folder below it (more
+              views: more rows in the same one)
     model     the shape of the decoder: fixed by the run once it is trained
     training  how it is trained: fixed by the run, but for epochs and patience
     decoding  how captions are searched for and scored: free at any time
@@ -172,6 +173,16 @@ class Config:
         most=2048,
     )
 
+    # Mirrored views are rows more of the same feature folder. Captions that
+    # name a side are never shown with one.
+    feature_views: int = _setting(
+        "encoder",
+        1,
+        "views of an image to cache and train on (2: mirrored as well)",
+        least=1,
+        most=2,
+    )
+
     # --- model ---------------------------------------------------------
     # 512 is what the yardsticks of the field use; the word embeddings are as
     # wide, so that the deep output adds the three without a projection more.
@@ -186,8 +197,10 @@ class Config:
     )
 
     # --- training ------------------------------------------------------
+    # On Flickr8k the validation loss is lowest after seven epochs of a
+    # schedule of twelve; eight lets the learning rate fall in time.
     epochs: int = _setting(
-        "training", 12, "passes over the training captions", least=1
+        "training", 8, "passes over the training captions", least=1
     )
     # Counted in measurements of CIDEr, not in epochs.
     patience: int = _setting(
@@ -237,9 +250,10 @@ class Config:
         "weight of the doubly stochastic attention penalty",
         least=0,
     )
+    # With less, Flickr8k's 30,000 captions are learned by heart.
     word_dropout: float = _setting(
         "training",
-        0.3,
+        0.4,
         "dropout on the word embeddings and annotation vectors",
         least=0,
         most=0.95,
@@ -318,7 +332,9 @@ class Config:
 
 
 def _check(each: dataclasses.Field, value: Any) -> None:
-    """Holds a value against the limits of its field."""
+    """Holds a value against the kind and the limits of its field."""
+    if not isinstance(value, (int, float) if each.type is float else each.type):
+        raise UserError(f"{each.name} {value!r} is no {each.type.__name__}")
     least, most = each.metadata.get("least"), each.metadata.get("most")
     if least is not None and not value >= least:
         raise UserError(f"{each.name} {value} is below {least}")

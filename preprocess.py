@@ -2,12 +2,17 @@
 
     python preprocess.py
     python preprocess.py --dataset flickr30k
+    python preprocess.py --dataset flickr30k --worker 0/4
 
 Reads the dataset in data/<dataset>/ (the default one, `sample`, is drawn on
 the spot), runs every image once through the frozen encoder, and leaves the
 result in data/cache/<dataset>/. Killed half-way, it goes on where it stopped.
+Of several workers (0/4, 1/4, 2/4 and 3/4), which may run on machines that share
+the disk, each encodes its part of the images, and the last to end writes the
+rest.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,34 @@ from captioning import command
 from config import SPLITS, Config, UserError
 
 
+def read_worker(text: str) -> tuple[int, int]:
+    """The number of a worker and how many there are, of `0/4`."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise argparse.ArgumentTypeError(
+            f"wants a number from 0 and how many there are, like 0/4, not "
+            f"{text!r}"
+        )
+    return int(number), int(of)
+
+
+ACTIONS = [
+    command.Action(
+        "--worker",
+        {
+            "type": read_worker,
+            "default": None,
+            "metavar": "NUMBER/WORKERS",
+            "help": "encode only this part of the images, from 0/4 to 3/4; "
+            "the last worker to end completes the cache",
+        },
+    )
+]
+
+
 def main(arguments: command.Arguments) -> None:
     """Preprocesses a dataset."""
-    from captioning import datasets, prepared
-    from captioning.files import lock
+    from captioning import datasets, prepared, workers
 
     config = arguments.config
     directory = dataset_directory(config)
@@ -30,18 +59,16 @@ def main(arguments: command.Arguments) -> None:
     dataset = limit(config, dataset)
     check_splits(config, dataset)
     place = prepared.folder(config)
-    with lock(place):
-        skipped, repaired = encode_images(config, dataset)
-        skipped = dataset.skipped + skipped
-        dataset = dataset._replace(
-            skipped=skipped,
-            repaired=dataset.repaired + repaired,
-            table=without(dataset.table, [image for image, _ in skipped]),
-        )
+    worker = arguments.actions.worker
+    if worker and not encode_part(config, dataset, *worker):
+        return
+    with workers.alone(place):
+        dataset, duplicates, folder = encode_images(config, dataset)
         check_skipped(config, dataset)
         check_splits(config, dataset)
-        words = prepared.save(config, dataset)
-    report(dataset, len(words), place)
+        words = prepared.save(config, dataset, duplicates)
+        workers.clear(folder)
+    report(dataset, len(words), len(duplicates))
     print(f"Wrote {place}. Next: {command.next_line('train.py', arguments)}")
 
 
@@ -85,9 +112,16 @@ def check_splits(config: Config, dataset: Any) -> None:
 
 
 def check_skipped(config: Config, dataset: Any) -> None:
-    """Stops where too many images are unusable."""
+    """Stops where too many images are unusable.
+
+    Images that the dataset has put in no split are not: nothing is wrong
+    with them.
+    """
+    from captioning.datasets import UNSPLIT
+
     there = set(dataset.table["image"])
-    lost = {image for image, _ in dataset.skipped} - there
+    lost = {i for i, reason in dataset.skipped if reason not in UNSPLIT}
+    lost -= there
     share = len(lost) / max(len(lost) + len(there), 1)
     if share > config.max_skipped_share:
         image, reason = next(p for p in dataset.skipped if p[0] in lost)
@@ -98,8 +132,73 @@ def check_skipped(config: Config, dataset: Any) -> None:
         )
 
 
-def encode_images(config: Config, dataset: Any) -> Any:
-    """Fills the feature cache; returns what was skipped and repaired."""
+def encode_part(config: Config, dataset: Any, number: int, of: int) -> bool:
+    """Does the part of one worker.
+
+    What it skips is looked at again, and told, by the one that completes the
+    cache.
+
+    Args:
+        config: its data and encoder fields.
+        dataset: the whole of it.
+        number: of this worker, from 0.
+        of: how many workers there are.
+
+    Returns:
+        Whether it was the last, and shall complete the cache.
+    """
+    from captioning import extraction, prepared, workers
+
+    place = prepared.folder(config)
+    with workers.worker(place, number):
+        cache, names, build = open_cache(config, dataset)
+        workers.begin_part(cache.folder, number, of)
+        part = extraction.share(names, number, of)
+        extraction.fill(
+            cache, dataset.images_dir, part, config.image_size, build
+        )
+        others = workers.end_part(place, cache.folder, number, of)
+    if others:
+        print(
+            f"Worker {number}/{of} has done its part. Still to end: "
+            f"{', '.join(f'{n}/{of}' for n in others)}. The last completes "
+            f"{place}; one that was stopped goes on where it was."
+        )
+    return not others
+
+
+def encode_images(config: Config, dataset: Any) -> tuple[Any, Any, Path]:
+    """Fills the feature cache.
+
+    Returns:
+        The dataset without the images that cannot be used, and with what was
+        skipped and repaired; pairs of images with equal pixels in different
+        splits; the folder of the features.
+    """
+    from captioning import datasets, extraction
+
+    cache, names, build = open_cache(config, dataset)
+    notes = extraction.fill(
+        cache, dataset.images_dir, names, config.image_size, build
+    )
+    table = without(dataset.table, [image for image, _ in notes.skipped])
+    dataset = dataset._replace(
+        skipped=dataset.skipped + notes.skipped,
+        repaired=dataset.repaired + notes.repaired,
+        table=table,
+    )
+    digests = extraction.digests(cache, table["image"].unique())
+    duplicates = datasets.equal_pixels_across_splits(digests, table)
+    return dataset, duplicates, cache.folder
+
+
+def open_cache(config: Config, dataset: Any) -> tuple[Any, list[str], Any]:
+    """Opens the feature cache for writing.
+
+    Returns:
+        The cache, the names of the rows that are wanted, and a function that
+        builds the encoder.
+    """
     command.import_keras()
     import cv2
     import keras
@@ -110,7 +209,12 @@ def encode_images(config: Config, dataset: Any) -> Any:
     weights = model.encoder_weights(config)
     description = model.describe_features(config, weights)
     precision = backend.set_precision(config)
-    names = list(dataset.table["image"].unique())
+    table = dataset.table.drop_duplicates("image")
+    # Only training looks at mirrored views.
+    mirrored = table["image"][table["split"] == "train"]
+    names = extraction.views(
+        table["image"], mirrored if config.feature_views == 2 else []
+    )
     cache = features.create(
         prepared.folder(config) / features.key(description),
         description,
@@ -130,12 +234,10 @@ def encode_images(config: Config, dataset: Any) -> Any:
         )
         return model.build_encoder(config, weights).predict_on_batch
 
-    return extraction.fill(
-        cache, dataset.images_dir, names, config.image_size, build
-    )
+    return cache, names, build
 
 
-def report(dataset: Any, words: int, place: Path) -> None:
+def report(dataset: Any, words: int, duplicates: int) -> None:
     """Says what was made."""
     images = dataset.table.drop_duplicates("image")["split"].value_counts()
     captions = dataset.table["split"].value_counts()
@@ -150,7 +252,12 @@ def report(dataset: Any, words: int, place: Path) -> None:
         f"skipped, {len(dataset.repaired):,} repaired (skipped.csv, "
         "repaired.csv)"
     )
+    if duplicates:
+        print(
+            f"  {duplicates:,} pairs of images with equal pixels lie in two "
+            "splits (duplicates.csv)"
+        )
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__)
+    command.run(main, __doc__, ACTIONS)

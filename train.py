@@ -54,6 +54,7 @@ def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
 
     import model as captioning_model
     from captioning import backend, callbacks, prepared, runs
+    from captioning.features import MIRRORED
 
     keras.utils.set_random_seed(config.seed)
     precision = backend.set_precision(config)
@@ -62,8 +63,12 @@ def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
     cache, rows = prepared.load_features(config, description, train.images)
     _, val_rows = prepared.load_features(config, description, val.images)
     runs.begin(config, place, words, description, cache.features.shape[1:])
+    mirrored = None
+    if config.feature_views == 2:
+        names = [image + MIRRORED for image in train.images]
+        _, mirrored = prepared.load_features(config, description, names)
     batches, val_batches = make_batches(
-        config, cache, (rows, val_rows), (train, val), words
+        config, cache, (rows, val_rows), (train, val), words, mirrored
     )
     decoder = captioning_model.build_model(
         config, len(words), cache.features.shape[-1]
@@ -97,18 +102,35 @@ def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
 
 
 def make_batches(
-    config: Config, cache: Any, rows: Any, splits: Any, words: Any
+    config: Config,
+    cache: Any,
+    rows: Any,
+    splits: Any,
+    words: Any,
+    mirrored: Any = None,
 ) -> list[Any]:
-    """Batches of the training and of the validation split."""
+    """Batches of the training and of the validation split.
+
+    Args:
+        config: its training fields.
+        cache: the features.
+        rows: the row of each image, int (images,), of both splits.
+        splits: both, from `prepared.load_split`.
+        words: the vocabulary.
+        mirrored: the row of the mirrored view of each training image.
+    """
+    import numpy as np
+
     from captioning.batches import CaptionBatches
-    from captioning.vocabulary import encode
+    from captioning.vocabulary import encode, names_a_side
 
     made = []
-    for split_rows, split, seed, number in zip(
+    for split_rows, split, seed, number, other_views in zip(
         rows,
         splits,
         (config.seed, None),
         (config.captions_per_image, 0),
+        (mirrored, None),
         strict=True,
     ):
         captions = [
@@ -123,6 +145,11 @@ def make_batches(
                 config.batch_images,
                 number,
                 seed,
+                other_views,
+                [
+                    np.array([names_a_side(caption) for caption in tokens])
+                    for tokens in split.tokens
+                ],
             )
         )
     return made

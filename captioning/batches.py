@@ -58,9 +58,9 @@ def pack(rows: np.ndarray, image: np.ndarray, padded: bool = False) -> Packed:
 class CaptionBatches(keras.utils.PyDataset):
     """Batches of images, each with several of its captions.
 
-    The order of an epoch depends on the seed and the number of the epoch
-    alone, so that a run that goes on in the middle sees what it would have
-    seen.
+    The order of an epoch, and which images are mirrored in it, depend on the
+    seed and the number of the epoch alone, so that a run that goes on in the
+    middle sees what it would have seen.
 
     Args:
         features: float16 (rows, regions, channels), memory-mapped.
@@ -69,6 +69,11 @@ class CaptionBatches(keras.utils.PyDataset):
         batch_images: images a batch.
         captions_per_image: captions of each image a batch; 0 takes all.
         seed: of the order; None keeps the order of the images.
+        mirrored: the row of each image's mirrored view, int (images,); None
+            shows every image as it is. Which view an image is shown in is
+            drawn anew every epoch.
+        sided: for each image bool (its captions,): which captions name a
+            side, and are wrong of the mirrored view.
     """
 
     def __init__(
@@ -79,12 +84,15 @@ class CaptionBatches(keras.utils.PyDataset):
         batch_images: int,
         captions_per_image: int = 0,
         seed: int | None = None,
+        mirrored: np.ndarray | None = None,
+        sided: Sequence[np.ndarray] = (),
     ) -> None:
         super().__init__()
         self.features, self.rows, self.captions = features, rows, captions
         self.batch_images = batch_images
         self.captions_per_image = captions_per_image
         self.seed = seed
+        self.mirrored, self.sided = mirrored, sided
         self.lengths = np.array(
             [np.count_nonzero(each, axis=1).max() for each in captions]
         )
@@ -100,6 +108,23 @@ class CaptionBatches(keras.utils.PyDataset):
         ]
         if self.seed is not None:
             self.order = self._shuffled()
+        self.shown = self.rows  # the row of the view of each image
+        if self.mirrored is not None:
+            mirrors = self._mirrors()  # bool (images,)
+            self.shown = np.where(mirrors, self.mirrored, self.rows)
+
+    def _mirrors(self) -> np.ndarray:
+        """Which images are mirrored in this epoch, bool (images,).
+
+        Half of those of which no caption that is up names a side.
+        """
+        # A stream of its own: the order of the images stays as it is.
+        generator = np.random.default_rng((self.seed or 0, self.epoch, 1))
+        mirrors = generator.random(len(self.rows)) < 0.5
+        for image, sided in enumerate(self.sided):
+            if sided.any() and sided[self._up(image)].any():
+                mirrors[image] = False
+        return mirrors
 
     def _shuffled(self) -> list[np.ndarray]:
         generator = np.random.default_rng((self.seed, self.epoch))
@@ -120,11 +145,11 @@ class CaptionBatches(keras.utils.PyDataset):
     def __getitem__(self, place: int) -> tuple[dict[str, Any], Any, Any]:
         """A batch: inputs, targets (tokens,), weights (tokens,)."""
         images = self.order[place + self.skip]
-        captions = [self._chosen(image) for image in images]
+        captions = [self.captions[image][self._up(image)] for image in images]
         numbers = [len(each) for each in captions]
         rows = np.concatenate(captions)
         owners = np.repeat(np.arange(len(images), dtype=np.int32), numbers)
-        features = self.features[self.rows[images]]
+        features = self.features[self.shown[images]]
         if not PACKED:
             features, rows, owners = self._padded(features, rows, owners)
         packed = pack(rows, owners, padded=not PACKED)
@@ -138,14 +163,13 @@ class CaptionBatches(keras.utils.PyDataset):
         weights = (packed.targets != PAD).astype(np.float32)
         return inputs, packed.targets, weights
 
-    def _chosen(self, image: int) -> np.ndarray:
-        """The captions of an image that are up in this epoch."""
-        captions = self.captions[image]
-        number = self.captions_per_image
-        if not number or len(captions) <= number:
-            return captions
+    def _up(self, image: int) -> np.ndarray:
+        """Which captions of an image are up in this epoch."""
+        captions, number = len(self.captions[image]), self.captions_per_image
+        if not number or captions <= number:
+            return np.arange(captions)
         first = self.epoch * number
-        return captions[(first + np.arange(number)) % len(captions)]
+        return (first + np.arange(number)) % captions
 
     def _padded(
         self, features: np.ndarray, rows: np.ndarray, owners: np.ndarray

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import shlex
 import signal
@@ -201,7 +202,10 @@ def run(
         code = DONE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{script}: {where}{error.strerror or error}", file=sys.stderr)
+        told = f"{where}{error.strerror or error}"
+        if error.errno == errno.ENOSPC:
+            told += ": make room and run it again, nothing is lost"
+        print(f"{script}: {told}", file=sys.stderr)
         code = FAILED
     raise SystemExit(code)
 

@@ -42,6 +42,9 @@ _SPLIT_LISTS = (
     r"(?:^|/)Flickr_8k\.(train|dev|test)Images\.txt$",
     r"(?:^|/)karpathy_splits/(train|val|dev|test)\.txt$",
 )
+# Why an image is left out that the dataset itself leaves out: nothing is wrong
+# with it.
+UNSPLIT = ("no split that is known", "in no split list")
 # Control characters, line and paragraph separators, surrogates, BOM.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")
 
@@ -613,10 +616,10 @@ def _split(
     images = {row.image for row in rows}
     if any(row.split for row in rows):
         pairs = [(row.image, _split_name(row.split)) for row in rows]
-        how, reason = "split as in the file", "no split that is known"
+        how, reason = "split as in the file", UNSPLIT[0]
     else:
         how, pairs = _read_lists(directory, folders, images, notes)
-        reason = "in no split list"
+        reason = UNSPLIT[1]
     if how:
         splits = _one_split(pairs, images, notes)
     else:

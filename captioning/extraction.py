@@ -1,5 +1,8 @@
 """Runs images through the frozen encoder into the feature cache."""
 
+import functools
+import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +17,9 @@ from captioning import features
 from captioning.images import UnusableImage, read_image
 
 BATCH = 32  # images a forward pass
-READERS = 2  # threads; OpenCV and Pillow decode outside of Python's lock
+# Threads; OpenCV and Pillow decode outside of Python's lock. A photograph of
+# the largest size takes 300 MB while it is decoded, so there are few.
+READERS = min(os.cpu_count() or 2, 8)
 AHEAD = 3  # batches read while the encoder works
 COMMIT_SECONDS = 10.0  # between two marks on disk of what is finished
 
@@ -34,14 +39,54 @@ class Read(NamedTuple):
     name: str
     pixels: np.ndarray | None  # uint8 RGB (size, size, 3)
     reason: str  # why it is skipped, or what was repaired
+    digest: bytes = b""  # of the pixels, features.DIGEST_BYTES
 
 
 def read(images_dir: Path, name: str, size: int) -> Read:
-    """Reads one image, or says why it cannot be used."""
+    """Reads one view of an image, or says why it cannot be used.
+
+    Args:
+        images_dir: where the images are.
+        name: of the image; with features.MIRRORED at its end, the image is
+            mirrored.
+        size: the side to resize it to, in pixels.
+    """
+    image = name.removesuffix(features.MIRRORED)
     try:
-        return Read(name, *read_image(images_dir / name, size))
+        pixels, repairs = read_image(images_dir / image, size)
     except UnusableImage as error:
         return Read(name, None, str(error))
+    if image != name:
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
+    digest = hashlib.blake2b(pixels, digest_size=features.DIGEST_BYTES)
+    return Read(name, pixels, repairs, digest.digest())
+
+
+def views(images: Sequence[str], mirrored: Sequence[str]) -> list[str]:
+    """The names of the rows of images and of their mirrored views.
+
+    Args:
+        images: whose plain view is wanted.
+        mirrored: whose mirrored view is wanted too.
+    """
+    return [*images, *(image + features.MIRRORED for image in mirrored)]
+
+
+def share(names: Sequence[str], number: int, of: int) -> list[str]:
+    """The part of the rows that is up to one of several workers.
+
+    Whole batches, so that a worker writes rows that follow each other.
+
+    Args:
+        names: of all rows.
+        number: of the worker, from 0.
+        of: how many workers there are.
+    """
+    return [
+        name
+        for place, name in enumerate(names)
+        if place // BATCH % of == number
+    ]
 
 
 def read_ahead(
@@ -97,28 +142,26 @@ def fill(
     Args:
         cache: from `features.create`.
         images_dir: where the images are.
-        names: the images that are wanted.
+        names: of the rows that are wanted: images, and with features.MIRRORED
+            at the end their mirrored views.
         size: the side to resize them to, in pixels.
         build: makes the encoder; called only if there is work for it.
 
     Returns:
-        What was skipped and what was repaired, in this run or before.
+        What was skipped and what was repaired, in this run or before, sorted.
     """
-    state = {name: cache.finished[cache.row[name]] for name in names}
-    todo = [name for name in names if not state[name]]
-    notes = Notes([], [])
-    # What was put right in a run before is told again; only the reason is
-    # wanted, and few images need it.
-    for name in names:
-        if state[name] == REPAIRED:
-            found = read(images_dir, name, size)
-            notes.repaired.append((name, found.reason))
-    if not todo:
-        return notes
-    encoder = build()
+    todo = [name for name in names if not cache.finished[cache.row[name]]]
+    notes = _look_again(cache, images_dir, names, size)
+    encoder = functools.cache(build)
     marks: dict[int, int] = {}
     last = time.monotonic()
-    bar = tqdm(total=len(names), initial=len(names) - len(todo), unit="image")
+    bar = tqdm(
+        total=len(names),
+        initial=len(names) - len(todo),
+        unit="image",
+        delay=0.1,  # after what `build` has to say
+        disable=not todo,
+    )
     try:
         with bar:
             for batch in read_ahead(images_dir, todo, size):
@@ -129,22 +172,64 @@ def fill(
                     marks, last = {}, time.monotonic()
     finally:
         features.commit(cache, marks)
+    return Notes(sorted(set(notes.skipped)), sorted(set(notes.repaired)))
+
+
+def _look_again(
+    cache: features.Cache, images_dir: Path, names: Sequence[str], size: int
+) -> Notes:
+    """Reads finished images of which something is to be told again.
+
+    What was put right in a run before is told in every run; only the reason
+    is wanted, and few images need it. Rows of a cache from before there were
+    digests get theirs.
+    """
+    notes = Notes([], [])
+    known = features.load_digests(cache).any(axis=1)  # (rows,)
+    again = [
+        name
+        for name in names
+        if (mark := cache.finished[cache.row[name]])
+        and (mark == REPAIRED or not known[cache.row[name]])
+        and not name.endswith(features.MIRRORED)
+    ]
+    for batch in read_ahead(images_dir, again, size):
+        # Of a file that has gone since, the features are there all the same.
+        good = [each for each in batch if each.pixels is not None]
+        rows = [cache.row[each.name] for each in good]
+        features.write_digests(cache, rows, [each.digest for each in good])
+        notes.repaired.extend((e.name, e.reason) for e in good if e.reason)
     return notes
 
 
 def _encode_batch(
     cache: features.Cache,
     batch: list[Read],
-    encoder: Callable[[np.ndarray], np.ndarray],
+    encoder: Callable[[], Callable[[np.ndarray], np.ndarray]],
     notes: Notes,
 ) -> dict[int, int]:
     """Encodes and writes a batch; returns the marks of its rows."""
-    notes.skipped.extend((r.name, r.reason) for r in batch if r.pixels is None)
     good = [each for each in batch if each.pixels is not None]
+    for each in batch:
+        image = each.name.removesuffix(features.MIRRORED)
+        if each.pixels is None:
+            notes.skipped.append((image, each.reason))
+        elif each.reason:
+            notes.repaired.append((image, each.reason))
     if not good:
         return {}
-    notes.repaired.extend((r.name, r.reason) for r in good if r.reason)
     rows = [cache.row[each.name] for each in good]
-    cache.features[rows] = encode([each.pixels for each in good], encoder)
+    values = encode([each.pixels for each in good], encoder())
+    features.write(cache, rows, values, [each.digest for each in good])
     marks = [REPAIRED if each.reason else 1 for each in good]
     return dict(zip(rows, marks, strict=True))
+
+
+def digests(cache: features.Cache, images: Sequence[str]) -> dict[str, str]:
+    """Image -> digest of its pixels, of all images that are finished."""
+    table = features.load_digests(cache)
+    return {
+        image: table[cache.row[image]].tobytes().hex()
+        for image in images
+        if table[cache.row[image]].any()
+    }

@@ -1,12 +1,15 @@
 """The feature cache on disk: one memory-mapped float16 array.
 
 A folder holds `features.npy` (images, regions, channels), `images.csv` (row
--> image), `meta.json` (what the features depend on) and `finished.bin` (one
-byte a row, not 0 once the row's bytes are on disk). The array is filled in
-place; only rows that `finished.bin` names count.
+-> image), `meta.json` (what the features depend on), `digests.bin` (16 bytes a
+row, of the image's pixels) and `finished.bin` (one byte a row, not 0 once the
+row's other bytes are on disk). The array is filled in place; only rows that
+`finished.bin` names count. Rows are only ever appended, so that a cache grows
+with its dataset and, by mirrored views, with `feature_views`.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,12 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from captioning.files import write_csv, write_text
+from captioning.files import lock, write_csv, write_text
 from config import UserError
 
 # Raised when images are read or resized differently, so that caches made
 # before are not mixed with new ones.
 PREPROCESSING = "opencv-area-1"
+# Follows the name of an image in images.csv where the row holds its mirrored
+# view. Names are normalised, so none of them has two slashes in a row.
+MIRRORED = "//mirrored"
+DIGEST_BYTES = 16
 
 
 class Cache(NamedTuple):
@@ -63,34 +70,41 @@ def create(
 ) -> Cache:
     """Opens a cache for writing; makes it, or makes it longer, if need be.
 
-    Images that the cache knows keep their rows; new ones follow.
+    Images that the cache knows keep their rows; new ones follow. Several
+    processes may call it at once.
 
     Args:
         folder: where the cache is.
         description: from `describe`.
         versions: of the software, recorded and not compared.
-        images: the names of all images that are wanted.
+        images: the names of all images that are wanted; one that ends in
+            MIRRORED is the mirrored view of an image.
         shape: (regions, channels).
 
     Raises:
         UserError: if the disk is too small, or what is there does not fit.
     """
-    names = _names(folder) if (folder / "images.csv").exists() else []
-    known = set(names)
-    names += [name for name in images if name not in known]
-    shape = (len(names), *shape)
-    _check_disk(folder, shape)
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "meta.json").exists():
-        _check_meta(folder, description)
-    else:
-        meta = {**description, "versions": versions}
-        write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-    write_csv(folder / "images.csv", {"image": names})
-    _lengthen(folder / "features.npy", shape)
-    with open(folder / "finished.bin", "ab") as handle:
-        handle.truncate(len(names))
-    return _map(folder, names, shape, "r+")
+    with lock(folder, wait=True):
+        made = (folder / "meta.json").exists()
+        if made:
+            _check_meta(folder, description)
+        marked = _check_files(folder, shape)
+        names = _names(folder) if (folder / "images.csv").exists() else []
+        known = set(names)
+        names += [name for name in images if name not in known]
+        shape = (len(names), *shape)
+        _check_disk(folder, shape)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not made:
+            meta = {**description, "versions": versions}
+            write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+        write_csv(folder / "images.csv", {"image": names})
+        # finished.bin comes last: its rows are in the other files, whenever
+        # the process ends.
+        _lengthen_array(folder / "features.npy", shape, marked == 0)
+        _lengthen(folder / "digests.bin", DIGEST_BYTES * len(names))
+        _lengthen(folder / "finished.bin", len(names))
+        return _map(folder, names, shape, "r+")
 
 
 def load(folder: Path, description: dict[str, Any]) -> Cache:
@@ -110,6 +124,38 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
     return _map(folder, names, None, "r")
 
 
+def write(
+    cache: Cache,
+    rows: Sequence[int],
+    values: np.ndarray,
+    digests: Sequence[bytes],
+) -> None:
+    """Writes rows to the disk; `commit` makes them count.
+
+    Not through the memory map: a write tells of a full disk by an error, a
+    map by killing the process; and of two machines that write to one page of
+    a network disk through maps, one undoes what the other wrote.
+
+    Args:
+        cache: from `create`.
+        rows: where to.
+        values: float16 (rows, regions, channels).
+        digests: of the pixels of each row, DIGEST_BYTES.
+    """
+    path, start = cache.folder / "features.npy", cache.features.offset
+    _write_rows(path, start, rows, values)
+    write_digests(cache, rows, digests)
+
+
+def write_digests(
+    cache: Cache, rows: Sequence[int], digests: Sequence[bytes]
+) -> None:
+    """Writes the digests of the pixels of some rows."""
+    values = np.frombuffer(b"".join(digests), np.uint8)
+    values = values.reshape(len(rows), DIGEST_BYTES)
+    _write_rows(cache.folder / "digests.bin", 0, rows, values)
+
+
 def commit(cache: Cache, marks: Mapping[int, int]) -> None:
     """Marks rows as finished, after their bytes are on disk.
 
@@ -118,8 +164,20 @@ def commit(cache: Cache, marks: Mapping[int, int]) -> None:
         marks: row -> what to write for it in `finished`.
     """
     cache.features.flush()
-    cache.finished[list(marks)] = list(marks.values())
-    cache.finished.flush()
+    rows = sorted(marks)
+    values = np.array([marks[row] for row in rows], np.uint8)
+    _write_rows(cache.folder / "finished.bin", 0, rows, values)
+
+
+def load_digests(cache: Cache) -> np.ndarray:
+    """The digests of the pixels of all rows, uint8 (rows, DIGEST_BYTES).
+
+    Equal digests are equal pixels, as the encoder sees them. Only zeros: not
+    known, because the row is not finished or the cache older than digests.
+    """
+    table = np.fromfile(cache.folder / "digests.bin", np.uint8)
+    table = table.reshape(-1, DIGEST_BYTES)[: len(cache.finished)]
+    return table * (cache.finished[:, None] != 0)
 
 
 def channel_statistics(
@@ -165,8 +223,9 @@ def _names(folder: Path) -> list[str]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         return table["image"].tolist()
     except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} cannot be read ({error}): delete {folder} and run "
+            f"{path} cannot be read ({reason}): delete {folder} and run "
             "preprocess.py again"
         ) from None
 
@@ -174,8 +233,8 @@ def _names(folder: Path) -> list[str]:
 def _check_meta(folder: Path, description: dict[str, Any]) -> None:
     path = folder / "meta.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
         found = {}
     for name, wanted in description.items():
         if found.get(name) != wanted:
@@ -201,28 +260,120 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
         )
 
 
-def _lengthen(path: Path, shape: tuple[int, ...]) -> None:
+def _check_files(folder: Path, shape: tuple[int, int]) -> int:
+    """Holds the files of a cache that grows against each other.
+
+    What is missing or cut off would be filled up with zeros, and count.
+
+    Returns:
+        How many rows `finished.bin` has; 0 if the cache is still to be made.
+    """
+    path = folder / "finished.bin"
+    marked = path.stat().st_size if path.exists() else 0
+    if not marked:
+        return 0
+    advice = f"delete {folder} and run preprocess.py again"
+    for name in ("meta.json", "images.csv"):
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name} is missing: {advice}")
+    named = len(_names(folder))
+    if named < marked:
+        raise UserError(
+            f"{folder / 'images.csv'} names {named} images where {marked} rows "
+            f"are wanted: {advice}"
+        )
+    path = folder / "features.npy"
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} does not fit ({error}): {advice}") from None
+    fits = found.shape[1:] == shape and found.dtype == np.float16
+    if not fits or len(found) < marked:
+        raise UserError(
+            f"{path} has the shape {found.shape} where {(marked, *shape)} is "
+            f"wanted: {advice}"
+        )
+    return marked
+
+
+def _lengthen_array(path: Path, shape: tuple[int, ...], anew: bool) -> None:
     """Makes features.npy as long as `shape` says, keeping what it holds.
 
     numpy leaves room in the header for the first dimension to grow, so that
     the header can be written anew in front of the rows.
     """
-    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-    with open(path, "r+b" if path.exists() else "w+b") as handle:
-        handle.seek(0, os.SEEK_END)
-        old = handle.tell()
-        handle.seek(0)
-        np.lib.format.write_array_header_1_0(handle, header)
-        offset = handle.tell()
-        size = offset + 2 * int(np.prod(shape, dtype=np.int64))
-        if size != old:
-            handle.truncate(size)
-            # Reserved now: a disk that fills up later would kill the process
-            # with a bus error where it writes to the memory map.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, size)
+    header = io.BytesIO()
+    fields = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    size = header.tell() + 2 * int(np.prod(shape, dtype=np.int64))
+    if anew:
+        path.unlink(missing_ok=True)
+    _lengthen(path, size)
+    with open(path, "r+b") as handle:
+        handle.write(header.getvalue())
         handle.flush()
         os.fsync(handle.fileno())
+
+
+def _lengthen(path: Path, size: int) -> None:
+    """Makes a file `size` bytes long; what is new is 0, and reserved.
+
+    Reserved, so that a disk that fills up later does not stop what was begun.
+    """
+    with open(path, "ab") as handle:
+        old = handle.tell()
+        if size <= old:
+            return
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), old, size - old)
+            else:
+                handle.truncate(size)
+        except OSError as error:
+            handle.truncate(old)
+            error.filename = str(path)
+            raise
+        os.fsync(handle.fileno())
+
+
+def _write_rows(
+    path: Path, start: int, rows: Sequence[int], values: np.ndarray
+) -> None:
+    """Writes rows of equal length; what follows each other at once.
+
+    Args:
+        path: the file.
+        start: where its row 0 begins, in bytes.
+        rows: where to.
+        values: (rows, ...).
+    """
+    if not len(rows):
+        return
+    width = values[0].nbytes
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    try:
+        with open(path, "r+b", opener=_open_synchronous) as handle:
+            for first, some in zip(
+                np.split(np.asarray(rows), breaks),
+                np.split(values, breaks),
+                strict=True,
+            ):
+                handle.seek(start + int(first[0]) * width)
+                handle.write(np.ascontiguousarray(some).data.cast("B"))
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def _open_synchronous(path: str, flags: int) -> int:
+    """Opens a file whose writes are on the disk when they return.
+
+    Network disks then send the bytes that were written and no others; else
+    they may send the whole page, with old bytes of other machines' rows.
+    """
+    return os.open(path, flags | getattr(os, "O_DSYNC", 0))
 
 
 def _map(
@@ -233,7 +384,7 @@ def _map(
     try:
         features = np.load(path, mmap_mode=mode)
         finished = np.memmap(folder / "finished.bin", np.uint8, mode)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} does not fit ({error}): {advice}") from None
     expected = (len(names), *(shape or features.shape)[1:])
     fits = features.shape == expected and features.dtype == np.float16

@@ -52,13 +52,14 @@ def write_csv(path: Path, rows: Any, columns: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path, wait: bool = False) -> Iterator[None]:
     """Holds a lock that ends with the process, however that ends.
 
     Args:
         path: the folder that is locked. The lock file lies beside it, so
             that the folder can be moved; it stays, and means nothing by
             itself.
+        wait: for another process to release it, instead of raising.
 
     Raises:
         UserError: if another process holds it.
@@ -67,7 +68,7 @@ def lock(path: Path) -> Iterator[None]:
     locked, path = path, path.with_name(f".{path.name}.lock")
     with open(path, "a+") as handle:
         try:
-            _lock(handle)
+            _lock(handle, wait)
         except OSError:
             raise UserError(
                 f"another process is at work on {locked}: wait for it to end"
@@ -75,12 +76,13 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _lock(handle: Any) -> None:
+def _lock(handle: Any, wait: bool) -> None:
     if os.name == "nt":
         import msvcrt
 
-        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK
+        msvcrt.locking(handle.fileno(), mode, 1)
     else:
         import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

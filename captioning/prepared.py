@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from captioning.vocabulary import Vocabulary
 from config import SPLITS, Config, UserError, group
 
 TABLE = ["image", "split", "caption", "tokens"]
+# A photograph that lies in two splits under two names.
+DUPLICATES = ["image", "split", "other_image", "other_split"]
 
 
 class Split(NamedTuple):
@@ -49,12 +51,17 @@ def folder(config: Config) -> Path:
     return Path(config.data_dir) / "cache" / name
 
 
-def save(config: Config, dataset: Dataset) -> Vocabulary:
+def save(
+    config: Config,
+    dataset: Dataset,
+    duplicates: Sequence[tuple[str, str]] = (),
+) -> Vocabulary:
     """Tokenises the captions, builds the vocabulary and writes both.
 
     Args:
         config: its data fields.
         dataset: its table and what was skipped and repaired.
+        duplicates: pairs of images with equal pixels in different splits.
 
     Returns:
         The vocabulary of the training split.
@@ -81,6 +88,9 @@ def save(config: Config, dataset: Dataset) -> Vocabulary:
     columns = ["image", "reason"]
     write_csv(place / "skipped.csv", dataset.skipped, columns)
     write_csv(place / "repaired.csv", [*dataset.repaired, *cut], columns)
+    splits = dict(zip(table["image"], table["split"], strict=True))
+    pairs = [(a, splits[a], b, splits[b]) for a, b in duplicates]
+    write_csv(place / "duplicates.csv", pairs, DUPLICATES)
     fields = {name: getattr(config, name) for name in group("data")}
     fields["images_dir"] = str(dataset.images_dir.resolve())
     write_text(place / "dataset.json", json.dumps(fields, indent=2) + "\n")
@@ -157,7 +167,8 @@ def load_features(
     if missing:
         raise UserError(
             f"{cache.folder} lacks the features of {missing:,} images: run "
-            "preprocess.py again, it goes on where it stopped"
+            "preprocess.py again with the same flags, it goes on where it "
+            "stopped"
         )
     return cache, rows
 

@@ -43,12 +43,15 @@ def load_config(place: Path) -> Config:
     path = place / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+        known = {each.name for each in dataclasses.fields(Config)}
+        return Config(**{k: v for k, v in fields.items() if k in known})
     except FileNotFoundError:
         raise UserError(_no_run(place)) from None
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    known = {each.name for each in dataclasses.fields(Config)}
-    return Config(**{k: v for k, v in fields.items() if k in known})
+    except (ValueError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): train the run anew with "
+            "train.py --fresh"
+        ) from None
 
 
 def _no_run(place: Path) -> str:
@@ -236,8 +239,12 @@ def load_features(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     path = place / "features.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        return description, tuple(description.pop("shape"))
-    except (OSError, ValueError, KeyError) as error:
+        regions, channels = description.pop("shape")
+        return description, (regions, channels)
+    except (
+        *(OSError, ValueError, KeyError),
+        *(AttributeError, TypeError),
+    ) as error:
         raise UserError(
             f"{path} cannot be read ({error}): train the run anew with "
             "train.py --fresh"
@@ -307,11 +314,16 @@ def load_state(place: Path, variables: list[Any]) -> None:
         UserError: if they are not the same variables.
     """
     path = place / "last" / "state.npz"
-    with np.load(path) as state:
-        shapes = [state[str(n)].shape for n in range(len(state.files) - 1)]
-        if shapes != [tuple(v.shape) for v in variables]:
-            raise UserError(
-                f"{path} belongs to another model: start over with --fresh"
-            )
-        for number, variable in enumerate(variables):
-            variable.assign(state[str(number)])
+    try:
+        with np.load(path) as state:
+            values = [state[str(n)] for n in range(len(state.files) - 1)]
+    except Exception as error:  # zipfile and numpy raise many kinds
+        raise UserError(
+            f"{path} cannot be read ({error}): start over with --fresh"
+        ) from None
+    if [each.shape for each in values] != [tuple(v.shape) for v in variables]:
+        raise UserError(
+            f"{path} belongs to another model: start over with --fresh"
+        )
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

@@ -2,10 +2,11 @@
 
 import functools
 import json
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from string import punctuation
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,11 @@ from config import UserError
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 
-# A leading apostrophe stays: Treebank splits "dog's" into "dog" and "'s".
-_EDGES = punctuation.replace("'", "") + "\u2018\u201c\u201d\u2026\u2013\u2014"
+# Words whose meaning a mirror turns round; not "leftover", not "upright".
+_SIDE = re.compile(
+    "(?<![a-z])(left|right)(most|wards?|hand(ed|er)?|side|y|ies)?(?![a-z])"
+    "|clockwise"
+)
 
 
 @functools.cache
@@ -39,9 +43,18 @@ def tokenise(caption: str) -> list[str]:
         Its words in the manner of the Penn Treebank; a word has at least one
         letter or digit, of any script.
     """
-    words = _treebank().tokenize(caption.lower())
-    words = (word.strip(_EDGES) for word in words)
+    caption = caption.lower().replace("\u2019", "'")  # a curly apostrophe
+    words = map(_bare, _treebank().tokenize(caption))
     return [word for word in words if any(map(str.isalnum, word))]
+
+
+def _bare(word: str) -> str:
+    """A word without punctuation and symbols at its ends, in any script.
+
+    Apostrophes stay: Treebank splits "dog's" into "dog" and "'s".
+    """
+    marks = {c for c in word if unicodedata.category(c)[0] in "PS"}
+    return word.strip("".join(marks - {"'"}))
 
 
 class Vocabulary(NamedTuple):
@@ -66,6 +79,15 @@ class Vocabulary(NamedTuple):
                 break
             words.append(self.words[number])
         return words
+
+
+def names_a_side(caption: Sequence[str]) -> bool:
+    """Whether a tokenised caption is wrong of the mirrored image.
+
+    Args:
+        caption: tokens, of English: left, rightmost, left-hand, clockwise.
+    """
+    return any(_SIDE.search(word) for word in caption)
 
 
 def build(captions: Iterable[Sequence[str]], min_count: int) -> Vocabulary:

@@ -1,0 +1,50 @@
+"""Helpers for tests that run preprocess.py with a tiny encoder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+SCRIPT = Path(__file__).parent / "tiny_preprocess.py"
+
+
+def start(folder: Path, *flags: str, pause: float = 0) -> subprocess.Popen:
+    """Starts preprocess.py, with a tiny encoder, on data/photos."""
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--dataset", "photos", *flags],
+        cwd=folder,
+        env={**os.environ, "PAUSE": str(pause)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Waits; gives the exit code, what was printed and the errors."""
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err, err
+    return process.returncode, out, err
+
+
+def make_photos(folder: Path, number: int = 120) -> None:
+    """Images of noise; one is broken and one has alpha."""
+    images = folder / "data" / "photos" / "images"
+    images.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    rows = []
+    for place in range(number):
+        name = f"{place:03d}.png"
+        channels = 4 if place == 7 else 3
+        pixels = generator.integers(0, 256, (32, 32, channels), np.uint8)
+        (images / name).write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+        split = "val" if place % 5 == 0 else "train"
+        rows.append((name, f"a picture of number {place}", split))
+    (images / "041.png").write_bytes(b"no picture")
+    (images / "100.png").write_bytes((images / "003.png").read_bytes())
+    table = pd.DataFrame(rows, columns=["image", "caption", "split"])
+    table.to_csv(images.parent / "captions.csv", index=False)

@@ -1,0 +1,254 @@
+"""Filling the cache: full disks, equal photographs, images left out."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from captioning import extraction, features
+from config import UserError
+from tests.processes import end, make_photos, start
+
+DESCRIPTION = features.describe("tiny", "pixels", "none", 32)
+SHAPE = (32 * 32, 3)
+
+
+def encode(images: np.ndarray) -> np.ndarray:
+    """The pixels themselves: (batch, 32, 32, 3) -> (batch, 1024, 3)."""
+    return images.reshape(len(images), -1, 3).astype(np.float16)
+
+
+def fill(place: Path, folder: Path, encoder=encode) -> extraction.Notes:
+    images = folder / "data" / "photos" / "images"
+    names = sorted(path.name for path in images.iterdir())
+    cache = features.create(place, DESCRIPTION, {}, names, SHAPE)
+    return extraction.fill(cache, images, names, 32, lambda: encoder)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(extraction, "BATCH", 8)
+    monkeypatch.setattr(extraction, "COMMIT_SECONDS", 0.0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB, mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(place)]
+    if not shutil.which("mount") or subprocess.run(command).returncode:
+        pytest.skip("a small disk can be mounted by root on Linux only")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill_up(disk: Path, leave: int = 0) -> Path:
+    """Takes what is left of a disk, but for `leave` bytes."""
+    path = disk / "ballast"
+    free = shutil.disk_usage(disk).free - leave
+    path.write_bytes(bytes(max(free, 0) // 4096 * 4096))
+    return path
+
+
+# --- full disks -----------------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_image(
+    small_disk, tmp_path
+):
+    make_photos(tmp_path)
+    fill_up(small_disk, leave=300_000)
+    with pytest.raises(UserError, match="GB more and the disk has"):
+        fill(small_disk / "cache", tmp_path)
+    assert not (small_disk / "cache" / "features.npy").exists()
+
+
+def test_a_disk_that_fills_up_later_does_not_stop_what_was_reserved(
+    small_disk, tmp_path
+):
+    make_photos(tmp_path)
+    fill(tmp_path / "whole", tmp_path)
+
+    def encode_on_a_full_disk(images: np.ndarray) -> np.ndarray:
+        if not (small_disk / "ballast").exists():
+            fill_up(small_disk)
+        return encode(images)
+
+    fill(small_disk / "cache", tmp_path, encode_on_a_full_disk)
+    assert shutil.disk_usage(small_disk).free == 0
+    for name in ("features.npy", "finished.bin", "digests.bin"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (small_disk / "cache" / name).read_bytes() == whole
+
+
+def test_where_nothing_is_reserved_a_full_disk_loses_nothing(
+    small_disk, tmp_path, monkeypatch
+):
+    make_photos(tmp_path)
+    fill(tmp_path / "whole", tmp_path)
+    monkeypatch.delattr(os, "posix_fallocate")
+    batches = []
+
+    def encode_until_full(images: np.ndarray) -> np.ndarray:
+        batches.append(len(images))
+        if len(batches) == 5:
+            fill_up(small_disk, leave=8192)
+        return encode(images)
+
+    place = small_disk / "cache"
+    with pytest.raises(OSError, match="No space left") as raised:
+        fill(place, tmp_path, encode_until_full)
+    assert raised.value.filename == str(place / "features.npy")
+    done = np.count_nonzero(np.fromfile(place / "finished.bin", np.uint8))
+    assert done == 32, "the four batches before count"
+    (small_disk / "ballast").unlink()
+    batches.clear()
+    fill(place, tmp_path, lambda i: batches.append(len(i)) or encode(i))
+    assert len(batches) == 11, "of 15 batches, four were done"
+    for name in ("features.npy", "finished.bin", "digests.bin"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (place / name).read_bytes() == whole
+
+
+def test_a_full_disk_when_the_tables_are_written_is_one_line(
+    small_disk, tmp_path
+):
+    make_photos(tmp_path)
+    assert end(start(tmp_path))[0] == 0
+    (whole,) = tmp_path.glob("data/cache/*/captions.csv")
+    # All but the captions fits.
+    flags = ("--data-dir", str(small_disk), "--dataset-dir", "data/photos")
+    worker = start(tmp_path, *flags, "--worker", "0/2")
+    assert end(worker)[0] == 0
+    ballast = fill_up(small_disk)
+    code, _, err = end(start(tmp_path, *flags))
+    assert code == 1
+    assert "No space left on device: make room" in err.splitlines()[-1]
+    assert not list(small_disk.rglob("*captions.csv"))
+    (path,) = small_disk.rglob("finished.bin")
+    assert np.count_nonzero(np.fromfile(path, np.uint8)) >= 59
+    ballast.unlink()
+    code, _, err = end(start(tmp_path, *flags))
+    assert code == 0, err
+    (written,) = small_disk.rglob("captions.csv")
+    assert written.read_bytes() == whole.read_bytes()
+
+
+# --- damaged caches -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["features.npy", "images.csv", "meta.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_damaged_cache_is_refused_and_not_filled_up(tmp_path, name, damage):
+    make_photos(tmp_path, 20)
+    make_photos(tmp_path / "more", 24)
+    place = tmp_path / "cache"
+    fill(place, tmp_path)
+    path = place / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+    before = (place / "finished.bin").read_bytes()
+    with pytest.raises(UserError, match=f"{name}.*delete"):
+        fill(place, tmp_path / "more")
+    assert (place / "finished.bin").read_bytes() == before
+
+
+def test_a_cache_that_was_killed_while_it_was_made_is_made(tmp_path):
+    make_photos(tmp_path, 20)
+    fill(tmp_path / "whole", tmp_path)
+    place = tmp_path / "cache"
+    place.mkdir()
+    (place / "features.npy").write_bytes(bytes(1000))
+    fill(place, tmp_path)
+    whole = (tmp_path / "whole" / "features.npy").read_bytes()
+    assert (place / "features.npy").read_bytes() == whole
+
+
+# --- equal photographs ----------------------------------------------------
+
+
+def test_photographs_in_two_splits_are_told_by_a_resumed_run_alike(tmp_path):
+    make_photos(tmp_path)
+    code, out, _ = end(start(tmp_path))
+    assert code == 0
+    assert "1 pairs of images with equal pixels lie in two splits" in out
+    (path,) = tmp_path.glob("data/cache/*/duplicates.csv")
+    wanted = "image,split,other_image,other_split\n003.png,train,100.png,val\n"
+    assert path.read_text() == wanted
+    path.unlink()
+    # The digests come from the cache: the files are not read again.
+    for name in ("003.png", "100.png"):
+        (tmp_path / "data" / "photos" / "images" / name).write_bytes(b"gone")
+    assert end(start(tmp_path))[0] == 0
+    assert path.read_text() == wanted
+
+
+def test_a_cache_without_digests_gets_them(tmp_path):
+    make_photos(tmp_path)
+    assert end(start(tmp_path))[0] == 0
+    (digests,) = tmp_path.glob("data/cache/*/*/digests.bin")
+    (path,) = tmp_path.glob("data/cache/*/duplicates.csv")
+    wanted, told = digests.read_bytes(), path.read_bytes()
+    digests.unlink()
+    path.unlink()
+    assert end(start(tmp_path))[0] == 0
+    assert digests.read_bytes() == wanted and path.read_bytes() == told
+
+
+# --- what is left out -----------------------------------------------------
+
+
+def test_images_in_no_split_do_not_count_as_broken(tmp_path):
+    make_photos(tmp_path)
+    folder = tmp_path / "data" / "photos"
+    table = pd.read_csv(folder / "captions.csv")
+    # A dataset whose list of the test images is missing.
+    for split, file in (("train", "train"), ("val", "dev")):
+        names = table["image"][table["split"] == split][:20]
+        path = folder / f"Flickr_8k.{file}Images.txt"
+        path.write_text("\n".join(names) + "\n")
+    table.drop(columns="split").to_csv(folder / "captions.csv", index=False)
+    code, out, err = end(start(tmp_path))
+    assert code == 0, err
+    assert "40 images" in out
+    (path,) = tmp_path.glob("data/cache/*/skipped.csv")
+    assert path.read_text().count("in no split list") == 80
+
+
+def test_broken_images_still_stop_the_run(tmp_path):
+    make_photos(tmp_path)
+    for number in range(10):
+        name = f"{number:03d}.png"
+        (tmp_path / "data" / "photos" / "images" / name).write_bytes(b"no")
+    code, _, err = end(start(tmp_path))
+    assert code == 1 and "11 of 120 images are unusable" in err
+    assert end(start(tmp_path, "--max-skipped-share", "0.1"))[0] == 0
+
+
+def test_an_image_with_one_caption_left_out_keeps_the_others(tmp_path):
+    make_photos(tmp_path)
+    path = tmp_path / "data" / "photos" / "captions.csv"
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write("001.png,...,train\n")
+    assert end(start(tmp_path))[0] == 0
+    (written,) = tmp_path.glob("data/cache/*/captions.csv")
+    assert "001.png" in set(pd.read_csv(written)["image"])
+
+
+def test_the_limit_is_of_images_and_not_of_views(tmp_path):
+    make_photos(tmp_path)
+    flags = ("--limit-images", "10")
+    assert end(start(tmp_path, *flags, "--feature-views", "2"))[0] == 0
+    (written,) = tmp_path.glob("data/cache/*/captions.csv")
+    counts = pd.read_csv(written)["split"].value_counts()
+    assert counts.to_dict() == {"train": 10, "val": 10}
+    (images,) = written.parent.glob("*/images.csv")
+    assert len(pd.read_csv(images)) == 30

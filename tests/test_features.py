@@ -1,0 +1,566 @@
+"""The feature cache: filled, killed, resumed, lengthened, refused."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+import zlib
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from captioning import extraction, features
+from captioning.images import read_image
+from config import UserError
+
+ROOT = Path(__file__).parent.parent
+SIZE = 8
+SHAPE = (4, 3)  # (regions, channels)
+DESCRIPTION = features.describe("resnet50", "conv5", "random-0", SIZE)
+GREY, BROKEN, MISSING = "c grey.png", "f broken.png", "h missing.png"
+NAMES = ["a.png", "b.png", GREY, "d.png", "e.png", BROKEN, "g.png", MISSING]
+NAMES += ["i.png", "j.png"]
+GOOD = [name for name in NAMES if name not in (BROKEN, MISSING)]
+
+
+class Encoder:
+    """Averages the quarters of each image, and counts its work."""
+
+    def __init__(self) -> None:
+        self.calls = self.images = 0
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        assert batch.shape == (extraction.BATCH, SIZE, SIZE, 3)
+        assert batch.dtype == np.uint8
+        self.calls += 1
+        # No image is all black; what fills up a batch is.
+        self.images += int(batch.any(axis=(1, 2, 3)).sum())
+        quarters = batch.reshape(-1, 2, 4, 2, 4, 3).mean(axis=(2, 4))
+        return quarters.reshape(-1, *SHAPE).astype(np.float16)
+
+
+class FailingEncoder(Encoder):
+    """An encoder during whose third call the disk fills up."""
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        if self.calls == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().__call__(batch)
+
+
+def draw(folder: Path, names: list[str]) -> None:
+    """Writes an image for each name that promises one."""
+    for name in names:
+        generator = np.random.default_rng(zlib.crc32(name.encode()))
+        shape = (SIZE, SIZE) if name == GREY else (SIZE, SIZE, 3)
+        pixels = generator.integers(1, 256, shape, np.uint8)
+        if name != MISSING:
+            cv2.imwrite(str(folder / name), pixels)
+        if name == BROKEN:
+            (folder / name).write_bytes(b"no image")
+
+
+def create(folder: Path, names=NAMES, shape=SHAPE) -> features.Cache:
+    return features.create(folder, DESCRIPTION, {"keras": "3"}, names, shape)
+
+
+def fill(folder: Path, images: Path, encoder, names=NAMES) -> extraction.Notes:
+    """What preprocess.py does with the images of a dataset."""
+    cache = create(folder, names)
+    return extraction.fill(cache, images, names, SIZE, lambda: encoder)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def row_bytes(folder: Path, rows: int) -> bytes:
+    """The bytes of the first rows, past the header of features.npy."""
+    data = (folder / "features.npy").read_bytes()
+    start = 10 + int.from_bytes(data[8:10], "little")
+    return data[start : start + rows * 2 * SHAPE[0] * SHAPE[1]]
+
+
+def expected(images: Path, name: str) -> np.ndarray:
+    batch = np.zeros((extraction.BATCH, SIZE, SIZE, 3), np.uint8)
+    batch[0] = read_image(images / name, SIZE)[0]
+    return Encoder()(batch)[0]  # (regions, channels)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(extraction, "BATCH", 2)
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    draw(folder, NAMES)
+    return folder
+
+
+@pytest.fixture
+def undisturbed(tmp_path, images) -> Path:
+    """A cache that was filled in one run."""
+    fill(tmp_path / "undisturbed", images, Encoder())
+    return tmp_path / "undisturbed"
+
+
+# --- filling --------------------------------------------------------------
+
+
+def test_every_usable_image_gets_its_features(tmp_path, images):
+    encoder = Encoder()
+    fill(tmp_path / "cache", images, encoder)
+    cache = features.load(tmp_path / "cache", DESCRIPTION)
+    assert encoder.images == len(GOOD)
+    assert cache.features.shape == (len(NAMES), *SHAPE)
+    assert cache.features.dtype == np.float16
+    for name in NAMES:
+        row = cache.row[name]
+        assert bool(cache.finished[row]) == (name in GOOD)
+        if name in GOOD:
+            np.testing.assert_array_equal(
+                cache.features[row], expected(images, name)
+            )
+
+
+def test_what_was_skipped_and_repaired_is_told_in_every_run(tmp_path, images):
+    first = fill(tmp_path / "cache", images, Encoder())
+    assert first.skipped == [(BROKEN, "not an image"), (MISSING, "missing")]
+    assert first.repaired == [(GREY, "grey")]
+    assert fill(tmp_path / "cache", images, Encoder()) == first
+
+
+def test_a_full_cache_needs_no_encoder(tmp_path, images):
+    def build():
+        raise AssertionError("the encoder is built for nothing")
+
+    fill(tmp_path / "cache", images, Encoder(), GOOD)
+    before = content(tmp_path / "cache")
+    extraction.fill(create(tmp_path / "cache", GOOD), images, GOOD, SIZE, build)
+    assert content(tmp_path / "cache") == before
+
+
+def test_only_what_is_missing_is_computed(tmp_path, images, undisturbed):
+    cache = create(undisturbed)
+    before = content(undisturbed)
+    for name in ("b.png", "i.png"):
+        cache.features[cache.row[name]] = 0
+        cache.finished[cache.row[name]] = 0
+    encoder = Encoder()
+    fill(undisturbed, images, encoder)
+    assert encoder.images == 2
+    assert content(undisturbed) == before
+
+
+class Immediate(Executor):
+    """Does at once what is submitted."""
+
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def test_images_are_read_in_order_and_only_some_batches_ahead(monkeypatch):
+    asked = []
+
+    def read(folder, name, size):
+        asked.append(name)
+        return extraction.Read(name, None, "")
+
+    monkeypatch.setattr(extraction, "read", read)
+    monkeypatch.setattr(
+        extraction, "ThreadPoolExecutor", lambda *threads: Immediate()
+    )
+    names = [str(number) for number in range(51)]
+    batches = extraction.read_ahead(Path(), names, SIZE)
+    found = [each.name for each in next(batches)]
+    assert len(asked) <= extraction.AHEAD * extraction.BATCH
+    found += [each.name for batch in batches for each in batch]
+    assert found == asked == names
+
+
+# --- interrupted ----------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from captioning import extraction, features
+from tests.test_features import Encoder, fill
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def encode(batch):
+    if where == "in the encoder" and encoder.calls == 2:
+        kill()
+    return encoder(batch)
+
+def commit_or_die(cache, marks, digests):
+    if encoder.calls == 3:
+        write = features._write_rows
+
+        def write_or_die(path, *rest):
+            if where == "after a mark":
+                write(path, *rest)
+            if path.name == "finished.bin":
+                kill()
+
+        features._write_rows = write_or_die
+    commit(cache, marks, digests)
+
+extraction.BATCH, extraction.COMMIT_SECONDS = 2, 0
+encoder, where, commit = Encoder(), sys.argv[3], features.commit
+features.commit = commit_or_die
+fill(Path(sys.argv[1]), Path(sys.argv[2]), encode)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize(
+    ("where", "done"),
+    [("in the encoder", 4), ("before a mark", 4), ("after a mark", 5)],
+)
+def test_a_killed_run_goes_on_and_ends_as_if_undisturbed(
+    tmp_path, images, undisturbed, where, done
+):
+    folder = tmp_path / "killed"
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), str(images), where],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    encoder = Encoder()
+    notes = fill(folder, images, encoder)
+    assert encoder.images == len(GOOD) - done
+    assert content(folder) == content(undisturbed)
+    assert notes == fill(undisturbed, images, Encoder())
+
+
+@pytest.mark.parametrize("begun", [[], NAMES[:4]], ids=["new", "longer"])
+def test_a_cache_that_was_half_made_is_made_the_rest_of_the_way(
+    tmp_path, images, monkeypatch, begun
+):
+    def interrupted_create(folder: Path, last: int) -> bool:
+        """Stops where something is about to be safe on disk."""
+        calls = iter(range(last))
+
+        def stop_after_some(handle: int) -> None:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", stop_after_some)
+            try:
+                create(folder)
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    results, last = [], 0
+    while True:
+        folder = tmp_path / f"cache {last}"
+        if begun:
+            fill(folder, images, Encoder(), begun)
+        stopped = interrupted_create(folder, last)
+        fill(folder, images, Encoder())
+        results.append(content(folder))
+        last += 1
+        if not stopped:
+            break
+    assert len(results) > 2
+    assert all(each == results[-1] for each in results)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_is_done(
+    tmp_path, images, undisturbed
+):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        fill(tmp_path / "cache", images, FailingEncoder())
+    encoder = Encoder()
+    fill(tmp_path / "cache", images, encoder)
+    assert encoder.images == len(GOOD) - 4
+    assert content(tmp_path / "cache") == content(undisturbed)
+
+
+def test_a_row_is_marked_only_after_its_bytes_are_on_disk(tmp_path):
+    cache, marked = create(tmp_path), []
+    recorder = types.SimpleNamespace(
+        flush=lambda: marked.append(cache.finished.tolist())
+    )
+    features.commit(cache._replace(features=recorder), {1: 1, 3: 2})
+    assert marked == [[0] * len(NAMES)]
+    assert cache.finished.tolist()[:5] == [0, 1, 0, 2, 0]
+
+
+# --- other images, other settings -----------------------------------------
+
+
+def test_new_images_follow_and_known_ones_keep_their_rows(
+    tmp_path, images, undisturbed
+):
+    before = row_bytes(undisturbed, len(NAMES))
+    new = ["0 first.png", "z,last.png"]
+    draw(images, new)
+    encoder = Encoder()
+    fill(undisturbed, images, encoder, [new[0], *NAMES, new[1]])
+    assert encoder.images == 2
+    assert row_bytes(undisturbed, len(NAMES)) == before
+    cache = features.load(undisturbed, DESCRIPTION)
+    assert list(cache.row) == [*NAMES, *new]
+    for name in [*GOOD, *new]:
+        np.testing.assert_array_equal(
+            cache.features[cache.row[name]], expected(images, name)
+        )
+
+
+def test_odd_names_keep_their_rows(tmp_path):
+    names = ["null", "NA", "007", "a,b", '"', "caf\u00e9 \u72ac", "nan"]
+    create(tmp_path, names[:3])
+    create(tmp_path, names)
+    assert list(features.load(tmp_path, DESCRIPTION).row) == names
+
+
+def test_images_that_are_not_wanted_any_more_keep_their_rows(
+    images, undisturbed
+):
+    before = content(undisturbed)
+    fill(undisturbed, images, Encoder(), NAMES[:2])
+    assert content(undisturbed) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoder": "vgg16"},
+        {"layer": "conv4"},
+        {"weights": "random-1"},
+        {"image_size": 16},
+        {"preprocessing": "other"},
+    ],
+)
+def test_whatever_features_depend_on_changes_the_folder(change):
+    assert set(change) <= set(DESCRIPTION)
+    assert features.key({**DESCRIPTION, **change}) != features.key(DESCRIPTION)
+
+
+def test_the_folder_of_a_description_stays_the_same():
+    backwards = dict(reversed(DESCRIPTION.items()))
+    assert features.key(backwards) == features.key(DESCRIPTION)
+    assert features.key(DESCRIPTION).startswith("resnet50-8-")
+
+
+def test_the_way_images_are_read_is_part_of_the_description(monkeypatch):
+    monkeypatch.setattr(features, "PREPROCESSING", "other")
+    other = features.describe("resnet50", "conv5", "random-0", SIZE)
+    assert other != DESCRIPTION
+
+
+# --- disk -----------------------------------------------------------------
+
+
+def leave_free(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(
+        features.shutil,
+        "disk_usage",
+        lambda path: types.SimpleNamespace(free=free),
+    )
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    size = len(NAMES) * SHAPE[0] * SHAPE[1] * 2
+    leave_free(monkeypatch, size - 1)
+    with pytest.raises(UserError, match="make room") as error:
+        create(tmp_path / "new" / "cache")
+    assert "\n" not in str(error.value)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(path.suffix == ".lock" for path in written)
+    leave_free(monkeypatch, size)
+    create(tmp_path / "new" / "cache")
+
+
+def test_a_disk_that_is_too_small_for_new_images_keeps_the_old(
+    undisturbed, monkeypatch
+):
+    before = content(undisturbed)
+    leave_free(monkeypatch, 0)
+    create(undisturbed)  # what is there needs no more
+    with pytest.raises(UserError, match="make room"):
+        create(undisturbed, [*NAMES, *map(str, range(1000))])
+    assert content(undisturbed) == before
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "posix_fallocate"), reason="nothing to reserve with"
+)
+def test_room_that_could_not_be_had_is_reserved_in_the_next_run(
+    tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    names = list(map(str, range(2000)))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            create(tmp_path, names)
+    create(tmp_path, names)
+    # A hole in the file would be a bus error where the disk is full.
+    status = (tmp_path / "features.npy").stat()
+    assert status.st_blocks * 512 >= status.st_size
+
+
+# --- caches that do not fit -----------------------------------------------
+
+
+def edit_meta(folder: Path, **changes) -> None:
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**meta, **changes}), encoding="utf-8")
+
+
+def cut(path: Path, length: int) -> None:
+    with open(path, "r+b") as handle:
+        handle.truncate(length)
+
+
+def list_images(folder: Path, *lines: str) -> None:
+    text = "\n".join(["image", *lines]) + "\n"
+    (folder / "images.csv").write_text(text, encoding="utf-8")
+
+
+MISFITS = {
+    "other weights": (
+        lambda f: edit_meta(f, weights="imagenet"),
+        "weights is 'imagenet', not 'random-0'",
+    ),
+    "other preprocessing": (
+        lambda f: edit_meta(f, preprocessing="old"),
+        "preprocessing is 'old', not",
+    ),
+    "meta.json cut": (lambda f: cut(f / "meta.json", 9), "meta.json"),
+    "meta.json a list": (
+        lambda f: (f / "meta.json").write_text("[]", encoding="utf-8"),
+        "meta.json",
+    ),
+    "features.npy cut": (lambda f: cut(f / "features.npy", 200), "features"),
+    "features.npy empty": (lambda f: cut(f / "features.npy", 0), "features"),
+    "features.npy gone": (
+        lambda f: (f / "features.npy").unlink(),
+        "features.npy",
+    ),
+    "features.npy float32": (
+        lambda f: np.save(
+            f / "features.npy", np.ones((len(NAMES), *SHAPE), np.float32)
+        ),
+        "features.npy",
+    ),
+    "images.csv cut": (lambda f: list_images(f, "a.png"), "1"),
+    "images.csv torn": (lambda f: list_images(f, "a.png", "b,c"), "images.csv"),
+    "images.csv gone": (lambda f: (f / "images.csv").unlink(), "images.csv"),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("opens", ["train.py", "preprocess.py"])
+def test_a_cache_that_does_not_fit_is_refused_in_one_line(
+    undisturbed, opens, damage, told
+):
+    damage(undisturbed)
+    before = content(undisturbed)
+    with pytest.raises(UserError) as error:
+        if opens == "train.py":
+            features.load(undisturbed, DESCRIPTION)
+        else:
+            create(undisturbed)
+    message = str(error.value)
+    assert told in message and str(undisturbed) in message
+    assert "preprocess.py" in message and "\n" not in message
+    assert content(undisturbed) == before
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_rows_without_a_mark_do_not_count(images, undisturbed, length):
+    before = content(undisturbed)
+    cut(undisturbed / "finished.bin", length)
+    with pytest.raises(UserError):
+        features.load(undisturbed, DESCRIPTION)
+    encoder = Encoder()
+    fill(undisturbed, images, encoder)
+    assert encoder.images == len(GOOD) - length
+    assert content(undisturbed) == before
+
+
+def test_features_of_another_shape_are_refused(undisturbed):
+    before = content(undisturbed)
+    with pytest.raises(UserError):
+        create(undisturbed, shape=(2, 3))
+    assert content(undisturbed) == before
+
+
+def test_a_cache_that_is_not_there_is_told_with_what_to_run(tmp_path):
+    with pytest.raises(UserError, match=r"run preprocess\.py first") as error:
+        features.load(tmp_path / "none", DESCRIPTION)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_versions_are_recorded_and_not_compared(undisturbed):
+    edit_meta(undisturbed, versions={"keras": "2"})
+    features.load(undisturbed, DESCRIPTION)
+
+
+# --- statistics -----------------------------------------------------------
+
+
+def cache_of(array: np.ndarray) -> features.Cache:
+    return features.Cache(Path(), array.astype(np.float16), np.ones(0), {})
+
+
+def test_the_statistics_are_those_of_numpy():
+    random = np.random.default_rng(0)
+    scale = np.array([1, 10, 0.1])
+    cache = cache_of(random.normal(5 * scale, scale, (150, *SHAPE)))
+    rows = random.permutation(150)[:131]
+    mean, deviation = features.channel_statistics(cache, rows)
+    chosen = cache.features[rows].astype(np.float64).reshape(-1, SHAPE[1])
+    assert mean.dtype == deviation.dtype == np.float32
+    np.testing.assert_allclose(mean, chosen.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(deviation, chosen.std(axis=0), rtol=1e-5)
+
+
+def test_the_statistics_do_not_overflow_float16():
+    cache = cache_of(np.full((200, *SHAPE), 60_000))
+    mean, _ = features.channel_statistics(cache, np.arange(200))
+    np.testing.assert_allclose(mean, cache.features[0, 0], rtol=1e-6)
+
+
+def test_some_rows_stand_for_all_when_there_are_many():
+    squares = np.square(np.arange(11))[:, None, None]
+    cache = cache_of(squares * np.ones((11, *SHAPE)))
+    mean, _ = features.channel_statistics(cache, np.arange(11), most=3)
+    np.testing.assert_allclose(mean, (0 + 25 + 100) / 3, rtol=1e-6)
+
+
+def test_a_channel_that_never_fires_is_not_blown_up():
+    alternating = np.tile([[0, 2, 0], [0, 4, 8]], (10, 2, 1))
+    cache = cache_of(alternating)
+    _, deviation = features.channel_statistics(cache, np.arange(10))
+    np.testing.assert_allclose(deviation, [0.01 * (0 + 1 + 4) / 3, 1, 4])
+    _, deviation = features.channel_statistics(
+        cache_of(np.zeros((10, *SHAPE))), np.arange(10)
+    )
+    np.testing.assert_allclose(deviation, 1e-6)

@@ -1,0 +1,154 @@
+"""Atomic writes, and the lock that ends with its process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from captioning import files
+from captioning.files import atomic_path, lock, write_csv, write_text
+from config import UserError
+
+ROOT = Path(__file__).parent.parent
+HOLDER = """
+import sys, time
+from pathlib import Path
+from captioning.files import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+# --- atomic writes --------------------------------------------------------
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "folder" / "metrics.json"
+    with atomic_path(path) as part:
+        assert part.parent == path.parent and part.suffix == path.suffix
+        part.write_text("half", encoding="utf-8")
+        assert not path.exists()
+        part.write_text("whole", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "whole"
+    assert os.listdir(path.parent) == ["metrics.json"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path, error
+):
+    path = tmp_path / "metrics.json"
+    write_text(path, "old")
+    with pytest.raises(error), atomic_path(path) as part:
+        part.write_text("ne", encoding="utf-8")
+        raise error
+    assert path.read_text(encoding="utf-8") == "old"
+    assert os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_a_first_write_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(OSError), atomic_path(tmp_path / "x.json") as part:
+        part.write_text("ne", encoding="utf-8")
+        raise OSError
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        files.os, "fsync", lambda *a: (done.append("fsync"), fsync(*a))
+    )
+    monkeypatch.setattr(
+        files.os, "replace", lambda *a: (done.append("replace"), replace(*a))
+    )
+    write_text(tmp_path / "x.json", "x")
+    assert done == ["fsync", "replace"]
+
+
+def test_text_is_written_as_utf_8(tmp_path):
+    write_text(tmp_path / "x.json", "\u72ac")
+    assert (tmp_path / "x.json").read_bytes() == b"\xe7\x8a\xac"
+
+
+def test_a_table_is_written_as_csv(tmp_path):
+    write_csv(tmp_path / "x.csv", [("a,b", 'c"d'), ("", "null")], ["x", "y"])
+    text = (tmp_path / "x.csv").read_bytes()
+    assert text == b'x,y\n"a,b","c""d"\n,null\n'
+
+
+def test_an_empty_table_keeps_its_columns(tmp_path):
+    write_csv(tmp_path / "x.csv", [], ["image", "reason"])
+    assert list(pd.read_csv(tmp_path / "x.csv")) == ["image", "reason"]
+
+
+# --- lock -----------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_in_one_line(tmp_path, holder):
+    with pytest.raises(UserError) as error, lock(tmp_path / "run"):
+        pass
+    message = str(error.value)
+    assert message.startswith(
+        f"another process is at work on {tmp_path / 'run'}:"
+    )
+    assert "\n" not in message
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with lock(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_a_lock_is_free_again_when_its_work_is_over(tmp_path, error):
+    path = tmp_path / "new" / "run"
+    try:
+        with lock(path):
+            if error:
+                raise error
+    except KeyError:
+        pass
+    with lock(path):
+        pass
+
+
+def test_a_locked_folder_can_be_moved_and_stays_locked(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    with lock(path):
+        path.rename(tmp_path / "old run")
+        with pytest.raises(UserError), lock(path):
+            pass
+    assert os.listdir(tmp_path / "old run") == []
+
+
+def test_two_folders_have_two_locks(tmp_path):
+    with lock(tmp_path / "one"), lock(tmp_path / "two"):
+        pass
+
+
+def test_what_goes_wrong_under_a_lock_is_not_taken_for_a_lock(tmp_path):
+    with pytest.raises(OSError, match="odd"), lock(tmp_path / "run"):
+        raise OSError("odd")

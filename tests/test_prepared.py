@@ -1,0 +1,274 @@
+"""What preprocess.py leaves for the other scripts."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioning import features, prepared
+from captioning.datasets import Dataset
+from captioning.vocabulary import SPECIAL_WORDS, tokenise
+from config import Config, UserError, group
+
+DESCRIPTION = features.describe("resnet50", "conv5", "random-0", 8)
+PLAIN = [
+    ("z.png", "train", "A dog runs."),
+    ("a.png", "train", "Two dogs, and a cat!"),
+    ("z.png", "train", "The dog's ball"),
+    ("m.png", "val", "A zebra runs."),
+]
+# What CSV readers like to misunderstand.
+ODD = [
+    ("null", "train", "null"),
+    ("NA", "train", "NA nan None"),
+    ("a,b.png", "train", 'He said "sit, dog", twice'),
+    ("caf\u00e9 \u72ac.png", "train", "Ein M\u00e4dchen; \u72ac\u304c"),
+    ("1.0", "val", "007"),
+    ("true", "val", " '' \"\" , "),
+    ("#5.png", "val", "#5\\n is \u2028 not\ta line\u00a0"),
+]
+
+
+def dataset(captions, image_ids=None, skipped=(), repaired=()) -> Dataset:
+    table = pd.DataFrame(captions, columns=["image", "split", "caption"])
+    table["image_id"] = table["image"] if image_ids is None else image_ids
+    return Dataset(
+        table, Path("images"), "plain", "", list(skipped), list(repaired)
+    )
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(data_dir=str(tmp_path), min_word_count=1)
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- the folder -----------------------------------------------------------
+
+
+def another_value(name: str):
+    default = getattr(Config(), name)
+    if name == "layout":
+        return "coco"
+    return default / 2 if isinstance(default, float) else default + 1
+
+
+CHANGES = [name for name in group("data") if name != "dataset"]
+
+
+def test_the_defaults_have_the_plain_name_of_the_dataset():
+    assert prepared.folder(Config()) == Path("data/cache/sample")
+    config = Config(dataset="flickr8k", data_dir="else/where")
+    assert prepared.folder(config) == Path("else/where/cache/flickr8k")
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_data_field_is_another_folder(name):
+    changed = prepared.folder(Config(**{name: another_value(name)}))
+    assert changed.parent == Path("data/cache")
+    stem, digits = changed.name.rsplit("-", 1)
+    assert stem == "sample" and len(digits) == 8 and int(digits, 16) >= 0
+
+
+def test_each_change_has_a_folder_of_its_own():
+    changes = [{name: another_value(name)} for name in CHANGES]
+    changes += [{}, {"limit_images": 2}, {**changes[0], **changes[1]}]
+    folders = [prepared.folder(Config(**each)) for each in changes]
+    assert len(set(folders)) == len(folders)
+
+
+def test_the_other_fields_leave_the_folder_as_it_is():
+    config = Config(
+        encoder="vgg16", decoder_units=8, epochs=3, beam_size=2, run_name="x"
+    )
+    assert prepared.folder(config) == prepared.folder(Config())
+
+
+# --- captions -------------------------------------------------------------
+
+
+def test_captions_come_back_by_image_in_the_order_of_the_dataset(config):
+    prepared.save(config, dataset(PLAIN))
+    split = prepared.load_split(config, "train")
+    assert split.images == split.image_ids == ["z.png", "a.png"]
+    assert split.captions == [
+        ["A dog runs.", "The dog's ball"],
+        ["Two dogs, and a cat!"],
+    ]
+    assert split.tokens == [
+        [["a", "dog", "runs"], ["the", "dog", "'s", "ball"]],
+        [["two", "dogs", "and", "a", "cat"]],
+    ]
+    assert prepared.load_split(config, "val").images == ["m.png"]
+
+
+def check_round_trip(config: Config, captions: list) -> None:
+    prepared.save(config, dataset(captions))
+    for name in {split for _, split, _ in captions}:
+        split = prepared.load_split(config, name)
+        wanted: dict[str, list[str]] = {}
+        for image, other, caption in captions:
+            if other == name:
+                wanted.setdefault(image, []).append(caption)
+        assert split.images == list(wanted)
+        assert split.captions == list(wanted.values())
+        assert split.tokens == [
+            [tokenise(caption) for caption in each] for each in wanted.values()
+        ]
+
+
+def test_odd_names_and_captions_come_back_as_they_were(config):
+    check_round_trip(config, ODD)
+    split = prepared.load_split(config, "train")
+    assert split.tokens[:2] == [[["null"]], [["na", "nan", "none"]]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1),
+        min_size=1,
+    )
+)
+def test_any_captions_come_back_as_they_were(tmp_path_factory, captions):
+    config = Config(data_dir=str(tmp_path_factory.mktemp("data")))
+    check_round_trip(config, [("x.png", "train", each) for each in captions])
+
+
+def test_the_numbers_that_coco_gives_its_images_come_back(config):
+    prepared.save(config, dataset(PLAIN, [7, 40, 7, 10**12]))
+    assert prepared.load_split(config, "train").image_ids == [7, 40]
+    assert prepared.load_split(config, "val").image_ids == [10**12]
+
+
+def test_the_tables_have_the_columns_of_the_contract(config):
+    prepared.save(
+        config,
+        dataset(
+            PLAIN, skipped=[("b,c.png", "missing")], repaired=[("a.png", "x")]
+        ),
+    )
+    place = prepared.folder(config)
+    table = pd.read_csv(place / "captions.csv")
+    assert list(table) == ["image", "split", "caption", "tokens"]
+    assert table["tokens"][2] == "the dog 's ball"
+    skipped = (place / "skipped.csv").read_text(encoding="utf-8")
+    assert skipped == 'image,reason\n"b,c.png",missing\n'
+    repaired = (place / "repaired.csv").read_text(encoding="utf-8")
+    assert repaired == "image,reason\na.png,x\n"
+
+
+def test_a_caption_that_will_be_cut_is_listed_as_repaired(config):
+    config = dataclasses.replace(config, max_caption_length=4)
+    prepared.save(config, dataset(PLAIN))
+    path = prepared.folder(config) / "repaired.csv"
+    assert path.read_text(encoding="utf-8") == (
+        "image,reason\na.png,caption of 5 words is cut\n"
+    )
+    tokens = prepared.load_split(config, "train").tokens
+    assert tokens[1] == [["two", "dogs", "and", "a", "cat"]]
+
+
+def test_the_folder_of_the_images_is_remembered(config):
+    prepared.save(config, dataset(PLAIN))
+    assert prepared.images_dir(config) == Path("images").resolve()
+
+
+def test_preprocessing_again_gives_the_same_files(config):
+    prepared.save(config, dataset(PLAIN))
+    place = prepared.folder(config)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    prepared.save(config, dataset(PLAIN))
+    assert {p.name: p.read_bytes() for p in place.iterdir()} == before
+
+
+# --- vocabulary -----------------------------------------------------------
+
+
+def test_the_vocabulary_sees_the_training_captions_only(config):
+    config = dataclasses.replace(config, min_word_count=2)
+    captions = [
+        *(("a.png", "train", "dog dog cat"), ("b.png", "val", "cat zebra")),
+        *(("c.png", "test", "zebra cat"), ("d.png", "val", "cat zebra")),
+    ]
+    words = prepared.save(config, dataset(captions))
+    assert words.words == (*SPECIAL_WORDS, "dog")
+    assert prepared.load_vocabulary(config) == words
+
+
+# --- refused --------------------------------------------------------------
+
+
+def test_without_preprocessing_the_user_is_told_to_run_it(config):
+    message = refusal(prepared.load_split, config, "train")
+    assert "run preprocess.py first" in message
+
+
+def test_preprocessing_that_was_killed_half_way_does_not_count(config):
+    prepared.save(config, dataset(PLAIN))
+    (prepared.folder(config) / "dataset.json").unlink()
+    message = refusal(prepared.load_split, config, "train")
+    assert "run preprocess.py first" in message
+
+
+def test_other_data_fields_in_the_folder_are_named(config):
+    prepared.save(config, dataset(PLAIN))
+    path = prepared.folder(config) / "dataset.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**fields, "limit_images": 9}), "utf-8")
+    message = refusal(prepared.load_split, config, "train")
+    assert "limit_images is 9, not 0" in message
+
+
+def test_a_split_that_is_not_there_is_told_with_those_that_are(config):
+    prepared.save(config, dataset(PLAIN))
+    message = refusal(prepared.load_split, config, "test")
+    assert "no split test" in message and "only train and val" in message
+    assert "--split val" in message
+
+
+# --- features -------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(config) -> features.Cache:
+    """Finished features of two images, and a row that is not finished."""
+    place = prepared.folder(config) / features.key(DESCRIPTION)
+    names = ["a.png", "m.png", "z.png"]
+    made = features.create(place, DESCRIPTION, {}, names, (4, 3))
+    made.features[:] = np.arange(3)[:, None, None]
+    features.commit(made, {0: 1, 2: 2})
+    return made
+
+
+def test_the_rows_of_images_are_found_in_the_order_asked_for(config, cache):
+    found, rows = prepared.load_features(config, DESCRIPTION, ["z.png"] * 2)
+    assert rows.tolist() == [2, 2]
+    found, rows = prepared.load_features(
+        config, DESCRIPTION, ["z.png", "a.png"]
+    )
+    assert found.features[rows, 0, 0].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("names", [["z.png", "m.png"], ["z.png", "new.png"]])
+def test_features_that_are_not_finished_are_refused(config, cache, names):
+    message = refusal(prepared.load_features, config, DESCRIPTION, names)
+    assert "lacks the features of 1 images" in message
+    assert "run preprocess.py again" in message
+
+
+def test_features_of_another_encoder_are_not_there(config, cache):
+    other = {**DESCRIPTION, "weights": "imagenet"}
+    message = refusal(prepared.load_features, config, other, ["a.png"])
+    assert "run preprocess.py first" in message

@@ -1,0 +1,175 @@
+"""Captions as words, and words as numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captioning import vocabulary
+from captioning.vocabulary import (
+    END,
+    PAD,
+    SPECIAL_WORDS,
+    START,
+    UNKNOWN,
+    Vocabulary,
+    build,
+    encode,
+    tokenise,
+)
+from config import UserError
+
+WORDS = Vocabulary((*SPECIAL_WORDS, "a", "dog", "runs", "'s"))
+A, DOG, RUNS, S = range(4, 8)
+
+# --- tokens ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("A dog runs .", "a dog runs"),
+        ("A dog. A cat.", "a dog a cat"),
+        ("A dog...a cat", "a dog a cat"),
+        ("Stop, dog; sit: now!?", "stop dog sit now"),
+        ('A "dog" (brown) & [a] {cat}', "a dog brown a cat"),
+        ("The dog's ball", "the dog 's ball"),
+        ("The dogs' ball", "the dogs ball"),
+        ("They're here, it isn't", "they 're here it is n't"),
+        ("A t-shirt -- well-worn -", "a t-shirt well-worn"),
+        ("3 dogs and 2,000 cats run 3.5 m", "3 dogs and 2,000 cats run 3.5 m"),
+        ("a 3-year-old's toy", "a 3-year-old 's toy"),
+        ("#1 for $5, 50% off", "1 for 5 50 off"),
+        ("Ein M\u00c4DCHEN l\u00e4uft", "ein m\u00e4dchen l\u00e4uft"),
+        ("na\u00efve caf\u00e9", "na\u00efve caf\u00e9"),
+        ("\u72ac\u304c \u8d70\u308b", "\u72ac\u304c \u8d70\u308b"),
+        ("\u0643\u0644\u0628 \u064a\u062c\u0631\u064a",) * 2,
+        ("\u201cA dog\u201d \u2014 runs\u2026", "a dog runs"),
+        ("<start> <end> <unk>", "start end unk"),
+        ("tab\tand\u00a0space", "tab and space"),
+        ("... ! ' - \u2014", ""),
+        ("", ""),
+    ],
+)
+def test_a_caption_is_split_into_words_without_punctuation(caption, words):
+    assert tokenise(caption) == words.split()
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("a \u2018dog\u2019 runs", "a dog runs"),
+        ("\u72ac\u304c\u8d70\u308b\u3002", "\u72ac\u304c\u8d70\u308b"),
+        ("\u00bfun perro?", "un perro"),
+        ("\u00abun chien\u00bb", "un chien"),
+    ],
+)
+def test_punctuation_beyond_ascii_is_dropped_too(caption, words):
+    assert tokenise(caption) == words.split()
+
+
+@given(st.text())
+def test_words_of_any_text_can_be_joined_by_spaces_and_split_again(text):
+    words = tokenise(text)
+    assert " ".join(words).split() == words
+    assert not set(words) & set(SPECIAL_WORDS)
+    assert all(any(map(str.isalnum, word)) for word in words)
+    assert all(word == word.lower() for word in words)
+
+
+# --- vocabulary -----------------------------------------------------------
+
+
+def test_the_most_frequent_words_come_first_then_the_alphabet():
+    captions = [[*"cbad"], [*"bdc"], [*"de"]]
+    assert build(captions, 1).words == (*SPECIAL_WORDS, *"dbcae")
+
+
+def test_rare_words_are_left_out():
+    captions = [[*"aaa"], [*"bb"], [*"c"]]
+    assert build(captions, 2).words == (*SPECIAL_WORDS, "a", "b")
+    assert build(captions, 4).words == SPECIAL_WORDS
+
+
+def test_the_special_words_have_their_numbers():
+    assert (PAD, START, END, UNKNOWN) == (0, 1, 2, 3)
+    assert SPECIAL_WORDS == ("<pad>", "<start>", "<end>", "<unk>")
+    assert build([["a"]], 1).numbers == {
+        **{"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3},
+        "a": 4,
+    }
+
+
+def test_its_length_counts_the_special_words():
+    assert len(WORDS) == 8
+
+
+# --- numbers --------------------------------------------------------------
+
+
+def test_captions_become_rows_of_numbers():
+    captions = [["a", "dog"], ["a", "cat", "runs"], [], ["dog"] * 4]
+    rows = encode(captions, WORDS, 3)
+    assert rows.dtype == np.int32
+    assert rows.tolist() == [
+        [START, A, DOG, END, PAD],
+        [START, A, UNKNOWN, RUNS, END],
+        [START, END, PAD, PAD, PAD],
+        [START, DOG, DOG, DOG, PAD],  # cut: no <end>
+    ]
+
+
+def test_no_captions_are_no_rows():
+    assert encode([], WORDS, 3).shape == (0, 5)
+
+
+def test_decoding_ends_at_the_first_end_or_padding():
+    assert WORDS.decode([A, DOG, END, RUNS, END]) == ["a", "dog"]
+    assert WORDS.decode([A, PAD, DOG]) == ["a"]
+    assert WORDS.decode([A, UNKNOWN, S]) == ["a", "<unk>", "'s"]
+    assert WORDS.decode(np.array([END])) == []
+
+
+@given(st.lists(st.lists(st.sampled_from(WORDS.words[4:]), max_size=9)))
+def test_decoding_gives_back_what_was_encoded(captions):
+    rows = encode(captions, WORDS, 6)
+    found = [WORDS.decode(row[1:]) for row in rows]
+    assert found == [caption[:6] for caption in captions]
+    ended = [END in row for row in rows]
+    assert ended == [len(caption) <= 6 for caption in captions]
+
+
+# --- on disk --------------------------------------------------------------
+
+
+def test_a_vocabulary_comes_back_as_it_was_saved(tmp_path):
+    words = build([["\u72ac", '"', "null", "n't", "caf\u00e9", "\\"]], 1)
+    vocabulary.save(words, tmp_path / "vocabulary.json")
+    assert vocabulary.load(tmp_path / "vocabulary.json") == words
+    assert "\u72ac" in (tmp_path / "vocabulary.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"5",
+        b"[]",
+        b"{}",
+        b'{"words": 3}',
+        b'{"words": ["a", "dog"]}',
+        json.dumps({"words": SPECIAL_WORDS[::-1]}).encode(),
+    ],
+)
+def test_what_is_no_vocabulary_is_refused_in_one_line(tmp_path, data):
+    path = tmp_path / "vocabulary.json"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as error:
+        vocabulary.load(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message
+    assert "preprocess.py" in message
