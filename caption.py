@@ -2,10 +2,12 @@
 
     python caption.py holiday.jpg
     python caption.py --dataset flickr30k --attention maps photographs/
+    python caption.py --serve
 
 Captions photographs, or all that are in a folder, with a trained run, and
 prints a line `photo<TAB>caption` for each. A `-` takes the list of photographs
-from standard input, one a line.
+from standard input, one a line. With --serve it opens a page on this machine
+where photographs are dropped instead.
 """
 
 import json
@@ -21,7 +23,8 @@ ACTIONS = [
     command.Action(
         "photos",
         {
-            "nargs": "+",
+            "nargs": "*",
+            "default": [],
             "metavar": "PHOTO_OR_FOLDER",
             "help": "photographs, folders of them, or - for a list",
         },
@@ -31,8 +34,9 @@ ACTIONS = [
         {
             "action": "store_true",
             "default": False,
-            "help": "print a JSON object a line: photo, caption, score, words "
-            "with their attention",
+            "help": "print a JSON object a line: photo, caption, its "
+            "log-probability, n_best (the whole beam) and words with their "
+            "attention",
         },
     ),
     command.Action(
@@ -41,6 +45,17 @@ ACTIONS = [
             "metavar": "DIR",
             "default": "",
             "help": "write there what each word looked at, a figure a photo",
+        },
+    ),
+    command.Action(
+        "--serve",
+        {
+            "nargs": "?",
+            "type": int,
+            "const": 8000,
+            "default": None,
+            "metavar": "PORT",
+            "help": "open a page on this machine (default: port 8000)",
         },
     ),
 ]
@@ -58,6 +73,14 @@ def main(arguments: command.Arguments) -> int:
     from captioning import extraction, runs
 
     actions = arguments.actions
+    if actions.serve is not None:
+        return serve(arguments)
+    if not actions.photos:
+        print(
+            "caption.py: give photographs, folders of them, - or --serve",
+            file=sys.stderr,
+        )
+        return command.WRONG_USAGE
     photos, failed = find_photos(actions.photos)
     config, run = runs.decoding_config(arguments)
     captioner = load_captioner(config, run)
@@ -83,6 +106,18 @@ def main(arguments: command.Arguments) -> int:
         file=sys.stderr,
     )
     return command.FAILED if failed else command.DONE
+
+
+def serve(arguments: command.Arguments) -> int:
+    """Captions the photographs that are dropped on a local page."""
+    from captioning import runs
+    from captioning import serve as page
+
+    config, run = runs.decoding_config(arguments)
+    captioner = load_captioner(config, run)
+    app = page.application(captioner, run.name, config.image_size)
+    page.serve(app, arguments.actions.serve)
+    return command.DONE
 
 
 def find_photos(named: list[str]) -> tuple[list[str], int]:
@@ -160,7 +195,16 @@ def line(photo: str, found: Any, as_json: bool) -> str:
     entry = {
         "photo": photo,
         "caption": found.caption,
-        "score": round(found.score, 5),
+        "score": round(found.n_best[0].score, 5),
+        "log_probability": round(found.n_best[0].log_probability, 5),
+        "n_best": [
+            {
+                "caption": each.caption,
+                "score": round(each.score, 5),
+                "log_probability": round(each.log_probability, 5),
+            }
+            for each in found.n_best
+        ],
         "words": attention,
     }
     return json.dumps(entry, ensure_ascii=False)

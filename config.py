@@ -305,6 +305,14 @@ class Config:
     min_caption_length: int = _setting(
         "decoding", 1, "the shortest caption, in words", least=1
     )
+    # Captions of ten words seldom repeat themselves; small models that do are
+    # helped by 2 or 3.
+    no_repeat_ngram: int = _setting(
+        "decoding",
+        0,
+        "so many words in a row do not come twice in a caption (0: they may)",
+        least=0,
+    )
     split: str = _setting(
         "decoding", "test", "what evaluate.py scores", choices=SPLITS
     )

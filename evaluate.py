@@ -3,14 +3,20 @@
     python evaluate.py
     python evaluate.py --dataset flickr8k --split val --beam-size 3
     python evaluate.py --captions captions.json
+    python evaluate.py --runs first second
+    python evaluate.py --export program
 
 Captions a split with beam search, scores the captions and leaves both in
 checkpoints/<run>/evaluation/<split>/. With --captions it only scores a file
-of captions (COCO's results format) against the split.
+of captions (COCO's results format) against the split. With --runs it averages
+the probabilities of several runs at every word, and leaves what they are
+together worth in checkpoints/<run>+<run>/evaluation/<split>/. With --export it
+scores nothing, and writes the run as one program, from pixels to words.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +32,26 @@ ACTIONS = [
             "default": "",
             "help": "score these captions instead of making some",
         },
-    )
+    ),
+    command.Action(
+        "--runs",
+        {
+            "nargs": "+",
+            "metavar": "RUN",
+            "default": [],
+            "help": "average these runs, folders in checkpoints/, of one "
+            "vocabulary",
+        },
+    ),
+    command.Action(
+        "--export",
+        {
+            "metavar": "DIR",
+            "default": "",
+            "help": "write encoder, decoder and search there as one "
+            "TensorFlow SavedModel",
+        },
+    ),
 ]
 SHOWN = 5  # captions printed
 DRAWN = 12  # attention figures written
@@ -38,7 +63,11 @@ def main(arguments: command.Arguments) -> None:
     from captioning import metrics, prepared, runs
     from captioning.files import lock
 
-    config, run = runs.decoding_config(arguments)
+    members = runs.members(arguments, arguments.actions.runs)
+    config, run = members[0][0], runs.together(members)
+    if arguments.actions.export:
+        export_run(members, Path(arguments.actions.export))
+        return
     split = prepared.load_split(config, config.split)
     split = limit(split, arguments.given.get("limit_images", 0))
     place = run / "evaluation" / config.split
@@ -49,7 +78,7 @@ def main(arguments: command.Arguments) -> None:
         else:
             from captioning import search
 
-            found, figures = caption_split(config, run, split)
+            found, figures = caption_split(members, split)
             captions = {
                 image: each.caption
                 for image, each in zip(split.images, found, strict=True)
@@ -79,6 +108,30 @@ def main(arguments: command.Arguments) -> None:
     )
 
 
+def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
+    """Writes a run as one program."""
+    if len(members) > 1:
+        raise UserError("--export takes one run: give --run-name, not --runs")
+    command.import_keras()
+    import model as captioning_model
+    from captioning import backend, export, runs, search
+
+    config, run = members[0]
+    backend.set_precision(config)
+    description, _ = runs.load_features(run)
+    weights = captioning_model.check_weights(config, description)
+    encoder = captioning_model.build_encoder(config, weights)
+    decoder, words = captioning_model.load_decoder(config, run)
+    searcher = search.build(decoder, config)
+    export.save(encoder, searcher, words, config.image_size, folder)
+    print(
+        f"Wrote {folder}: uint8 RGB images (batch, {config.image_size}, "
+        f"{config.image_size}, 3) -> word_ids, words, scores. "
+        f"Next: program = tf.saved_model.load({str(folder)!r}); "
+        "program.serve(images)"
+    )
+
+
 def limit(split: Any, images: int) -> Any:
     """The first images of a split; all of them for 0."""
     if not images:
@@ -95,56 +148,88 @@ def training_captions(config: Config) -> list[str]:
 
 
 def caption_split(
-    config: Config, run: Path, split: Any
+    members: list[tuple[Config, Path]], split: Any
 ) -> tuple[list[Any], dict[str, float]]:
     """Captions the images of a split.
+
+    Args:
+        members: the config and folder of each run that is averaged.
+        split: from `prepared.load_split`.
 
     Returns:
         What the search found for each image, and the figures that need the
         model: teacher-forced ones and the speed.
     """
     command.import_keras()
-    import model as captioning_model
-    from captioning import backend, prepared, runs, search
+    from captioning import backend, search
 
+    config = members[0][0]
     backend.set_precision(config)
-    description, _ = runs.load_features(run)
-    if config.encoder_weights != "auto":
-        captioning_model.check_weights(config, description)
-    cache, rows = prepared.load_features(config, description, split.images)
-    decoder, words = captioning_model.load_decoder(config, run)
-    print(f"Captioning {len(rows):,} images, beam size {config.beam_size}")
-    searcher = search.build(decoder, config)
-    # The first batch compiles the search, which is no part of its speed.
-    search.caption_rows(searcher, cache.features, rows[:1], words)
-    begun = time.monotonic()
-    found = search.caption_rows(
-        searcher, cache.features, rows, words, progress=True
+    opened = [open_run(*each, split.images) for each in members]
+    decoders, vocabularies, features, rows = zip(*opened, strict=True)
+    words, images = vocabularies[0], len(split.images)
+    averaged = f", {len(members)} runs averaged" if len(members) > 1 else ""
+    print(
+        f"Captioning {images:,} images, beam size {config.beam_size}{averaged}"
     )
-    speed = len(rows) / (time.monotonic() - begun)
-    figures = teacher_forced(config, decoder, cache, rows, split, words)
+    searcher = search.build(decoders, config)
+    # The first batch compiles the search, which is no part of its speed.
+    first = [each[:1] for each in rows]
+    search.caption_together(searcher, features, first, words)
+    begun = time.monotonic()
+    found = search.caption_together(
+        searcher, features, rows, words, progress=True
+    )
+    speed = images / (time.monotonic() - begun)
+    figures = teacher_forced(config, decoders, features, rows, split, words)
     return found, {**figures, "images_per_second": speed}
 
 
+def open_run(
+    config: Config, run: Path, images: list[str]
+) -> tuple[Any, Any, Any, Any]:
+    """Opens a run: decoder, vocabulary, features and the images' rows."""
+    import model as captioning_model
+    from captioning import prepared, runs
+
+    description, _ = runs.load_features(run)
+    if config.encoder_weights != "auto":
+        captioning_model.check_weights(config, description)
+    cache, rows = prepared.load_features(config, description, images)
+    decoder, words = captioning_model.load_decoder(config, run)
+    return decoder, words, cache.features, rows
+
+
 def teacher_forced(
-    config: Config, decoder: Any, cache: Any, rows: Any, split: Any, words: Any
+    config: Config,
+    decoders: Sequence[Any],
+    features: Sequence[Any],
+    rows: Sequence[Any],
+    split: Any,
+    words: Any,
 ) -> dict[str, float]:
     """Token accuracy and perplexity, given the true words before."""
     import numpy as np
 
     import model as captioning_model
     from captioning import backend
-    from captioning.batches import CaptionBatches
+    from captioning.batches import CaptionBatches, JointBatches
     from captioning.vocabulary import encode
 
     captions = [
         encode(tokens, words, config.max_caption_length)
         for tokens in split.tokens
     ]
-    batches = CaptionBatches(
-        cache.features, rows, captions, config.batch_images
+    batches = [
+        CaptionBatches(*each, captions, config.batch_images)
+        for each in zip(features, rows, strict=True)
+    ]
+    scored, batches = (
+        (decoders[0], batches[0])
+        if len(decoders) == 1
+        else (captioning_model.Ensemble(decoders), JointBatches(batches))
     )
-    decoder.compile(
+    scored.compile(
         loss=captioning_model.SmoothedCrossEntropy(),
         weighted_metrics=[
             captioning_model.TokenAccuracy(),
@@ -152,7 +237,7 @@ def teacher_forced(
         ],
         jit_compile=backend.use_xla(),
     )
-    figures = decoder.evaluate(batches, return_dict=True, verbose=0)
+    figures = scored.evaluate(batches, return_dict=True, verbose=0)
     return {
         "token_accuracy": float(figures["token_accuracy"]),
         "token_accuracy_top5": float(figures["token_accuracy_top5"]),

@@ -10,6 +10,7 @@ Only `keras` is imported, so that every backend runs the same code.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from captioning import features, runs, vocabulary
+from captioning import features, runs, search, vocabulary
 from captioning.backend import PACKED, use_xla
 from captioning.vocabulary import PAD, UNKNOWN
 from config import ENCODERS, Config, UserError
@@ -276,23 +277,24 @@ class BahdanauAttention(keras.layers.Layer):
         """Attends.
 
         Args:
-            state: h, (captions, decoder units).
-            keys: (captions, regions, units), from `key`.
-            annotations: (captions, regions, decoder units).
+            state: h, (..., decoder units).
+            keys: (..., regions, units), from `key`.
+            annotations: (..., regions, decoder units).
 
         Returns:
-            The context z (captions, decoder units) and the attention weights
-            alpha, float32 (captions, regions).
+            The context z (..., decoder units) and the attention weights
+            alpha, float32 (..., regions). Leading dimensions are captions, or
+            images and hypotheses, and are broadcast.
         """
         # Sum and tanh in float32: no slower on a CPU, and a softmax over
         # bfloat16 scores loses what tells regions apart.
         query = ops.cast(self.query(state), "float32")
-        energy = ops.cast(keys, "float32") + ops.expand_dims(query, 1)
+        energy = ops.cast(keys, "float32") + ops.expand_dims(query, -2)
         score = ops.cast(self.score, "float32")
-        scores = ops.matmul(ops.tanh(energy), score)  # (captions, regions, 1)
+        scores = ops.matmul(ops.tanh(energy), score)  # (..., regions, 1)
         weights = ops.softmax(ops.squeeze(scores, -1))
-        row = ops.expand_dims(ops.cast(weights, annotations.dtype), 1)
-        return ops.squeeze(ops.matmul(row, annotations), 1), weights
+        row = ops.expand_dims(ops.cast(weights, annotations.dtype), -2)
+        return ops.squeeze(ops.matmul(row, annotations), -2), weights
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` takes."""
@@ -634,19 +636,28 @@ class CaptioningModel(keras.Model):
         """One step of a search.
 
         Args:
-            word: the last word of each hypothesis, int32 (hypotheses,).
+            word: the last word of each hypothesis, int32 (hypotheses,); each
+                image has as many, and they stand together.
             hidden: h (hypotheses, units).
             cell: c (hypotheses, units).
-            keys: from `start`, (hypotheses, regions, attention units).
-            annotations: from `start`, (hypotheses, regions, units).
+            keys: from `start`, (images, regions, attention units).
+            annotations: from `start`, (images, regions, units).
 
         Returns:
             Log-probabilities of the next word, float32 (hypotheses,
             vocabulary), h, c, and attention weights (hypotheses, regions).
         """
         embedded = self.embedding(word)
-        context, alpha = self.attention(hidden, keys, annotations)
-        context = self.gate(hidden, context)
+        images, regions, _ = ops.shape(keys)
+        units = hidden.shape[-1]
+        # The regions of an image are there once for all of its hypotheses.
+        context, alpha = self.attention(
+            ops.reshape(hidden, (images, -1, units)),
+            ops.expand_dims(keys, 1),
+            ops.expand_dims(annotations, 1),
+        )
+        context = self.gate(hidden, ops.reshape(context, (-1, units)))
+        alpha = ops.reshape(alpha, (-1, regions))
         gates = self.cell.word_gates(embedded)
         hidden, cell = self.cell(gates, hidden, cell, context)
         logits = self.deep_output(embedded, hidden, context)
@@ -656,6 +667,40 @@ class CaptioningModel(keras.Model):
     def get_config(self) -> dict[str, Any]:
         """What `from_config` takes."""
         return {**super().get_config(), **self.settings}
+
+
+class Ensemble(keras.Model):
+    """Several decoders whose probabilities are averaged, teacher-forced.
+
+    Args:
+        decoders: of one vocabulary; their features may differ.
+    """
+
+    def __init__(self, decoders: Sequence[CaptioningModel]) -> None:
+        super().__init__()
+        self.decoders = list(decoders)
+
+    def build(self, shapes: Any) -> None:
+        """Nothing to make: the decoders have their weights."""
+        self.built = True
+
+    def call(self, inputs: dict[str, Any], training: bool = False) -> Any:
+        """Scores every next word, given the true words before it.
+
+        Args:
+            inputs: as `CaptioningModel` takes them, with a tuple of features.
+            training: has no effect.
+
+        Returns:
+            Logarithm of the mean probability, float32 (tokens, vocabulary).
+        """
+        found = []
+        for decoder, each in zip(
+            self.decoders, inputs["features"], strict=True
+        ):
+            logits = decoder({**inputs, "features": each})
+            found.append(ops.log_softmax(ops.cast(logits, "float32")))
+        return search.average(found)
 
 
 def doubly_stochastic_penalty(

@@ -183,3 +183,26 @@ class CaptionBatches(keras.utils.PyDataset):
             np.pad(rows, ((0, missing), (0, 0)), constant_values=PAD),
             np.pad(owners, (0, missing)),
         )
+
+
+class JointBatches(keras.utils.PyDataset):
+    """The same captions with the features of several encoders.
+
+    Args:
+        batches: for each encoder, in one order.
+    """
+
+    def __init__(self, batches: Sequence[CaptionBatches]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self.batches[0])
+
+    def __getitem__(self, place: int) -> tuple[dict[str, Any], Any, Any]:
+        """A batch as of the first, but `features` are a tuple."""
+        found = [each[place] for each in self.batches]
+        inputs, targets, weights = found[0]
+        features = tuple(each["features"] for each, _, _ in found)
+        return {**inputs, "features": features}, targets, weights

@@ -72,7 +72,13 @@ def read_image(path: Path, size: int) -> tuple[np.ndarray, str]:
     Raises:
         UnusableImage: whatever else the file is.
     """
-    data = _read_bytes(path)
+    return decode_image(_read_bytes(path), size)
+
+
+def decode_image(data: bytes, size: int) -> tuple[np.ndarray, str]:
+    """Does for the bytes of a file what `read_image` does for its path."""
+    if not data:
+        raise UnusableImage("empty file")
     try:
         pixels, repairs, turn = _decode(data, size)
         pixels = _resize(pixels, size)
@@ -106,7 +112,7 @@ def _read_bytes(path: Path) -> bytes:
             raise UnusableImage("is no file")  # a pipe would wait for ever
         if status.st_size > _MAX_BYTES:
             raise UnusableImage(f"above {_MAX_BYTES:,} bytes")
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         dangling = os.path.islink(path)
         reason = "dangling link" if dangling else "missing"
@@ -114,9 +120,6 @@ def _read_bytes(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnusableImage(f"unreadable: {reason.lower()}") from None
-    if not data:
-        raise UnusableImage("empty file")
-    return data
 
 
 def _decode(data: bytes, size: int) -> tuple[np.ndarray, list[str], int]:

@@ -40,6 +40,7 @@ _STYLE = {
 }
 # A photograph then takes some 14 KB of the page.
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 224, 70
+_LIT_SIDE = 448  # of the photographs on the page that captions them
 # Of an attention figure. All its photographs together take about a byte a
 # pixel, so that it stays small however long the caption is.
 _COLUMNS, _PANEL_SIDE, _PIXELS = 6, 160, 300_000
@@ -228,14 +229,7 @@ def write_report(
         for row, maps in zip(rows, attention, strict=True)
     ]
     has_history = history is not None and len(history) > 0
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("report.html.jinja").render(
+    text = template("report.html.jinja").render(
         title=title,
         metrics=metrics,
         figures=list(_figures(metrics)),
@@ -244,6 +238,18 @@ def write_report(
         curves=[_curve(history, each) for each in _PANELS if has_history],
     )
     write_text(path, text)
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template; what is put into it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _figures(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -287,11 +293,35 @@ def _thumbnail(path: Path) -> str | None:
         pixels, _ = images.read_image(path, _THUMBNAIL_SIDE)
     except images.UnusableImage:
         return None
-    with Image.open(path) as image:
-        size = image.size
-        if images.orientation(image) >= 5:
-            size = size[::-1]
-    pixels = _fit(pixels, size, _THUMBNAIL_SIDE)
+    return _jpeg(_fit(pixels, _upright_size(path), _THUMBNAIL_SIDE))
+
+
+def lit_photographs(data: bytes, attention: np.ndarray) -> list[str]:
+    """A photograph, and for each word the same lit where the word looked.
+
+    Args:
+        data: the photograph's file, one that `images.decode_image` can read.
+        attention: weights (words, side, side).
+
+    Returns:
+        Addresses (data:) of JPEGs, 1 + words of them.
+    """
+    pixels, _ = images.decode_image(data, _LIT_SIDE)
+    photo = _fit(pixels, _upright_size(io.BytesIO(data)), _LIT_SIDE)
+    pictures = [photo, *(_lit(photo, weights) for weights in attention)]
+    return [f"data:image/jpeg;base64,{_jpeg(each)}" for each in pictures]
+
+
+def _upright_size(file: Path | io.BytesIO) -> tuple[int, int]:
+    """Width and height of a photograph, stood upright."""
+    with Image.open(file) as image:
+        width, height = image.size
+        turned = images.orientation(image) >= 5
+    return (height, width) if turned else (width, height)
+
+
+def _jpeg(pixels: np.ndarray) -> str:
+    """A JPEG of uint8 RGB (height, width, 3), in base64."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(
         buffer, "JPEG", quality=_THUMBNAIL_QUALITY, optimize=True

@@ -112,6 +112,55 @@ def decoding_config(arguments: Arguments) -> tuple[Config, Path]:
     return _with(config, wanted, names), place
 
 
+def members(
+    arguments: Arguments, names: list[str]
+) -> list[tuple[Config, Path]]:
+    """The runs whose probabilities are averaged; one is the usual case.
+
+    Args:
+        arguments: the command line.
+        names: of the runs; none takes the one that the config names.
+
+    Returns:
+        For each run what `decoding_config` gives.
+
+    Raises:
+        UserError: if a run is not there, or they do not write one language.
+    """
+    if not names:
+        return [decoding_config(arguments)]
+    if "run_name" in arguments.given:
+        raise UserError(
+            "--runs and --run-name contradict each other: leave one out"
+        )
+    found = []
+    for name in names:
+        config = dataclasses.replace(arguments.config, run_name=name)
+        found.append(decoding_config(arguments._replace(config=config)))
+    (config, place), *others = found
+    for other, folder_ in others:
+        same = {
+            "vocabulary": vocabulary.load(place / "vocabulary.json")
+            == vocabulary.load(folder_ / "vocabulary.json"),
+            "max_caption_length": config.max_caption_length
+            == other.max_caption_length,
+        }
+        for what, is_so in same.items():
+            if not is_so:
+                raise UserError(
+                    f"{place} and {folder_} differ in their {what}: only runs "
+                    "trained on the same captions with the same data fields "
+                    "can be averaged"
+                )
+    return found
+
+
+def together(runs: list[tuple[Config, Path]]) -> Path:
+    """The folder for what several runs do together: checkpoints/<A>+<B>."""
+    places = [place for _, place in runs]
+    return places[0].with_name("+".join(place.name for place in places))
+
+
 def _with(config: Config, other: Config, names: list[str]) -> Config:
     values = {name: getattr(other, name) for name in names}
     return dataclasses.replace(config, **values)

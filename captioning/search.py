@@ -1,5 +1,10 @@
-"""Beam search for a batch of images as one compiled program."""
+"""Beam search and sampling, for a batch of images as one compiled program.
 
+Both take one decoder or several; of several, the probabilities of the next
+word are averaged at every step.
+"""
+
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -18,79 +23,163 @@ BATCH = 50  # images searched at a time
 IMPOSSIBLE = -1e9
 
 
-class BeamSearch(keras.Model):
-    """Captions features with a trained decoder; greedy is a beam of 1.
+class _Search(keras.Model):
+    """What beam search and sampling have in common.
 
     Args:
-        decoder: a `model.CaptioningModel`.
-        beam_size: hypotheses kept at each step.
-        length_exponent: of the length normalisation; 0 is none.
+        decoders: a `model.CaptioningModel`, or several of one vocabulary.
+        hypotheses: how many captions of an image are written at a time.
         min_length: the shortest caption, in words.
         max_length: the longest caption, in words.
     """
 
     def __init__(
         self,
-        decoder: keras.Model,
-        beam_size: int,
-        length_exponent: float,
+        decoders: keras.Model | Sequence[keras.Model],
+        hypotheses: int,
         min_length: int,
         max_length: int,
     ) -> None:
         super().__init__()
-        self.decoder = decoder
-        self.beam_size = beam_size
-        self.length_exponent = length_exponent
+        self.decoders = keras.tree.flatten(decoders)
+        self.hypotheses = hypotheses
         self.min_length = min_length
         self.max_length = max_length
-        size = decoder.settings["vocabulary_size"]
-        never = np.zeros(size, np.float32)
+        self.size = self.decoders[0].settings["vocabulary_size"]
+        never = np.zeros(self.size, np.float32)
         never[[PAD, START, UNKNOWN]] = IMPOSSIBLE
         self.never = never  # (vocabulary,)
-        ends = np.zeros(size, np.float32)
+        ends = np.zeros(self.size, np.float32)
         ends[END] = IMPOSSIBLE
         self.ends = ends  # (vocabulary,)
 
     def build(self, shape: Any) -> None:
-        """Nothing to make: the decoder has its weights."""
+        """Nothing to make: the decoders have their weights."""
         self.built = True
+
+    def start(self, features: Any) -> tuple[list[Any], list[Any]]:
+        """What decoding starts from.
+
+        Args:
+            features: (images, regions, channels) for each decoder.
+
+        Returns:
+            For each decoder, what stays: annotations and keys (images,
+            regions, units); and what each step changes: h and c (images *
+            hypotheses, units).
+        """
+        fixed, states = [], []
+        for decoder, each in zip(self.decoders, features, strict=True):
+            *shown, hidden, cell = decoder.start(each)
+            fixed.append(shown)
+            states.append(
+                [
+                    ops.repeat(one, self.hypotheses, axis=0)
+                    for one in (hidden, cell)
+                ]
+            )
+        return fixed, states
+
+    def step(
+        self, last: Any, states: list[Any], fixed: list[Any]
+    ) -> tuple[Any, list[Any], Any]:
+        """Scores the next word of each hypothesis.
+
+        Args:
+            last: the word before, int32 (images, hypotheses).
+            states: from `start` or the step before.
+            fixed: from `start`.
+
+        Returns:
+            Log-probabilities of the decoders' average, float32 (images,
+            hypotheses, vocabulary); the next states; attention of the first
+            decoder (images, hypotheses, regions).
+        """
+        found, states_next, attention = [], [], []
+        shape = (*ops.shape(last), -1)
+        last = ops.reshape(last, (-1,))
+        for decoder, state, shown in zip(
+            self.decoders, states, fixed, strict=True
+        ):
+            annotations, keys = shown
+            log_probabilities, *state, alpha = decoder.step(
+                last, *state, keys, annotations
+            )
+            found.append(log_probabilities)
+            states_next.append(state)
+            attention.append(alpha)
+        found = ops.reshape(average(found), (*shape[:2], self.size))
+        return found, states_next, ops.reshape(attention[0], shape)
+
+    def mask(self, step: Any) -> Any:
+        """What is added to log-probabilities: which words may not come."""
+        early = ops.cast(step < self.min_length, "float32")
+        return self.never + early * self.ends  # (vocabulary,)
+
+
+class BeamSearch(_Search):
+    """Captions features with trained decoders; greedy is a beam of 1.
+
+    Args:
+        decoders: a `model.CaptioningModel`, or several of one vocabulary.
+        beam_size: hypotheses kept at each step.
+        length_exponent: of the length normalisation; 0 is none.
+        min_length: the shortest caption, in words.
+        max_length: the longest caption, in words.
+        no_repeat_ngram: so many words in a row do not come twice in a
+            caption; 0 allows it.
+    """
+
+    def __init__(
+        self,
+        decoders: keras.Model | Sequence[keras.Model],
+        beam_size: int,
+        length_exponent: float,
+        min_length: int,
+        max_length: int,
+        no_repeat_ngram: int = 0,
+    ) -> None:
+        super().__init__(decoders, beam_size, min_length, max_length)
+        self.length_exponent = length_exponent
+        self.no_repeat_ngram = no_repeat_ngram
 
     def call(self, features: Any, training: bool = False) -> dict[str, Any]:
         """Captions a batch of images.
 
         Args:
-            features: (images, regions, channels).
+            features: (images, regions, channels), or a list of such, one
+                for each decoder.
             training: has no effect.
 
         Returns:
             The beam's captions, the best first: `words`, int32 (images, beam,
             max_length + 1), ended by `<end>` and padded; `scores`, float32
-            (images, beam), the normalised log-probabilities; and of the best
-            `attention`, float32 (images, max_length + 1, regions).
+            (images, beam), the normalised log-probabilities;
+            `log_probabilities`, the same before; and of the best `attention`,
+            float32 (images, max_length + 1, regions).
         """
-        beam, steps = self.beam_size, self.max_length + 1
-        annotations, keys, hidden, cell = self.decoder.start(features)
-        images, regions = ops.shape(features)[0], features.shape[1]
-        annotations, keys, hidden, cell = (
-            ops.repeat(each, beam, axis=0)  # (images * beam, ...)
-            for each in (annotations, keys, hidden, cell)
-        )
+        features = keras.tree.flatten(features)
+        beam, steps = self.hypotheses, self.max_length + 1
+        images, regions = ops.shape(features[0])[0], features[0].shape[1]
+        fixed, states = self.start(features)
         # At first all hypotheses of an image are the same one.
         scores = ops.broadcast_to(
             ops.convert_to_tensor([0.0] + [IMPOSSIBLE] * (beam - 1)),
             (images, beam),
         )
-        words = ops.full((images, beam, steps), PAD, "int32")
-        attention = ops.zeros((images, beam, steps, regions), "float32")
+        # Where each word of a hypothesis stood among the candidates of its
+        # step: hypothesis * vocabulary + word. The hypothesis says at the end
+        # which attention was the word's; attention itself never moves.
+        places = ops.full((images, beam, steps), PAD, "int32")
+        attention = ops.zeros((steps, images, beam, regions), "float32")
         nothing = ops.full((images, beam), IMPOSSIBLE, "float32")
         state = (
             ops.convert_to_tensor(0, "int32"),
-            *(words, attention, scores, hidden, cell),
-            *(words, attention, nothing),
+            *(places, scores, states, attention, places, nothing),
         )
 
         def unfinished(step: Any, *state: Any) -> Any:
-            _, _, scores, _, _, _, _, ended = state
+            _, scores, _, _, _, ended = state
             # Scores only fall, and the divisor only grows, so that no
             # hypothesis gets better than its score over the last divisor.
             bound = ops.max(scores, axis=1) / self._divisor(float(steps))
@@ -98,97 +187,277 @@ class BeamSearch(keras.Model):
             return ops.logical_and(step < steps, open_)
 
         def advance(step: Any, *state: Any) -> Any:
-            return self._advance(step, state, keys, annotations)
+            return self._advance(step, state, fixed)
 
         state = ops.while_loop(unfinished, advance, state)
-        _, words, attention, scores, _, _, final, shown, ended = state
+        _, places, scores, _, attention, final, ended = state
         # Only where no hypothesis has ended do the others count.
         none = ops.max(ended, axis=1, keepdims=True) <= IMPOSSIBLE / 2
         length = self._divisor(float(self.max_length))
         scores = ops.where(none, scores / length, ended)
-        words = ops.where(ops.expand_dims(none, 2), words, final)
-        none = ops.expand_dims(none, 2)[:, 0]
-        best = ops.where(ops.expand_dims(none, 2), attention[:, 0], shown[:, 0])
-        return {"words": words, "scores": scores, "attention": best}
+        places = ops.where(ops.expand_dims(none, 2), places, final)
+        words = places % self.size
+        length = ops.sum(ops.cast(words != PAD, "float32"), axis=2)
+        best = ops.transpose(places[:, 0] // self.size)  # (steps, images)
+        best = ops.take_along_axis(attention, best[:, :, None, None], axis=2)
+        best = ops.transpose(best[:, :, 0], (1, 0, 2))
+        there = ops.expand_dims(words[:, 0] != PAD, 2)
+        return {
+            "words": words,
+            "scores": scores,
+            "log_probabilities": scores * self._divisor(length),
+            "attention": ops.where(there, best, 0.0),
+        }
 
     def _divisor(self, length: Any) -> Any:
         """GNMT's length penalty (Wu et al. 2016, equation 14)."""
         return ((5.0 + length) / 6.0) ** self.length_exponent
 
     def _advance(
-        self, step: Any, state: tuple[Any, ...], keys: Any, annotations: Any
+        self, step: Any, state: tuple[Any, ...], fixed: list[Any]
     ) -> tuple[Any, ...]:
         """Makes every hypothesis one word longer, and keeps the best."""
-        words, attention, scores, hidden, cell, final, shown, ended = state
-        beam = self.beam_size
+        places, scores, states, attention, final, ended = state
+        beam, size = self.hypotheses, self.size
         images = ops.shape(scores)[0]
+        words = places % size  # (images, beam, steps)
         last = ops.take(words, ops.maximum(step - 1, 0), axis=2)
         last = ops.where(step == 0, ops.full_like(last, START), last)
-        log_probabilities, hidden, cell, alpha = self.decoder.step(
-            ops.reshape(last, (-1,)), hidden, cell, keys, annotations
+        log_probabilities, states, alpha = self.step(last, states, fixed)
+        attention = ops.scatter_update(
+            attention, ops.reshape(step, (1, 1)), ops.expand_dims(alpha, 0)
         )
-        size = log_probabilities.shape[-1]
-        early = ops.cast(step < self.min_length, "float32")
-        log_probabilities = log_probabilities + self.never + early * self.ends
-        candidates = ops.expand_dims(scores, 2) + ops.reshape(
-            log_probabilities, (images, beam, size)
-        )
+        candidates = log_probabilities + self.mask(step)
+        if self.no_repeat_ngram:
+            candidates = candidates + self._repeated(step, words)
+        candidates = ops.expand_dims(scores, 2) + candidates
         # Twice the beam, because at most one candidate a hypothesis ends it:
         # a whole beam of unended ones is among them.
         number = min(2 * beam, beam * size)
         best, place = ops.top_k(
             ops.reshape(candidates, (images, beam * size)), number
         )
-        parent, word = place // size, ops.cast(place % size, "int32")
-        alpha = ops.reshape(alpha, (images, beam, -1))
+        place = ops.cast(place, "int32")  # (images, number)
         here = ops.arange(self.max_length + 1) == step  # (steps,)
+        longer = _gather(places, place // size)  # (images, number, steps)
+        longer = ops.where(here, ops.expand_dims(place, 2), longer)
 
-        words = _gather(words, parent)  # (images, number, steps)
-        words = ops.where(here, ops.expand_dims(word, 2), words)
-        attention = _gather(attention, parent)  # (images, number, steps, r)
-        alpha = ops.expand_dims(_gather(alpha, parent), 2)
-        attention = ops.where(here[:, None], alpha, attention)
-
-        ends = word == END
+        ends = place % size == END
         # The divisor counts `<end>`, as the model pays for it.
         length = ops.cast(step, "float32") + 1
         complete = ops.where(ends, best / self._divisor(length), IMPOSSIBLE)
         complete = ops.where(best <= IMPOSSIBLE / 2, IMPOSSIBLE, complete)
         ended, chosen = ops.top_k(ops.concatenate([ended, complete], 1), beam)
-        final = _gather(ops.concatenate([final, words], 1), chosen)
-        shown = _gather(ops.concatenate([shown, attention], 1), chosen)
+        final = _gather(ops.concatenate([final, longer], 1), chosen)
 
         # In the last step only `<end>` was of interest.
         open_ = ops.where(ends, IMPOSSIBLE, best)
         scores_next, chosen = ops.top_k(open_, beam)
-        parent = ops.take_along_axis(parent, chosen, axis=1)
-        flat = parent + ops.expand_dims(ops.arange(images) * beam, 1)
-        flat = ops.reshape(flat, (-1,))
+        parent = ops.take_along_axis(place // size, chosen, axis=1)
+        parent = ops.reshape(_rows(parent, beam), (-1,))
         going = step < self.max_length
         return (
             step + 1,
-            ops.where(going, _gather(words, chosen), state[0]),
-            ops.where(going, _gather(attention, chosen), state[1]),
+            ops.where(going, _gather(longer, chosen), places),
             ops.where(going, scores_next, scores),
-            ops.take(hidden, flat, axis=0),
-            ops.take(cell, flat, axis=0),
-            *(final, shown, ended),
+            keras.tree.map_structure(
+                lambda each: ops.take(each, parent, axis=0), states
+            ),
+            *(attention, final, ended),
         )
+
+    def _repeated(self, step: Any, words: Any) -> Any:
+        """What is added so that no n-gram comes twice.
+
+        Args:
+            step: how many words the hypotheses have.
+            words: theirs, int32 (images, beam, steps).
+
+        Returns:
+            Float32 (images, beam, vocabulary): far below 0 for a word that
+            followed the last n - 1 words before.
+        """
+        before = self.no_repeat_ngram - 1
+        shape = ops.shape(words)
+        # The words that follow `before` others, and whether these are the
+        # last ones of the hypothesis.
+        follow = words[:, :, before:]  # (images, beam, starts)
+        starts = ops.arange(follow.shape[2])
+        same = starts + before < step
+        for place in range(before):
+            last = ops.maximum(step - before + place, 0)
+            last = ops.expand_dims(ops.take(words, last, axis=2), 2)
+            each = words[:, :, place : place + follow.shape[2]]
+            same = ops.logical_and(same, each == last)
+        same = ops.broadcast_to(same, ops.shape(follow))
+        row = ops.reshape(ops.arange(shape[0] * shape[1]), (*shape[:2], 1))
+        index = ops.reshape(row * self.size + follow, (-1, 1))
+        found = ops.scatter(
+            index,
+            ops.reshape(ops.where(same, IMPOSSIBLE, 0.0), (-1,)),
+            (shape[0] * shape[1] * self.size,),
+        )
+        return ops.reshape(found, (*shape[:2], self.size))
+
+
+class Sample(_Search):
+    """Draws captions from what trained decoders hold likely.
+
+    Args:
+        decoders: a `model.CaptioningModel`, or several of one vocabulary.
+        temperature: log-probabilities are divided by it; below 1 the likely
+            words get likelier.
+        top_k: draw from so many of the likeliest words; 0 is all (Fan et al.
+            2018).
+        top_p: draw from the fewest words that have this much probability
+            together; 1 is all (Holtzman et al. 2020, nucleus sampling).
+        max_length: the longest caption, in words.
+        seed: what is drawn depends on it and on how often it was drawn.
+        samples: captions of each image.
+        min_length: the shortest caption, in words.
+    """
+
+    def __init__(
+        self,
+        decoders: keras.Model | Sequence[keras.Model],
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        max_length: int,
+        seed: int,
+        samples: int = 1,
+        min_length: int = 1,
+    ) -> None:
+        super().__init__(decoders, samples, min_length, max_length)
+        self.temperature = temperature
+        self.top_k = min(top_k or self.size, self.size)
+        self.top_p = top_p
+        self.seed = keras.random.SeedGenerator(seed)
+
+    def call(self, features: Any, training: bool = False) -> dict[str, Any]:
+        """Captions a batch of images.
+
+        Args:
+            features: (images, regions, channels), or a list of such, one
+                for each decoder.
+            training: has no effect.
+
+        Returns:
+            As `BeamSearch` has it, `beam` being the samples, in no order:
+            `words`, `scores` and `log_probabilities` (both are the sum over
+            the words and `<end>` of what the decoders give them at a
+            temperature of 1), and `attention` of the first sample.
+        """
+        features = keras.tree.flatten(features)
+        steps = self.max_length + 1
+        images, regions = ops.shape(features[0])[0], features[0].shape[1]
+        fixed, states = self.start(features)
+        shape = (images, self.hypotheses)
+        # One number for each word, drawn before the loop: a random state
+        # cannot change inside of it on every backend.
+        chance = keras.random.uniform((steps, *shape), seed=self.seed)
+        state = (
+            ops.convert_to_tensor(0, "int32"),
+            ops.full((steps, *shape), PAD, "int32"),
+            ops.full(shape, START, "int32"),
+            ops.zeros(shape, "float32"),
+            states,
+            ops.zeros((steps, images, regions), "float32"),
+        )
+
+        def unfinished(step: Any, words: Any, last: Any, *state: Any) -> Any:
+            open_ = ops.logical_and(last != END, last != PAD)
+            return ops.logical_and(step < steps, ops.any(open_))
+
+        def advance(
+            *state: Any,
+        ) -> tuple[Any, ...]:
+            step, words, last, total, states, attention = state
+            open_ = ops.logical_and(last != END, last != PAD)
+            found, states, alpha = self.step(last, states, fixed)
+            word = self._draw(found + self.mask(step), chance[step])
+            # After the longest caption only `<end>` may come.
+            word = ops.where(step < self.max_length, word, END)
+            word = ops.where(open_, word, PAD)
+            gain = ops.take_along_axis(found, ops.expand_dims(word, 2), axis=2)
+            total = total + ops.where(open_, gain[:, :, 0], 0.0)
+            alpha = ops.where(open_[:, :1], alpha[:, 0], 0.0)
+            at = ops.reshape(step, (1, 1))
+            return (
+                step + 1,
+                ops.scatter_update(words, at, word[None]),
+                *(word, total, states),
+                ops.scatter_update(attention, at, alpha[None]),
+            )
+
+        state = ops.while_loop(unfinished, advance, state)
+        _, words, _, total, _, attention = state
+        return {
+            "words": ops.transpose(words, (1, 2, 0)),
+            "scores": total,
+            "log_probabilities": total,
+            "attention": ops.transpose(attention, (1, 0, 2)),
+        }
+
+    def _draw(self, log_probabilities: Any, chance: Any) -> Any:
+        """Draws words.
+
+        Args:
+            log_probabilities: (images, samples, vocabulary).
+            chance: even in [0, 1), (images, samples).
+
+        Returns:
+            int32 (images, samples).
+        """
+        likely = ops.softmax(log_probabilities / self.temperature)
+        sorted_ = self.top_k < self.size or self.top_p < 1
+        if sorted_:
+            likely, words = ops.top_k(likely, self.top_k)
+            likely = likely / ops.sum(likely, axis=-1, keepdims=True)
+        total = ops.cumsum(likely, axis=-1)
+        if self.top_p < 1:
+            # The word that passes the threshold still counts.
+            likely = ops.where(total - likely < self.top_p, likely, 0.0)
+            total = ops.cumsum(likely, axis=-1)
+        # The first word at which the running total is above the chance; no
+        # word without a probability is. Rounding must not reach the end.
+        chance = ops.minimum(ops.expand_dims(chance, -1), 1 - 1e-6)
+        place = ops.sum(
+            ops.cast(total <= chance * total[:, :, -1:], "int32"), axis=-1
+        )
+        if sorted_:
+            place = ops.take_along_axis(words, place[:, :, None], axis=2)
+            place = place[:, :, 0]
+        return ops.cast(place, "int32")
+
+
+def average(log_probabilities: Sequence[Any]) -> Any:
+    """The logarithm of the mean probability; all have one shape."""
+    if len(log_probabilities) == 1:
+        return log_probabilities[0]
+    together = ops.logsumexp(ops.stack(log_probabilities), axis=0)
+    return together - float(np.log(len(log_probabilities)))
+
+
+def _rows(place: Any, number: int) -> Any:
+    """Places among an image's `number` -> among those of all images."""
+    first = ops.arange(ops.shape(place)[0]) * number
+    return place + ops.expand_dims(first, 1)
 
 
 def _gather(tensor: Any, place: Any) -> Any:
-    """Takes (images, n, ...) at place (images, m): (images, m, ...)."""
-    shape = (*place.shape, *[1] * (len(tensor.shape) - 2))
-    shape = (-1, *shape[1:])
-    return ops.take_along_axis(tensor, ops.reshape(place, shape), axis=1)
+    """Takes (images, n, k) at place (images, m): (images, m, k)."""
+    images, number, width = ops.shape(tensor)
+    flat = ops.reshape(tensor, (images * number, width))
+    return ops.take(flat, _rows(place, number), axis=0)
 
 
-class Captioned(NamedTuple):
-    """A caption as the search gave it."""
+class Hypothesis(NamedTuple):
+    """One of the captions that a search found for an image."""
 
     words: list[str]
     score: float  # normalised log-probability
-    attention: np.ndarray  # float32 (words, regions)
+    log_probability: float
 
     @property
     def caption(self) -> str:
@@ -196,21 +465,41 @@ class Captioned(NamedTuple):
         return " ".join(self.words)
 
 
-def build(decoder: keras.Model, config: Config) -> BeamSearch:
+class Captioned(NamedTuple):
+    """What a search gave for an image."""
+
+    n_best: list[Hypothesis]  # the best first
+    attention: np.ndarray  # of the best, float32 (words, regions)
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the best caption."""
+        return self.n_best[0].words
+
+    @property
+    def caption(self) -> str:
+        """The best caption as one string."""
+        return self.n_best[0].caption
+
+
+def build(
+    decoders: keras.Model | Sequence[keras.Model], config: Config
+) -> BeamSearch:
     """Makes the search that the decoding fields of a config describe."""
     search = BeamSearch(
-        decoder,
+        decoders,
         config.beam_size,
         config.length_exponent,
         config.min_caption_length,
         config.max_caption_length,
+        config.no_repeat_ngram,
     )
     search.compile(jit_compile=use_xla())
     return search
 
 
 def caption_rows(
-    search: BeamSearch,
+    search: BeamSearch | Sample,
     features: np.ndarray,
     rows: np.ndarray,
     vocabulary: Vocabulary,
@@ -219,34 +508,70 @@ def caption_rows(
     """Captions rows of features, batch by batch.
 
     Args:
-        search: from `build`.
+        search: from `build`, of one decoder.
         features: float16 (all rows, regions, channels).
         rows: which of them.
         vocabulary: the words.
         progress: whether to show a bar.
 
     Returns:
-        The best caption of each row.
+        The captions of each row.
     """
-    captioned = []
-    with tqdm(total=len(rows), unit="image", disable=not progress) as bar:
-        for start in range(0, len(rows), BATCH):
-            chosen = rows[start : start + BATCH]
+    return caption_together(search, [features], [rows], vocabulary, progress)
+
+
+def caption_together(
+    search: BeamSearch | Sample,
+    features: Sequence[np.ndarray],
+    rows: Sequence[np.ndarray],
+    vocabulary: Vocabulary,
+    progress: bool = False,
+) -> list[Captioned]:
+    """Captions images by several decoders at once, batch by batch.
+
+    Args:
+        search: from `build`.
+        features: for each decoder, float16 (all rows, regions, channels).
+        rows: for each decoder, the rows of the images in its features.
+        vocabulary: the words.
+        progress: whether to show a bar.
+
+    Returns:
+        The captions of each image.
+    """
+    captioned, images = [], len(rows[0])
+    with tqdm(total=images, unit="image", disable=not progress) as bar:
+        for start in range(0, images, BATCH):
+            count = min(BATCH, images - start)
             # All batches have one size, so that the search is compiled once.
-            filled = np.resize(chosen, BATCH)
-            found = search.predict_on_batch(features[filled])
+            batch = [
+                each[np.resize(row[start : start + BATCH], BATCH)]
+                for each, row in zip(features, rows, strict=True)
+            ]
+            found = search.predict_on_batch(batch)
             found = {name: np.asarray(each) for name, each in found.items()}
-            for place in range(len(chosen)):
-                words = vocabulary.decode(found["words"][place, 0])
-                captioned.append(
-                    Captioned(
-                        words,
-                        float(found["scores"][place, 0]),
-                        found["attention"][place, : len(words)],
-                    )
-                )
-            bar.update(len(chosen))
+            captioned += [
+                _captioned(found, place, vocabulary) for place in range(count)
+            ]
+            bar.update(count)
     return captioned
+
+
+def _captioned(
+    found: dict[str, np.ndarray], place: int, vocabulary: Vocabulary
+) -> Captioned:
+    """What a search gave for one image of a batch."""
+    n_best = [
+        Hypothesis(vocabulary.decode(words), float(score), float(log))
+        for words, score, log in zip(
+            found["words"][place],
+            found["scores"][place],
+            found["log_probabilities"][place],
+            strict=True,
+        )
+        if score > IMPOSSIBLE / 2
+    ]
+    return Captioned(n_best, found["attention"][place, : len(n_best[0].words)])
 
 
 def square(attention: np.ndarray) -> np.ndarray:

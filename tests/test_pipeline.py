@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,47 @@ def test_scores_can_be_had_again_from_the_captions(home):
     assert again["unavailable"]["token_accuracy"]
 
 
+def test_runs_are_averaged(home):
+    """A run with itself is the run; runs may differ in their encoder."""
+    other = ["--encoder", "mobilenetv2", "--run-name", "other"]
+    short = [*TRAINING, "--epochs", "2"]
+    weights = ["--encoder-weights", "random"]
+    good("preprocess.py", *FLAGS, *other[:2], folder=home)
+    good("train.py", *FLAGS, *short, *other, folder=home)
+    flags = ["--dataset", "small", *weights, "--min-word-count", "2"]
+    flags += ["--limit-images", "10"]
+    found = {}
+    for names in ([RUN.name], [RUN.name] * 2, [RUN.name, "other"]):
+        printed = good("evaluate.py", "--runs", *names, *flags, folder=home)
+        place = home / "checkpoints" / "+".join(names) / "evaluation" / "test"
+        assert str(place.relative_to(home)) in printed
+        found[len(found)] = (
+            json.loads((place / "metrics.json").read_text()),
+            json.loads((place / "captions.json").read_text()),
+        )
+    alone, twice, both = (found[n] for n in range(3))
+    assert alone[1] == twice[1]
+    assert alone[0]["perplexity"] == pytest.approx(twice[0]["perplexity"], 1e-3)
+    assert alone[1] != both[1]
+    assert abs(alone[0]["perplexity"] / both[0]["perplexity"] - 1) > 0.01
+
+
+def test_runs_of_two_vocabularies_are_not_averaged(home):
+    words = home / "checkpoints" / "stranger"
+    shutil.copytree(home / RUN, words)
+    path = words / "vocabulary.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["words"]
+    known[4:] = known[:3:-1]
+    path.write_text(json.dumps({"words": known}), encoding="utf-8")
+    flags = ["--runs", RUN.name, "stranger"]
+    done = run("evaluate.py", *FLAGS, *flags, folder=home)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "vocabulary" in line and "stranger" in line
+    flags = ["--runs", RUN.name, "--run-name", RUN.name]
+    assert "--run-name" in bad("evaluate.py", *FLAGS, *flags, folder=home)
+
+
 def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -179,6 +221,11 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     entry = json.loads(done.stdout)
     assert done.returncode == 0
     assert entry["caption"].split() == [w["word"] for w in entry["words"]]
+    n_best = entry["n_best"]
+    assert len({each["caption"] for each in n_best}) == len(n_best) == 5
+    assert n_best[0]["caption"] == entry["caption"]
+    assert n_best[0]["score"] >= n_best[1]["score"]
+    assert n_best[0]["log_probability"] == entry["log_probability"] < 0
 
 
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):

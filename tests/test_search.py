@@ -1,4 +1,4 @@
-"""Beam search against exhaustive search, greedy search and itself."""
+"""Search against exhaustive search, itself, and what chance allows."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning.search import BeamSearch, caption_rows
+from captioning.search import BeamSearch, Sample, average, caption_rows
 from captioning.vocabulary import (
     END,
     PAD,
@@ -43,10 +43,18 @@ def tiny(seed: int, words: int, scale: float = 3.0) -> CaptioningModel:
     return decoder
 
 
-def search(decoder, features, beam, exponent=0.7, least=1, most=3):
-    searcher = BeamSearch(decoder, beam, exponent, least, most)
+def search(decoder, features, beam, exponent=0.7, least=1, most=3, ngram=0):
+    searcher = BeamSearch(decoder, beam, exponent, least, most, ngram)
     searcher.compile(jit_compile=False)
     found = searcher.predict_on_batch(features)
+    return {name: np.asarray(each) for name, each in found.items()}
+
+
+def sample(decoder, features, temperature=1.0, top_k=0, top_p=1.0, **others):
+    others = {"max_length": 4, "seed": 1, **others}
+    sampler = Sample(decoder, temperature, top_k, top_p, **others)
+    sampler.compile(jit_compile=False)
+    found = sampler.predict_on_batch(features)
     return {name: np.asarray(each) for name, each in found.items()}
 
 
@@ -68,13 +76,25 @@ def log_probability(decoder, features, words) -> float:
     return total
 
 
-def exhaustive(decoder, features, exponent, least, most):
+def ngrams(words, n: int) -> list[tuple[int, ...]]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def repeats(words, n: int) -> bool:
+    """Whether n words in a row come twice; never for n = 0."""
+    found = ngrams(words, n)
+    return n > 0 and len(set(found)) < len(found)
+
+
+def exhaustive(decoder, features, exponent, least, most, ngram=0):
     """The best of all captions there are, and its normalised score."""
     size = decoder.settings["vocabulary_size"]
     content = range(len(SPECIAL_WORDS), size)
     best = (-np.inf, ())
     for length in range(least, most + 1):
         for words in itertools.product(content, repeat=length):
+            if repeats(words, ngram):
+                continue
             words = (*words, END)
             score = log_probability(decoder, features, words)
             score /= ((5 + len(words)) / 6) ** exponent
@@ -87,13 +107,19 @@ def exhaustive(decoder, features, exponent, least, most):
     seed=st.integers(0, 10_000),
     exponent=st.sampled_from([0.0, 0.7, 2.0]),
     least=st.integers(1, 2),
+    ngram=st.integers(0, 2),
 )
-def test_a_wide_beam_finds_what_exhaustive_search_finds(seed, exponent, least):
+def test_a_wide_beam_finds_what_exhaustive_search_finds(
+    seed, exponent, least, ngram
+):
     decoder, features = tiny(seed, 3), some_features(seed, 1)
-    score, words = exhaustive(decoder, features, exponent, least, 3)
-    found = search(decoder, features, 27, exponent, least)
+    score, words = exhaustive(decoder, features, exponent, least, 3, ngram)
+    found = search(decoder, features, 27, exponent, least, ngram=ngram)
     assert tuple(found["words"][0, 0][: len(words)]) == words
     assert found["scores"][0, 0] == pytest.approx(score, abs=1e-4)
+    assert found["log_probabilities"][0, 0] == pytest.approx(
+        log_probability(decoder, features, words), abs=1e-4
+    )
 
 
 @settings(max_examples=6, deadline=None)
@@ -190,3 +216,166 @@ def test_rows_are_captioned_in_their_order():
     assert len({each.caption for each in forward}) > 1
     for each in forward:
         assert each.words and len(each.words) == len(each.attention)
+        assert [one.score for one in each.n_best] == sorted(
+            (one.score for one in each.n_best), reverse=True
+        )
+        assert len({one.caption for one in each.n_best}) == 2
+        assert each.caption == each.n_best[0].caption
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_ngram_comes_twice_where_that_is_asked_for(n):
+    decoder, features = tiny(17, 8), some_features(17, 8)
+    seen = {}
+    for ngram in (0, n):
+        found = search(decoder, features, 3, least=6, most=7, ngram=ngram)
+        seen[ngram] = [
+            repeats([w for w in words if w > UNKNOWN], n)
+            for words in found["words"].reshape(-1, 8)
+        ]
+    assert any(seen[0]) and not any(seen[n])
+
+
+# --- sampling --------------------------------------------------------------
+
+
+def test_sampling_is_reproducible_by_its_seed():
+    decoder, features = tiny(19, 8), some_features(19, 16)
+    one, same, other = (
+        sample(decoder, features, seed=seed)["words"] for seed in (4, 4, 5)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+    sampler = Sample(decoder, 1.0, 0, 1.0, 4, 4)
+    drawn = [np.asarray(sampler(features)["words"]) for _ in range(2)]
+    np.testing.assert_array_equal(drawn[0], one)
+    assert (drawn[0] != drawn[1]).any()
+
+
+@pytest.mark.parametrize("settings_", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_sampling_from_the_likeliest_word_alone_is_greedy(settings_):
+    """With the log-probability of greedy search and its attention, too."""
+    decoder, features = tiny(23, 8), some_features(23, 16)
+    found = sample(decoder, features, **settings_)
+    greedy = search(decoder, features, 1, exponent=0.0, most=4)
+    for image in range(16):
+        words = greedy["words"][image, 0]
+        if END not in words:  # it had to be cut
+            words = np.append(words[:4], END)
+        else:
+            for name in ("scores", "log_probabilities", "attention"):
+                np.testing.assert_allclose(
+                    found[name][image], greedy[name][image], atol=1e-4
+                )
+        np.testing.assert_array_equal(found["words"][image, 0], words)
+
+
+def first_words(decoder, features) -> np.ndarray:
+    """The probability of each first word, as sampling allows them."""
+    annotations, keys, hidden, cell = decoder.start(features)
+    found, *_ = decoder.step(np.array([START]), hidden, cell, keys, annotations)
+    likely = np.exp(np.array(found[0], np.float64))
+    likely[[PAD, START, END, UNKNOWN]] = 0
+    return likely / likely.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.5, 0, 0.8), (1.0, 4, 0.7)],
+)
+def test_words_are_drawn_as_often_as_they_are_likely(temperature, top_k, top_p):
+    decoder, features = tiny(29, 8, scale=1.5), some_features(29, 1)
+    likely = first_words(decoder, features) ** (1 / temperature)
+    likely /= likely.sum()
+    order = np.argsort(-likely)
+    kept = order[: top_k or len(order)]
+    share = likely[kept] / likely[kept].sum()
+    kept = kept[np.cumsum(share) - share < top_p]
+    expected = np.zeros_like(likely)
+    expected[kept] = likely[kept] / likely[kept].sum()
+    number = 20_000
+    words = sample(
+        *(decoder, features, temperature, top_k, top_p),
+        samples=number,
+        max_length=1,
+    )["words"][0, :, 0]
+    found = np.bincount(words, minlength=len(likely)) / number
+    assert (found[expected == 0] == 0).all()
+    # Five standard deviations: by chance once in a million.
+    bound = 5 * np.sqrt(expected * (1 - expected) / number) + 1e-9
+    assert (np.abs(found - expected) <= bound).all()
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 10_000), least=st.integers(1, 4))
+def test_samples_have_their_least_length_and_no_special_word(seed, least):
+    decoder, features = tiny(seed, 5, scale=0.5), some_features(seed, 2)
+    found = sample(
+        *(decoder, features, 3.0),
+        max_length=5,
+        seed=seed,
+        samples=8,
+        min_length=least,
+    )
+    for image, captions in enumerate(found["words"]):
+        for words in captions:
+            length = words.tolist().index(END)
+            assert least <= length <= 5
+            assert (words[:length] > UNKNOWN).all()
+            assert (words[length + 1 :] == PAD).all()
+        first = captions[0].tolist()
+        first = first[: first.index(END) + 1]
+        assert found["scores"][image, 0] == pytest.approx(
+            log_probability(decoder, features[[image]], first), abs=1e-3
+        )
+
+
+# --- ensembles -------------------------------------------------------------
+
+
+def test_a_model_with_itself_captions_as_it_does_alone():
+    decoder, features = tiny(31, 8), some_features(31, 6)
+    alone = search(decoder, features, 3)
+    twice = search([decoder, decoder], [features, features], 3)
+    for name, each in alone.items():
+        np.testing.assert_allclose(twice[name], each, atol=1e-5)
+
+
+def test_two_models_are_averaged_in_probability_at_every_step():
+    """They may differ in their features; each has a state of its own."""
+    decoders = [tiny(37, 3), tiny(38, 3)]
+    features = [some_features(37, 1), some_features(38, 1)[:, :2]]
+    best = (-np.inf, ())
+    for length in (1, 2, 3):
+        for words in itertools.product(range(4, 7), repeat=length):
+            words, total = (*words, END), 0.0
+            starts = [
+                d.start(f) for d, f in zip(decoders, features, strict=True)
+            ]
+            states = [each[2:] for each in starts]
+            last = START
+            for word in words:
+                likely = []
+                for n, decoder in enumerate(decoders):
+                    annotations, keys = starts[n][:2]
+                    found, *state, _ = decoder.step(
+                        np.array([last]), *states[n], keys, annotations
+                    )
+                    states[n] = state
+                    likely.append(np.exp(float(found[0][word])))
+                total += np.log(np.mean(likely))
+                last = word
+            best = max(best, (total / ((6 + length) / 6) ** 0.7, words))
+    found = search(decoders, features, 27)
+    assert tuple(found["words"][0, 0][: len(best[1])]) == best[1]
+    assert found["scores"][0, 0] == pytest.approx(best[0], abs=1e-4)
+    for decoder, each in zip(decoders, features, strict=True):
+        alone = search(decoder, each, 27)
+        assert alone["scores"][0, 0] != pytest.approx(best[0], abs=1e-3)
+
+
+def test_the_average_is_of_probabilities():
+    one, other = np.log([[0.1, 0.9]]), np.log([[0.5, 0.5]])
+    np.testing.assert_allclose(
+        np.exp(average([one, other])), [[0.3, 0.7]], rtol=1e-6
+    )

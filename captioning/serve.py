@@ -1,0 +1,98 @@
+"""A local page on which a photograph is dropped and its caption appears."""
+
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from captioning import extraction, images, report, search
+from config import UserError
+
+HOST = "127.0.0.1"
+# The largest upload. A photograph of a good camera has half of it.
+MAX_BYTES = 32 * 2**20
+
+
+def application(
+    caption: Callable[[list[extraction.Read]], list[Any]], title: str, size: int
+) -> Any:
+    """Makes the page.
+
+    Args:
+        caption: from read photographs to a `search.Captioned` each.
+        title: whose captions they are.
+        size: side of the images that `caption` takes, in pixels.
+
+    Returns:
+        A Flask application.
+
+    Raises:
+        UserError: if Flask is not installed.
+    """
+    try:
+        import flask
+    except ImportError:
+        raise UserError(
+            "--serve needs Flask: pip install -r requirements-serve.txt"
+        ) from None
+    page = report.template("serve.html.jinja").render(title=title)
+    one_at_a_time = threading.Lock()
+    app = flask.Flask(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
+    # Another site cannot pass its name off as this machine's.
+    app.config["TRUSTED_HOSTS"] = [HOST, "localhost"]
+
+    @app.get("/")
+    def show() -> str:
+        return page
+
+    @app.post("/caption")
+    def answer() -> Any:
+        upload = flask.request.files.get("photo")
+        data = upload.read() if upload else b""
+        try:
+            pixels, _ = images.decode_image(data, size)
+        except images.UnusableImage as error:
+            return {"error": f"This photograph cannot be used: {error}."}, 400
+        with one_at_a_time:
+            (found,) = caption([extraction.Read("", pixels, "")])
+        maps = search.square(found.attention)
+        return {
+            "caption": found.caption,
+            "words": found.words,
+            "n_best": [each._asdict() for each in found.n_best],
+            "pictures": report.lit_photographs(data, maps),
+        }
+
+    @app.errorhandler(413)
+    def too_large(_: Any) -> Any:
+        most = f"{MAX_BYTES / 2**20:.0f} MB"
+        return {"error": f"This file is larger than {most}."}, 413
+
+    return app
+
+
+def serve(app: Any, port: int) -> None:
+    """Serves a page to this machine alone, until it is interrupted.
+
+    Raises:
+        UserError: if the port cannot be had.
+    """
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        """Does not write a line for every request."""
+
+        def log_request(self, *_: Any) -> None:
+            """Says nothing."""
+
+    try:
+        with socket.create_server((HOST, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"port {port} cannot be had ({error}): give another, --serve PORT"
+        ) from None
+    server = make_server(HOST, port, app, threaded=True, request_handler=Quiet)
+    print(f"Open http://{HOST}:{server.port} (Ctrl-C ends it)", flush=True)
+    server.serve_forever()

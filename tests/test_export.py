@@ -1,0 +1,111 @@
+"""The exported program, in a process without the project's code."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import evaluate
+import model
+from captioning import prepared, runs, vocabulary
+from captioning.vocabulary import END, SPECIAL_WORDS, Vocabulary
+from config import Config, UserError
+
+# Prints the captions and scores of the images in a file.
+PROGRAM = """
+import json, sys
+import numpy as np, tensorflow as tf
+program = tf.saved_model.load(sys.argv[1])
+found = program.serve(np.load(sys.argv[2]))
+captions = [
+    " ".join(word.decode() for word in words if word)
+    for words in found["words"].numpy()
+]
+ours = {"model", "config", "captioning", "evaluate"} & set(sys.modules)
+assert not ours and found["word_ids"].dtype == tf.int32
+print(json.dumps([captions, found["scores"].numpy().tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An untrained run with features of its encoder: config, place, pixels."""
+    home = tmp_path_factory.mktemp("home")
+    config = Config(
+        checkpoints_dir=str(home),
+        run_name="run",
+        encoder="resnet50",
+        encoder_weights="random",
+        image_size=64,
+        decoder_units=16,
+        attention_units=16,
+        embedding_units=16,
+        max_caption_length=5,
+        precision="float32",
+    )
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(1)
+    words = Vocabulary((*SPECIAL_WORDS, *"abcdefgh", "é"))
+    encoder = model.build_encoder(config, "random")
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (6, 64, 64, 3), np.uint8)
+    pixels //= np.array([1, 2, 4, 8, 16, 32], np.uint8)[:, None, None, None]
+    features = encoder.predict(pixels, verbose=0)
+    decoder = model.build_model(config, len(words), features.shape[2])
+    decoder.set_weights([4 * each for each in decoder.get_weights()])
+    decoder.standardisation.mean.assign(features.mean((0, 1), np.float32))
+    deviation = features.std((0, 1), np.float32)
+    decoder.standardisation.deviation.assign(deviation + 1e-4)
+    bias = decoder.deep_output.logits.bias
+    bias.assign(np.where(np.arange(len(words)) == END, -3, np.array(bias)))
+    place = home / "run"
+    description = model.describe_features(config, "random")
+    runs.begin(config, place, words, description, features.shape[1:])
+    runs.save_weights(decoder, place)
+    return config, place, pixels, features
+
+
+def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
+    config, place, pixels, features = run
+    cache = type("Cache", (), {"features": features})
+    rows = np.arange(len(features))
+    monkeypatch.setattr(prepared, "load_features", lambda *_: (cache, rows))
+    words = vocabulary.load(place / "vocabulary.json").words[4:]
+    split = prepared.Split(
+        list(rows), list(rows), [], [[[words[0]]]] * len(rows)
+    )
+    found, _ = evaluate.caption_split([(config, place)], split)
+    assert len({each.caption for each in found}) > 1
+    evaluate.export_run([(config, place)], tmp_path / "program")
+    np.save(tmp_path / "pixels.npy", pixels)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", PROGRAM),
+            *(tmp_path / "program", tmp_path / "pixels.npy"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    captions, scores = json.loads(done.stdout)
+    assert captions == [each.caption for each in found]
+    np.testing.assert_allclose(
+        scores, [each.n_best[0].score for each in found], atol=1e-4
+    )
+    assert not list(tmp_path.glob("tmp*")), "temporary folders are left"
+
+
+def test_what_cannot_be_exported_is_told_in_one_line(run, tmp_path):
+    config, place, *_ = run
+    with pytest.raises(UserError, match="there already"):
+        evaluate.export_run([(config, place)], tmp_path)
+    with pytest.raises(UserError, match="one run"):
+        evaluate.export_run([(config, place)] * 2, tmp_path / "program")
+    wrong = dataclasses.replace(config, encoder_weights="nothing.h5")
+    with pytest.raises(UserError, match=r"nothing\.h5"):
+        evaluate.export_run([(wrong, place)], tmp_path / "program")

@@ -1,0 +1,92 @@
+"""The local page, by Flask's test client."""
+
+import io
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from captioning import search, serve
+from config import UserError
+
+WORDS = ["a", "<b>dog</b>"]
+
+
+def caption(photos):
+    """Stands in for a model; a photograph's caption tells its size."""
+    best = search.Hypothesis(WORDS, -0.5, -1.0)
+    other = search.Hypothesis([str(photos[0].pixels.shape[0])], -0.6, -1.2)
+    attention = np.full((2, 9), 1 / 9, "float32")
+    return [search.Captioned([best, other], attention)]
+
+
+@pytest.fixture
+def client():
+    return serve.application(caption, "<run>", 32).test_client()
+
+
+def photo(height: int = 30, width: int = 60) -> bytes:
+    pixels = np.full((height, width, 3), 200, np.uint8)
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def upload(client, data: bytes, **options):
+    form = {"photo": (io.BytesIO(data), "x.png")}
+    return client.post("/caption", data=form, **options)
+
+
+def test_the_page_stands_alone_and_is_escaped(client):
+    page = client.get("/").get_data(as_text=True)
+    assert "&lt;run&gt;" in page and "<run>" not in page
+    assert "http://" not in page and "https://" not in page
+    # Captions become text nodes, never markup.
+    assert "innerHTML" not in page
+
+
+def test_a_photograph_gets_its_caption_and_a_picture_a_word(client):
+    reply = upload(client, photo())
+    found = json.loads(reply.data)
+    assert reply.status_code == 200 and reply.is_json
+    assert found["words"] == WORDS and found["caption"] == " ".join(WORDS)
+    assert [each["words"] for each in found["n_best"]] == [WORDS, ["32"]]
+    assert len(found["pictures"]) == 3
+    assert all(e.startswith("data:image/jpeg;") for e in found["pictures"])
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", photo()[:60]])
+def test_what_is_no_photograph_gets_a_message(client, data):
+    reply = upload(client, data)
+    assert reply.status_code == 400
+    assert "cannot be used" in json.loads(reply.data)["error"]
+    assert client.post("/caption").status_code == 400
+
+
+def test_an_upload_that_is_too_large_gets_a_message(client):
+    reply = upload(client, bytes(serve.MAX_BYTES + 1))
+    assert reply.status_code == 413
+    assert "larger than 32 MB" in json.loads(reply.data)["error"]
+
+
+def test_another_host_name_is_refused(client):
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+    assert (
+        client.get("/", headers={"Host": "localhost:8000"}).status_code == 200
+    )
+
+
+def test_a_missing_flask_is_told_in_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "flask", None)
+    with pytest.raises(UserError, match=r"requirements-serve\.txt"):
+        serve.application(caption, "run", 32)
+
+
+def test_a_port_in_use_is_told_in_one_line():
+    import socket
+
+    with socket.create_server((serve.HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}.*--serve PORT"):
+            serve.serve(None, port)
+    with pytest.raises(UserError, match="port 70000"):
+        serve.serve(None, 70000)
