@@ -47,7 +47,10 @@ def main(arguments: command.Arguments) -> None:
         if fresh:
             print(f"Kept the old run as {runs.set_aside(place)}")
         fit(config, place, train, val, words)
-    print(f"Wrote {place}. Next: {command.next_line('evaluate.py', arguments)}")
+    following = command.next_line("evaluate.py", arguments)
+    if "test" not in prepared.splits(config):
+        following += " --split val"
+    print(f"Wrote {place}. Next: {following}")
 
 
 def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:

@@ -108,23 +108,14 @@ def load_split(config: Config, split: str) -> Split:
         UserError: if preprocess.py has not run with these data fields, or
             the dataset has no such split.
     """
-    place = folder(config)
-    _check_fields(config, place)
-    path = place / "captions.csv"
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        table = table[[*TABLE, *({"image_id"} & {*table.columns})]]
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read ({reason}): run preprocess.py again"
-        ) from None
-    found = [name for name in SPLITS if (table["split"] == name).any()]
+    table = _read(config)
     table = table[table["split"] == split]
     if table.empty:
+        found = splits(config)
         raise UserError(
-            f"{path} has no split {split}, only {' and '.join(found)}: give "
-            f"--split {found[-1]}, or add images for {split} to the dataset"
+            f"{folder(config)} has no split {split}, only "
+            f"{' and '.join(found)}: give --split {found[-1]}, or add images "
+            f"for {split} to the dataset"
         )
     if "image_id" in table:
         table = table.assign(image_id=table["image_id"].astype(int))
@@ -137,6 +128,27 @@ def load_split(config: Config, split: str) -> Split:
         grouped["caption"].agg(list).tolist(),
         [[t.split() for t in each] for each in grouped["tokens"].agg(list)],
     )
+
+
+def splits(config: Config) -> list[str]:
+    """The splits that a preprocessed dataset has."""
+    table = _read(config)
+    return [name for name in SPLITS if (table["split"] == name).any()]
+
+
+def _read(config: Config) -> pd.DataFrame:
+    """Reads captions.csv of the data fields, and of no others."""
+    place = folder(config)
+    _check_fields(config, place)
+    path = place / "captions.csv"
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return table[[*TABLE, *({"image_id"} & {*table.columns})]]
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read ({reason}): run preprocess.py again"
+        ) from None
 
 
 def images_dir(config: Config) -> Path:
