@@ -76,6 +76,7 @@ def main(arguments: command.Arguments) -> None:
             captions = read_captions(Path(arguments.actions.captions), split)
             figures, attention = {}, None
         else:
+            command.import_keras()
             from captioning import search
 
             found, figures = caption_split(members, split)

@@ -196,16 +196,18 @@ def _size_of_response(network: keras.Model) -> float:
 
 
 def _draw_weights(network: keras.Model) -> None:
-    """He-normal kernels from NumPy, the same on every backend."""
+    """Glorot-normal kernels from NumPy, the same on every backend.
+
+    With these the shortcuts of residual networks outweigh the filters beside
+    them, so that more of the image is left in the last layer.
+    """
     generator = np.random.default_rng(RANDOM_ENCODER_SEED)
     drawn = []
     for variable in network.weights:
         shape = variable.shape
         if len(shape) > 1:
-            fan_in = (
-                np.prod(shape[:-1]) if shape[-2] > 1 else np.prod(shape[:2])
-            )
-            scale = np.sqrt(2 / fan_in)
+            area = np.prod(shape[:-2])  # of the filter, in pixels
+            scale = np.sqrt(2 / (area * (shape[-2] + shape[-1])))
             drawn.append(generator.normal(0, scale, shape))
         else:
             ones = variable.name in ("gamma", "moving_variance")
