@@ -194,7 +194,8 @@ def open_run(
     from captioning import prepared, runs
 
     description, _ = runs.load_features(run)
-    if config.encoder_weights != "auto":
+    # The features are cached: weights that are not at hand are not needed.
+    if Path(captioning_model.encoder_weights(config)).exists():
         captioning_model.check_weights(config, description)
     cache, rows = prepared.load_features(config, description, images)
     decoder, words = captioning_model.load_decoder(config, run)
