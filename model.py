@@ -207,7 +207,9 @@ def _draw_weights(network: keras.Model) -> None:
         shape = variable.shape
         if len(shape) > 1:
             area = np.prod(shape[:-2])  # of the filter, in pixels
-            scale = np.sqrt(2 / (area * (shape[-2] + shape[-1])))
+            # A depthwise filter, (height, width, channels, 1), has one input.
+            ends = 2 if shape[-1] == 1 else shape[-2] + shape[-1]
+            scale = np.sqrt(2 / (area * ends))
             drawn.append(generator.normal(0, scale, shape))
         else:
             ones = variable.name in ("gamma", "moving_variance")
