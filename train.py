@@ -268,6 +268,9 @@ def run_epochs(
             initial_epoch=points.epoch,
             epochs=end,
             callbacks=watching,
+            # The batches have their own order; Keras would draw another one,
+            # which a run that goes on could not draw again.
+            shuffle=False,
             # A bar for a person, a line an epoch for a log.
             verbose=1 if sys.stdout.isatty() else 2,
         )

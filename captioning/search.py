@@ -232,8 +232,9 @@ class BeamSearch(_Search):
             candidates = candidates + self._repeated(step, words)
         candidates = ops.expand_dims(scores, 2) + candidates
         # Twice the beam, because at most one candidate a hypothesis ends it:
-        # a whole beam of unended ones is among them.
-        number = min(2 * beam, beam * size)
+        # a whole beam of unended ones is among them. A beam of one is greedy:
+        # the best candidate counts, whatever it is.
+        number = min(2 * beam, beam * size) if beam > 1 else 1
         best, place = ops.top_k(
             ops.reshape(candidates, (images, beam * size)), number
         )
