@@ -161,7 +161,6 @@ def caption_split(
         What the search found for each image, and the figures that need the
         model: teacher-forced ones and the speed.
     """
-    command.import_keras()
     from captioning import backend, search
 
     config = members[0][0]

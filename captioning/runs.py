@@ -71,9 +71,7 @@ def training_config(arguments: Arguments, place: Path) -> Config:
     if not (place / "config.json").exists():
         return arguments.config
     config, wanted = load_config(place), arguments.config
-    for name in group("model"):
-        _refuse_other(arguments, config, name, place)
-        _notice_default(config, name)
+    _keep_model(arguments, config, place)
     fixed = [*group("data"), *group("encoder"), *group("training")]
     for name in fixed:
         old, new = getattr(config, name), getattr(wanted, name)
@@ -101,9 +99,7 @@ def decoding_config(arguments: Arguments) -> tuple[Config, Path]:
     wanted = arguments.config
     place = folder(wanted)
     config = load_config(place)
-    for name in group("model"):
-        _refuse_other(arguments, config, name, place)
-        _notice_default(config, name)
+    _keep_model(arguments, config, place)
     for name in [*group("data"), *group("encoder")]:
         if name not in (*EVALUATED, "limit_images"):
             _refuse_other(arguments, config, name, place)
@@ -164,6 +160,13 @@ def together(runs: list[tuple[Config, Path]]) -> Path:
 def _with(config: Config, other: Config, names: list[str]) -> Config:
     values = {name: getattr(other, name) for name in names}
     return dataclasses.replace(config, **values)
+
+
+def _keep_model(arguments: Arguments, config: Config, place: Path) -> None:
+    """Holds to the model fields of a run, whatever flags and defaults say."""
+    for name in group("model"):
+        _refuse_other(arguments, config, name, place)
+        _notice_default(config, name)
 
 
 def _refuse_other(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from captioning.files import atomic_path
+from captioning.files import write_text
 from config import UserError
 
 PAD, START, END, UNKNOWN = range(4)
@@ -140,9 +140,8 @@ def encode(
 
 def save(vocabulary: Vocabulary, path: Path) -> None:
     """Writes a vocabulary as JSON."""
-    with atomic_path(path) as part:
-        text = json.dumps({"words": vocabulary.words}, ensure_ascii=False)
-        part.write_text(text, encoding="utf-8")
+    text = json.dumps({"words": vocabulary.words}, ensure_ascii=False)
+    write_text(path, text)
 
 
 def load(path: Path) -> Vocabulary:
