@@ -44,6 +44,7 @@ _LIT_SIDE = 448  # of the photographs on the page that captions them
 # Of an attention figure. All its photographs together take about a byte a
 # pixel, so that it stays small however long the caption is.
 _COLUMNS, _PANEL_SIDE, _PIXELS = 6, 160, 300_000
+_TITLE, _GAP = 24, 8  # pixels above and between the panels
 # As the page does it: what is left of the light where there is no attention,
 # and the colour that the attention adds to the photograph, with its weight.
 _UNLIT, _GLOW, _GLOW_SHARE = 0.4, (255, 150, 40), 0.35
@@ -135,13 +136,17 @@ def write_attention_figure(
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
     height, width = photo.shape[:2]
-    figure = Figure((columns * (width + 8) / 100, rows * (height + 28) / 100))
-    figure.subplots_adjust(0, 0, 1, 1 - 24 / (rows * (height + 28)), 0.05, 0.17)
+    down, across = height + _TITLE, width + _GAP
+    sheet = np.full((rows * down, columns * across, 3), 255, np.uint8)
+    # Written on the sheet itself: axes would take a second a figure.
+    figure = Figure((sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
     for place, (word, pixels) in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        axes.imshow(pixels)
-        axes.axis("off")
-        axes.set_title(word, fontsize=9, parse_math=False)
+        top = place // columns * down
+        left = place % columns * across + _GAP // 2
+        sheet[top + _TITLE : top + down, left : left + width] = pixels
+        x, y = (left + width / 2) / sheet.shape[1], (top + 17) / sheet.shape[0]
+        figure.text(x, 1 - y, word, ha="center", fontsize=9, parse_math=False)
+    figure.figimage(sheet)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # A letter that the font does not have is drawn as a box.
