@@ -9,6 +9,13 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+LONG = ("test_pipeline", "test_scripts", "test_export", "test_metrics")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the long files, so that all processes end together."""
+    items.sort(key=lambda each: each.path.stem not in LONG)
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:

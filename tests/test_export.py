@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     config = Config(
         checkpoints_dir=str(home),
         run_name="run",
-        encoder="resnet50",
+        encoder="mobilenetv2",
         encoder_weights="random",
         image_size=64,
         decoder_units=16,
@@ -95,7 +95,10 @@ def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
     captions, scores = json.loads(done.stdout)
     assert captions == [each.caption for each in found]
     np.testing.assert_allclose(
-        scores, [each.n_best[0].score for each in found], atol=1e-4
+        scores,
+        [each.n_best[0].score for each in found],
+        rtol=1e-5,  # float32, and the two programs round differently
+        atol=1e-4,
     )
     assert not list(tmp_path.glob("tmp*")), "temporary folders are left"
 

@@ -22,13 +22,12 @@ from model import (
 )
 
 REGIONS, CHANNELS, SIZE, STEPS = 9, 6, 12, 5
-random = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
 def float32():
     keras.config.set_dtype_policy("float32")
-    keras.utils.set_random_seed(1)
+    keras.utils.set_random_seed(1)  # NumPy's too
 
 
 def tiny(steps: int = STEPS, **settings) -> CaptioningModel:
@@ -63,7 +62,7 @@ def inputs(features, rows, image, padded=not PACKED) -> tuple:
 
 def some_features(images: int = 2) -> np.ndarray:
     shape = (images, REGIONS, CHANNELS)
-    return random.normal(size=shape).astype("float16")
+    return np.random.normal(size=shape).astype("float16")
 
 
 def test_decoding_gives_logits_and_attention_for_every_word():
@@ -79,7 +78,7 @@ def test_decoding_gives_logits_and_attention_for_every_word():
 def test_attention_depends_on_the_state_of_the_decoder():
     attention = BahdanauAttention(7)
     attention.build((None, 8), (None, REGIONS, 8), (None, REGIONS, 8))
-    annotations = random.normal(size=(1, REGIONS, 8)).astype("float32")
+    annotations = np.random.normal(size=(1, REGIONS, 8)).astype("float32")
     keys = attention.key(annotations)
     _, calm = attention(np.zeros((1, 8), "float32"), keys, annotations)
     _, moved = attention(np.ones((1, 8), "float32"), keys, annotations)
@@ -115,7 +114,10 @@ def test_the_step_of_a_search_agrees_with_teacher_forcing():
 def loss_and_gradients(decoder, batch, rate=1.0):
     """The loss, and the weights after a step of plain gradient descent."""
     decoder.compile(
-        keras.optimizers.SGD(rate), SmoothedCrossEntropy(0.1), jit_compile=False
+        keras.optimizers.SGD(rate),
+        SmoothedCrossEntropy(0.1),
+        # A program that runs once is not worth compiling.
+        run_eagerly=True,
     )
     given, targets, weights = batch
     loss = decoder.train_on_batch(given, targets, weights)
@@ -157,7 +159,7 @@ def test_the_loss_is_the_mean_over_words_not_over_captions():
 
 
 def test_label_smoothing_equals_cross_entropy_with_smoothed_targets():
-    logits = random.normal(size=(4, SIZE)).astype("float32")
+    logits = np.random.normal(size=(4, SIZE)).astype("float32")
     targets = np.array([1, 5, 6, 3])
     smoothed = np.full((4, SIZE), 0.2 / SIZE)
     smoothed[np.arange(4), targets] += 0.8
@@ -220,7 +222,8 @@ def test_validation_changes_no_weight():
 def test_a_tiny_set_is_learned_by_heart():
     features = np.eye(CHANNELS, dtype="float16")[:4, None].repeat(REGIONS, 1)
     captions = [np.array([row(4 + n, 8 + n)], np.int32) for n in range(4)]
-    batches = CaptionBatches(features, np.arange(4), captions, 4, 1, seed=0)
+    often = np.tile(np.arange(4), 15)  # an epoch has a price of its own
+    batches = CaptionBatches(features, often, captions * 15, 4, 1, seed=0)
     decoder = tiny(decoder_units=32)
     decoder.compile(
         keras.optimizers.Adam(0.02),
@@ -228,7 +231,7 @@ def test_a_tiny_set_is_learned_by_heart():
         weighted_metrics=[TokenAccuracy()],
         jit_compile=False,
     )
-    decoder.fit(batches, epochs=60, verbose=0)
+    decoder.fit(batches, epochs=4, verbose=0)
     figures = decoder.evaluate(batches, return_dict=True, verbose=0)
     assert figures["token_accuracy"] == 1
     # And by looking: with the images exchanged the words are wrong.
@@ -262,7 +265,7 @@ def small_encoder():
 
 def test_the_encoder_is_frozen_and_gives_float16(small_encoder):
     config, encoder = small_encoder
-    images = random.integers(0, 256, (2, 64, 64, 3), np.uint8)
+    images = np.random.randint(0, 256, (2, 64, 64, 3), np.uint8)
     found = np.asarray(encoder.predict_on_batch(images))
     assert found.dtype == np.float16
     assert found.shape == (2, *feature_shape(config))
@@ -304,10 +307,11 @@ def test_the_encoder_preprocesses_rgb_as_keras_applications_does():
 @pytest.mark.parametrize("encoder", ["vgg16", "resnet50", "mobilenetv2"])
 def test_random_features_fit_into_float16(encoder):
     config = Config(encoder=encoder, image_size=64)
-    images = random.integers(0, 256, (2, 64, 64, 3), np.uint8)
+    images = np.random.randint(0, 256, (2, 64, 64, 3), np.uint8)
     found = build_encoder(config, "random").predict_on_batch(images)
     found = np.asarray(found, np.float32)
-    assert 0.05 < found.std() < 50
+    # Far from both ends of float16, 6e-8 and 65504.
+    assert 0.01 < found.std() < 50
     assert np.abs(found).max() < 10_000
 
 

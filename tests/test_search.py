@@ -45,7 +45,12 @@ def tiny(seed: int, words: int, scale: float = 3.0) -> CaptioningModel:
 
 def search(decoder, features, beam, exponent=0.7, least=1, most=3, ngram=0):
     searcher = BeamSearch(decoder, beam, exponent, least, most, ngram)
-    searcher.compile(jit_compile=False)
+    # To compile a program that runs once takes far longer than it.
+    searcher.compile(jit_compile=False, run_eagerly=True)
+    return predict(searcher, features)
+
+
+def predict(searcher, features):
     found = searcher.predict_on_batch(features)
     return {name: np.asarray(each) for name, each in found.items()}
 
@@ -53,9 +58,8 @@ def search(decoder, features, beam, exponent=0.7, least=1, most=3, ngram=0):
 def sample(decoder, features, temperature=1.0, top_k=0, top_p=1.0, **others):
     others = {"max_length": 4, "seed": 1, **others}
     sampler = Sample(decoder, temperature, top_k, top_p, **others)
-    sampler.compile(jit_compile=False)
-    found = sampler.predict_on_batch(features)
-    return {name: np.asarray(each) for name, each in found.items()}
+    sampler.compile(jit_compile=False, run_eagerly=True)
+    return predict(sampler, features)
 
 
 def some_features(seed: int, images: int) -> np.ndarray:
@@ -87,18 +91,29 @@ def repeats(words, n: int) -> bool:
 
 
 def exhaustive(decoder, features, exponent, least, most, ngram=0):
-    """The best of all captions there are, and its normalised score."""
+    """The best of all captions there are, and its normalised score.
+
+    Every caption of a length stands beside every other: nothing is pruned.
+    """
     size = decoder.settings["vocabulary_size"]
-    content = range(len(SPECIAL_WORDS), size)
-    best = (-np.inf, ())
-    for length in range(least, most + 1):
-        for words in itertools.product(content, repeat=length):
-            if repeats(words, ngram):
-                continue
-            words = (*words, END)
-            score = log_probability(decoder, features, words)
-            score /= ((5 + len(words)) / 6) ** exponent
-            best = max(best, (score, words))
+    content = np.arange(len(SPECIAL_WORDS), size)
+    annotations, keys, hidden, cell = decoder.start(features)
+    captions, totals, best = [()], np.zeros(1), (-np.inf, ())
+    for length in range(most + 1):
+        last = np.array([words[-1] if words else START for words in captions])
+        found, hidden, cell, _ = decoder.step(
+            last, hidden, cell, keys, annotations
+        )
+        found = np.array(found, np.float64)  # (captions, vocabulary)
+        for words, score in zip(captions, totals + found[:, END], strict=True):
+            if length >= least and not repeats(words, ngram):
+                score /= ((6 + length) / 6) ** exponent
+                best = max(best, (score, (*words, END)))
+        captions = [(*words, w) for words in captions for w in content.tolist()]
+        totals = (totals[:, None] + found[:, content]).ravel()
+        hidden, cell = (
+            np.repeat(each, len(content), axis=0) for each in (hidden, cell)
+        )
     return best
 
 
@@ -147,9 +162,11 @@ def test_a_beam_of_one_is_greedy(seed):
 @pytest.mark.parametrize("beam", [1, 4])
 def test_a_batch_gives_what_its_images_give_alone(beam):
     decoder, features = tiny(7, 8), some_features(7, 32)
-    together = search(decoder, features, beam, most=6)
-    for image in range(0, 32, 5):
-        alone = search(decoder, features[image : image + 1], beam, most=6)
+    searcher = BeamSearch(decoder, beam, 0.7, 1, 6)
+    searcher.compile(jit_compile=False)
+    together = predict(searcher, features)
+    for image in range(32):
+        alone = predict(searcher, features[image : image + 1])
         for name, each in alone.items():
             np.testing.assert_allclose(
                 each[0], together[name][image], atol=1e-4

@@ -1,0 +1,157 @@
+"""What the scripts do beside the main job, with the least of models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from captioning.sample import write_sample
+from tests.scripts import bad, good, process, run
+
+DATA = [
+    *("--dataset", "tiny", "--image-size", "64", "--encoder-weights", "random"),
+    *("--max-caption-length", "5"),
+]
+FLAGS = [*DATA, "--encoder", "mobilenetv2"]
+TRAINING = [
+    *("--epochs", "2", "--cider-every", "2", "--batch-images", "4"),
+    *("--decoder-units", "8", "--attention-units", "8"),
+    *("--embedding-units", "8"),
+]
+RUN = "tiny-mobilenetv2"
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    """METEOR takes ten seconds to start; the processes have it once."""
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a run on a tiny sample that has no test split."""
+    folder = tmp_path_factory.mktemp("home")
+    data = folder / "data" / "tiny"
+    write_sample(data, images=30)
+    table = pd.read_csv(data / "captions.csv")
+    table[table["split"] != "test"].to_csv(data / "captions.csv", index=False)
+    good("preprocess.py", *FLAGS, folder=folder)
+    good("train.py", *FLAGS, *TRAINING, folder=folder)
+    return folder
+
+
+def test_runs_are_averaged(home):
+    """A run with itself is the run; runs may differ in their encoder."""
+    other = [*DATA, "--encoder", "resnet50"]
+    good("preprocess.py", *other, folder=home)
+    flags = [*TRAINING, "--epochs", "1", "--run-name", "other"]
+    good("train.py", *other, *flags, folder=home)
+    found = []
+    for names in ([RUN], [RUN, RUN], [RUN, "other"]):
+        flags = [*DATA, "--split", "val", "--runs", *names]
+        printed = good("evaluate.py", *flags, folder=home)
+        place = home / "checkpoints" / "+".join(names) / "evaluation" / "val"
+        assert str(place.relative_to(home)) in printed
+        captions = json.loads((place / "captions.json").read_text())
+        metrics = json.loads((place / "metrics.json").read_text())
+        found.append((captions, metrics["perplexity"]))
+    alone, twice, both = found
+    assert alone[0] == twice[0]
+    assert alone[1] == pytest.approx(twice[1], 1e-3)
+    assert abs(alone[1] / both[1] - 1) > 0.01
+
+
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
+    """Killed after its first saved point, given again, equal bit for bit."""
+    flags = [*FLAGS, *TRAINING, "--run-name", "killed"]
+    started = process("train.py", *flags, folder=home)
+    whole, killed = (home / "checkpoints" / each for each in (RUN, "killed"))
+    while not (killed / "last" / "state.npz").exists():
+        assert started.poll() is None, "the run ended without a saved point"
+    started.kill()
+    started.communicate()
+    assert len(pd.read_csv(killed / "history.csv")) == 1
+    printed = good("train.py", *flags, folder=home)
+    assert "Going on after 1 epochs" in printed
+    columns = ["loss", "val_loss", "val_token_accuracy", "val_cider"]
+    one, other = (
+        pd.read_csv(each / "history.csv")[columns] for each in (whole, killed)
+    )
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+    one, other = (np.load(f / "last" / "state.npz") for f in (whole, killed))
+    for name in set(one.files) - {"progress"}:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "told"),
+    [
+        ("preprocess.py", ["--dataset", "nothing"], "data/nothing"),
+        ("train.py", [], "preprocess.py"),
+        ("evaluate.py", [], "train.py"),
+        ("caption.py", ["x.jpg"], "x.jpg"),
+    ],
+)
+def test_what_is_missing_is_told_in_one_line(tmp_path, script, flags, told):
+    done = run(script, *flags, folder=tmp_path)
+    assert done.returncode == 1
+    assert told in done.stderr.replace("\\", "/")
+
+
+def test_a_split_that_is_not_there_is_told_in_one_line(home, tmp_path):
+    line = bad("evaluate.py", *FLAGS, folder=home)
+    assert "no split test" in line and "--split val" in line
+    good("evaluate.py", *FLAGS, "--split", "dev", folder=home)
+    data = tmp_path / "data" / "tiny"
+    shutil.copytree(home / "data" / "tiny", data)
+    table = pd.read_csv(data / "captions.csv")
+    table[table["split"] == "val"].to_csv(data / "captions.csv", index=False)
+    line = bad("preprocess.py", *FLAGS, folder=tmp_path)
+    assert "split train" in line
+
+
+def test_weights_that_are_not_there_are_told_in_one_line(home):
+    wrong = ["--encoder-weights", "w.h5"]
+    assert "w.h5" in bad("preprocess.py", *FLAGS, *wrong, folder=home)
+
+
+def test_weights_that_cannot_be_downloaded_are_told_in_one_line(
+    tmp_path, monkeypatch
+):
+    write_sample(tmp_path / "data" / "few", images=10)
+    # A cache of Keras that is empty, and no way out to the network.
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    flags = ["--dataset", "few", "--image-size", "32"]
+    started = process("preprocess.py", *flags, folder=tmp_path)
+    _, told = started.communicate()
+    assert started.returncode == 1 and "Traceback" not in told
+    assert "--encoder-weights" in told.splitlines()[-1]
+    assert not list((tmp_path / "data").rglob("captions.csv"))[1:]
+
+
+@pytest.mark.real_data
+def test_the_real_encoder_tells_photographs_apart(real_data, tmp_path):
+    """Trained ResNet50: two crops of a photograph are alike, others not."""
+    from captioning.images import read_image
+    from config import Config
+    from model import build_encoder
+
+    weights = real_data / "weights" / "resnet50_notop.weights.h5"
+    encoder = build_encoder(Config(), str(weights))
+    folder = real_data / "data" / "flickr8k" / "Images"
+    paths = sorted(folder.iterdir())[:4]
+    pixels = np.stack([read_image(path, 224)[0] for path in paths])
+    mirrored = pixels[:, :, ::-1]
+    found = [
+        np.asarray(encoder.predict_on_batch(each), np.float32).mean(1)
+        for each in (pixels, np.ascontiguousarray(mirrored))
+    ]
+    one, other = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in found)
+    likeness = one @ other.T  # (photographs, mirrored photographs)
+    assert (likeness.argmax(1) == np.arange(4)).all()
+    assert likeness.diagonal().min() > 0.8
