@@ -16,7 +16,7 @@ from tests.scripts import bad, good, good_process, run
 # Small and quick, and still enough to see the image.
 SMALL = [
     *("--encoder", "resnet50", "--image-size", "96"),
-    *("--min-word-count", "2", "--max-caption-length", "14"),
+    *("--min-word-count", "2", "--max-caption-length", "12"),
 ]
 TRAINING = [
     *("--epochs", "8", "--cider-every", "4", "--batch-images", "8"),
@@ -27,7 +27,7 @@ TRAINING = [
 
 @pytest.fixture(autouse=True)
 def no_java(monkeypatch):
-    """METEOR takes ten seconds to start; the processes have it once."""
+    """METEOR takes ten seconds to start."""
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
 
 
