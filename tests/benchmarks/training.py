@@ -1,0 +1,296 @@
+"""How fast a training step is, input included, beside the usual ways.
+
+    python tests/benchmarks/training.py [--precision float32]
+    python tests/benchmarks/training.py --dataset-dir DIR
+
+Needs the captions of a dataset, by default REAL_DATA_DIR/data/flickr8k, for
+their lengths; words and features are random: 49x2048 features, 8,000 words.
+Prints captions a second of `train.py` and of two decoders written as they are
+in many repositories, in turns; the share that our step reaches of the
+processor's matrix-product peak; the share of it that loading takes; and the
+memory that training has for itself with the features of 31,783 images. The
+yardsticks compute in float32, ours in what `--precision` says. PyTorch's needs
+torch (`pip install torch`) and is left out without it. Nothing here gates: the
+figures depend on the machine.
+"""
+
+import importlib.util
+import itertools
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from captioning import command, datasets, vocabulary  # noqa: E402
+from config import Config, UserError  # noqa: E402
+from tests.benchmarks import yardsticks  # noqa: E402
+from tests.benchmarks.extraction import own_memory  # noqa: E402
+from tests.benchmarks.yardsticks import (  # noqa: E402
+    CHANNELS,
+    REGIONS,
+    THREADS,
+    WORDS,
+    Epoch,
+)
+
+IMAGES = 480
+SAMPLE = 640  # captions that the yardsticks take of them; they need longer
+ROUNDS = 3
+SIDE, PRODUCTS = 2048, 10  # of the matrices that the peak is measured with
+MANY_ROWS, MEMORY_STEPS = 31_783, 20
+
+
+def draw_captions(config: Config) -> list[np.ndarray]:
+    """Random words in captions of the lengths of real ones.
+
+    Returns:
+        For each image int32 (its captions, steps + 1).
+    """
+    place = config.dataset_dir
+    if not place:
+        if "REAL_DATA_DIR" not in os.environ:
+            raise UserError(
+                "no captions to take the lengths of: give --dataset-dir, or "
+                "set REAL_DATA_DIR to the folder of data/flickr8k"
+            )
+        place = Path(os.environ["REAL_DATA_DIR"]) / "data" / "flickr8k"
+    table = datasets.find_dataset(
+        Path(place), config.layout, config.val_share, config.test_share
+    ).table
+    table = table[table["split"] == "train"]
+    special = vocabulary.SPECIAL_WORDS
+    names = np.array([str(n) for n in range(WORDS - len(special))])
+    words = vocabulary.Vocabulary((*special, *names.tolist()))
+    random = np.random.default_rng(0)
+    drawn = []
+    groups = table.groupby("image", sort=False)["caption"]
+    for _, captions in itertools.islice(groups, IMAGES):
+        lengths = [len(vocabulary.tokenise(each)) for each in captions]
+        tokens = [random.choice(names, length) for length in lengths]
+        drawn.append(
+            vocabulary.encode(tokens, words, config.max_caption_length)
+        )
+    return drawn
+
+
+def write_features(folder: Path, images: int) -> None:
+    """Random features: in one file as our cache is, and in one an image."""
+    shape = (images, REGIONS, CHANNELS)
+    features = np.lib.format.open_memmap(
+        folder / "features.npy", "w+", np.float16, shape
+    )
+    random = np.random.default_rng(0)
+    for image in range(images):
+        features[image] = random.standard_normal(shape[1:], np.float32)
+        np.save(folder / f"{image}.npy", features[image].astype(np.float32))
+    features.flush()
+
+
+def make_batches(
+    config: Config, features: np.ndarray, rows: np.ndarray, captions: Any
+) -> Any:
+    """Training batches as train.py makes them, with all captions."""
+    from captioning.batches import CaptionBatches
+
+    images = config.batch_images
+    return CaptionBatches(features, rows, captions, images, seed=config.seed)
+
+
+def ours(decoder: Any, batches: Any) -> Epoch:
+    """What train.py does in an epoch; the decoder is warm already."""
+    numbers = itertools.count()
+
+    def epoch() -> int:
+        batches.begin(next(numbers))
+        decoder.fit(batches, shuffle=False, verbose=0)
+        return sum(map(len, batches.captions))
+
+    return epoch
+
+
+def count_operations(config: Config, images: int, tokens: int) -> int:
+    """Floating-point operations of training on so many images and words.
+
+    Matrix products alone, of real words alone. Backward takes two more for
+    each: the gradients of the weights and of the input.
+    """
+    units, keys = config.decoder_units, config.attention_units
+    words = config.embedding_units
+    regions = images * REGIONS
+    products = [
+        (regions, units, keys),  # keys
+        (images, units, 2 * units),  # first state
+        (tokens, words, 4 * units),  # the word's part of the gates
+        (tokens, units, keys),  # query
+        (tokens * REGIONS, keys, 1),  # scores
+        (tokens, REGIONS, units),  # context
+        (tokens, units, units),  # gate of the context
+        (tokens, units, 4 * units),  # the state's part of the gates
+        (tokens, units, 4 * units),  # the context's part of the gates
+        (tokens, units, words),  # deep output, from the state
+        (tokens, units, words),  # deep output, from the context
+        (tokens, words, WORDS),  # logits
+    ]
+    forward = sum(2 * rows * inner * out for rows, inner, out in products)
+    # The features need no gradient: one product less.
+    annotations = 2 * regions * CHANNELS * units
+    return 3 * forward + 2 * annotations
+
+
+def measure_peak(dtype: str) -> float:
+    """Operations a second of a large square matrix product."""
+    import tensorflow as tf
+
+    matrix = tf.cast(tf.random.normal((SIDE, SIDE)), dtype)
+    tf.matmul(matrix, matrix).numpy()
+    start = time.perf_counter()
+    for _ in range(PRODUCTS):
+        found = tf.matmul(matrix, matrix)
+    found.numpy()
+    return PRODUCTS * 2 * SIDE**3 / (time.perf_counter() - start)
+
+
+def measure_memory(
+    config: Config, decoder: Any, folder: Path, captions: list[np.ndarray]
+) -> None:
+    """Prints the memory of some steps on a large file; warms the decoder."""
+    import keras
+
+    shape = (MANY_ROWS, REGIONS, CHANNELS)
+    np.lib.format.open_memmap(folder / "many.npy", "w+", np.float16, shape)
+    features = np.load(folder / "many.npy", mmap_mode="r")
+    images = MEMORY_STEPS * config.batch_images
+    rows = np.random.default_rng(0).choice(MANY_ROWS, images, replace=False)
+    some = list(itertools.islice(itertools.cycle(captions), images))
+    batches = make_batches(config, features, rows, some)
+    used = [own_memory()]
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: used.append(own_memory())
+    )
+    decoder.fit(batches, shuffle=False, verbose=0, callbacks=[watch])
+    print(
+        f"memory: {used[0]:,.0f} MB before training, {max(used):,.0f} MB at "
+        f"most and {used[-1]:,.0f} MB after {len(batches)} steps on random "
+        f"rows of {features.nbytes / 2**20:,.0f} MB of features"
+    )
+
+
+def load(batches: Any) -> int:
+    """Reads the batches of an epoch and does nothing with them."""
+    for place in range(len(batches)):
+        batches[place]
+    return sum(map(len, batches.captions))
+
+
+def rate(epoch: Epoch) -> float:
+    """Captions a second."""
+    start = time.perf_counter()
+    return epoch() / (time.perf_counter() - start)
+
+
+def measure_in_turns(epochs: dict[str, Epoch], dtypes: set[str]) -> Any:
+    """The rates of each round, so that noise on the machine bears on all.
+
+    Returns:
+        Captions a second of each epoch, and operations a second of a matrix
+        product in each dtype, of every round.
+    """
+    rates = {name: [] for name in epochs}
+    peaks = {dtype: [] for dtype in dtypes}
+    for _ in range(ROUNDS):
+        for name, epoch in epochs.items():
+            rates[name].append(rate(epoch))
+        for dtype in dtypes:
+            peaks[dtype].append(measure_peak(dtype))
+    return rates, peaks
+
+
+def show(
+    rates: Any, peaks: Any, dtype: str, operations: float, captions: float
+) -> None:
+    """Prints the figures.
+
+    Args:
+        rates: from `measure_in_turns`.
+        peaks: from `measure_in_turns`.
+        dtype: in which our matrix products are.
+        operations: of one of our steps.
+        captions: of one of our steps.
+    """
+    best = {name: max(each) for name, each in rates.items()}
+    loading = best["ours"] / best.pop("loading")
+    print(f"captions a second, the fastest of {ROUNDS} rounds (median):")
+    for name, fastest in best.items():
+        print(
+            f"{name:12}{fastest:8.1f} ({np.median(rates[name]):.1f})"
+            f"   ours is {best['ours'] / fastest:.2f} times as fast"
+        )
+    for name, each in sorted(peaks.items()):
+        print(f"peak {name}: {max(each) / 1e9:.0f} GFLOP/s")
+    seconds = captions / best["ours"]
+    reached = operations / seconds
+    print(
+        f"our step: {captions:.0f} captions, {operations / 1e9:.1f} useful "
+        f"GFLOP, {1000 * seconds:.0f} ms, {reached / 1e9:.0f} GFLOP/s, "
+        f"{reached / max(peaks[dtype]):.1%} of the peak in {dtype}"
+    )
+    print(f"loading: {loading:.1%} of our step, if nothing ran beside it")
+
+
+def main(arguments: command.Arguments) -> None:
+    """Measures."""
+    command.import_keras()
+    import keras
+    import tensorflow as tf
+
+    import model
+    from captioning import backend
+
+    config = arguments.config
+    captions = draw_captions(config)
+    owners = np.repeat(np.arange(len(captions)), [*map(len, captions)])
+    rows = np.concatenate(captions)  # (captions, steps + 1)
+    tf.config.threading.set_intra_op_parallelism_threads(THREADS)
+    keras.utils.set_random_seed(config.seed)
+    precision = backend.set_precision(config)
+    dtype = keras.config.dtype_policy().compute_dtype
+    tokens = np.count_nonzero(rows[:, 1:])
+    operations = count_operations(config, len(captions), tokens)
+    print(
+        f"{len(captions)} images, {len(rows):,} captions, {tokens:,} words "
+        f"with <end>; ours in {precision}; {THREADS} threads",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_features(folder, len(captions))
+        features = np.load(folder / "features.npy", mmap_mode="r")
+        everything = np.arange(len(captions))
+        batches = make_batches(config, features, everything, captions)
+        decoder = model.build_model(config, WORDS, CHANNELS)
+        train.compile_decoder(config, decoder, len(batches))
+        measure_memory(config, decoder, folder, captions)
+        epochs = {"ours": ours(decoder, batches)}
+        epochs["loading"] = lambda: load(batches)
+        sample = np.random.default_rng(0).permutation(len(rows))[:SAMPLE]
+        given = (folder, owners[sample], rows[sample])
+        epochs["TensorFlow"] = yardsticks.with_tensorflow(*given)
+        if importlib.util.find_spec("torch"):
+            epochs["PyTorch"] = yardsticks.with_pytorch(*given)
+        else:
+            print("no figure of PyTorch: `pip install torch==2.13.0`")
+        rates, peaks = measure_in_turns(epochs, {"float32", dtype})
+        steps = len(batches)
+        show(rates, peaks, dtype, operations / steps, len(rows) / steps)
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__)
