@@ -19,7 +19,7 @@ SMALL = [
     *("--min-word-count", "2", "--max-caption-length", "12"),
 ]
 TRAINING = [
-    *("--epochs", "8", "--cider-every", "4", "--batch-images", "8"),
+    *("--epochs", "12", "--cider-every", "6", "--batch-images", "8"),
     *("--decoder-units", "64", "--attention-units", "64"),
     *("--embedding-units", "64", "--learning-rate", "0.004"),
 ]
@@ -35,7 +35,7 @@ def no_java(monkeypatch):
 def home(tmp_path_factory) -> Path:
     """A folder with a preprocessed small sample and a run, evaluated."""
     folder = tmp_path_factory.mktemp("home")
-    write_sample(folder / "data" / "small", images=240)
+    write_sample(folder / "data" / "small", images=360)
     for script, flags, told in (
         ("preprocess.py", [], "Next: python train.py --dataset small"),
         ("train.py", TRAINING, "Next: python evaluate.py --dataset small"),
@@ -58,9 +58,9 @@ def test_the_pipeline_leaves_the_files_of_the_contract(home):
         assert (cache / name).stat().st_size
     (features,) = cache.glob("*/features.npy")
     array = np.load(features, mmap_mode="r")
-    assert array.dtype == np.float16 and array.shape == (240, 9, 2048)
+    assert array.dtype == np.float16 and array.shape == (360, 9, 2048)
     assert json.loads((features.parent / "meta.json").read_text())["weights"]
-    assert len(pd.read_csv(features.parent / "images.csv")) == 240
+    assert len(pd.read_csv(features.parent / "images.csv")) == 360
     run_folder = home / RUN
     for name in (
         "config.json",
