@@ -1,13 +1,15 @@
 """Runs the scripts as a user does, as processes or in this process.
 
 In this process each of them is spared the seconds that TensorFlow takes to
-start.
+start. No Java is found either way: METEOR takes it ten seconds, and what it
+gives is tested with the metrics.
 """
 
 import contextlib
 import importlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def process(script: str, *flags, folder: Path) -> subprocess.Popen:
-    """Starts a script in a folder of its own, where no Java is found.
-
-    METEOR takes Java ten seconds; what it gives is tested with the metrics.
-    """
+    """Starts a script in a folder of its own."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, flags)],
         cwd=folder,
@@ -52,6 +51,7 @@ def run(script: str, *flags, folder: Path, stdin: str = ""):
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", [script, *map(str, flags)]),
         mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        mock.patch.object(shutil, "which", return_value=None),
         pytest.raises(SystemExit) as ended,
     ):
         command.run(module.main, module.__doc__, module.ACTIONS)

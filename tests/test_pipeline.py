@@ -25,12 +25,6 @@ TRAINING = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch):
-    """METEOR takes ten seconds to start."""
-    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A folder with a preprocessed small sample and a run, evaluated."""

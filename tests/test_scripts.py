@@ -24,12 +24,6 @@ TRAINING = [
 RUN = "tiny-mobilenetv2"
 
 
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch):
-    """METEOR takes ten seconds to start."""
-    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A folder with a run on a tiny sample that has no test split."""
