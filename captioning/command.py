@@ -4,10 +4,12 @@ Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import errno
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -17,6 +19,9 @@ from typing import Any, NamedTuple, NoReturn
 from config import SPLIT_SYNONYMS, Config, UserError, group
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# Parameters of mallopt, from glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 class Action(NamedTuple):
@@ -151,6 +156,7 @@ def import_keras() -> None:
     user can do nothing about either.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _keep_freed_memory()
     sys.stderr.flush()
     saved = os.dup(2)
     with open(os.devnull, "w") as nothing:
@@ -161,6 +167,21 @@ def import_keras() -> None:
         sys.stderr.flush()
         os.dup2(saved, 2)
         os.close(saved)
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep the memory that a step frees for the next step.
+
+    By default it gives large blocks back to the system and gets them anew
+    page by page, each page zeroed: a third of the time of a training step.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    # A second arena would not share what it keeps with the first.
+    mallopt(M_ARENA_MAX, 1)
 
 
 def _terminate(*_: Any) -> NoReturn:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -367,6 +368,27 @@ def test_keras_is_imported_without_its_noise(tmp_path):
     )
     out, told = start(code, tmp_path, cwd=tmp_path).communicate(timeout=30)
     assert (out, told) == ("imported\n", "heard\n")
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc",
+    reason="other C libraries have no mallopt",
+)
+def test_freed_memory_is_kept_for_the_next_step(tmp_path):
+    """A block that was touched before is not made of new pages again."""
+    (tmp_path / "keras.py").write_text("")
+    code = (
+        "import resource\n"
+        "from captioning.command import import_keras\n"
+        "import_keras()\n"
+        "for _ in range(5):\n"
+        "    block = b'x' * 2**26\n"
+        "    del block\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+    )
+    out, _ = start(code, tmp_path, cwd=tmp_path).communicate(timeout=30)
+    pages = 2**26 // os.sysconf("SC_PAGE_SIZE")
+    assert int(out) < 2 * pages
 
 
 # --- the next command -----------------------------------------------------
