@@ -13,6 +13,10 @@ from captioning.vocabulary import PAD
 # batches are sorted by length at a time: enough to be alike, few enough to
 # leave the order random.
 SORTED_BATCHES = 16
+# Threads that read ahead. With a single one Keras leaves reading ahead to
+# tf.data, whose autotuning thread, when an epoch ends, is waited for until it
+# wakes: after 10 ms, 20 ms, and so on up to a minute.
+WORKERS = 2
 
 
 class Packed(NamedTuple):
@@ -87,7 +91,7 @@ class CaptionBatches(keras.utils.PyDataset):
         mirrored: np.ndarray | None = None,
         sided: Sequence[np.ndarray] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(workers=WORKERS)
         self.features, self.rows, self.captions = features, rows, captions
         self.batch_images = batch_images
         self.captions_per_image = captions_per_image
@@ -193,7 +197,7 @@ class JointBatches(keras.utils.PyDataset):
     """
 
     def __init__(self, batches: Sequence[CaptionBatches]) -> None:
-        super().__init__()
+        super().__init__(workers=WORKERS)
         self.batches = batches
 
     def __len__(self) -> int:
