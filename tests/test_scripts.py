@@ -1,6 +1,8 @@
 """What the scripts do beside the main job, with the least of models."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -78,6 +80,31 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
     one, other = (np.load(f / "last" / "state.npz") for f in (whole, killed))
     for name in set(one.files) - {"progress"}:
         np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
+def test_a_run_that_is_asked_to_end_saves_and_can_go_on(home):
+    flags = [*FLAGS, *TRAINING, "--run-name", "asked", "--epochs"]
+    started = process("train.py", *flags, "500", folder=home)
+    state = home / "checkpoints" / "asked" / "last" / "state.npz"
+    while not state.exists():
+        assert started.poll() is None, "the run ended without a saved point"
+    started.terminate()
+    out, told = started.communicate()
+    assert started.returncode == 130 and "Traceback" not in told
+    assert "Saving" in out
+    done = json.loads(str(np.load(state)["progress"]))["epoch"]
+    assert 1 <= done < 500
+    printed = good("train.py", *flags, str(done + 1), folder=home)
+    assert f"Going on after {done} epochs" in printed
+
+
+def test_a_loss_that_is_no_number_ends_the_run(home):
+    """And what was saved before stays as it was."""
+    flags = [*FLAGS, *TRAINING, "--run-name", "steep"]
+    line = bad("train.py", *flags, "--learning-rate", "1e30", folder=home)
+    assert re.search(r"loss is (nan|inf) at step \d+ of epoch 1", line)
+    assert not (home / "checkpoints" / "steep" / "last").exists()
 
 
 @pytest.mark.parametrize(
