@@ -245,6 +245,11 @@ def resume(decoder: Any, points: Any) -> None:
     points.restore(decoder)
     if points.epoch or points.batch:
         print(f"Going on after {points.epoch} epochs and {points.batch} steps")
+    if points.batch:
+        # Keras makes its metrics when it first measures, and resets them
+        # when it begins to train: the state is taken up after that.
+        decoder.test_on_batch(*points.batches[0])
+    elif points.epoch:
         runs.load_state(points.place, points.variables())
 
 

@@ -114,11 +114,13 @@ class SavePoints(keras.callbacks.Callback):
         self.history, self.seconds = progress["history"], progress["seconds"]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Sets the data order, and in the middle of an epoch the metrics."""
+        """Sets the data order, and in the middle of an epoch the state."""
         self.begun = self.saved = time.monotonic()
         if epoch != self.epoch:
             self.epoch, self.batch, self.seconds = epoch, 0, 0.0
         self.batches.begin(epoch, self.batch)
+        if self.batch:
+            runs.load_state(self.place, self.variables())
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Stops a run whose loss is no number; saves now and then."""

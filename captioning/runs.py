@@ -291,7 +291,7 @@ def save_state(
         variables: Keras variables; their order says which is which.
         progress: what JSON can hold.
     """
-    arrays = {str(n): np.asarray(v.value) for n, v in enumerate(variables)}
+    arrays = {str(n): v.numpy() for n, v in enumerate(variables)}
     with atomic_path(place / "last" / "state.npz") as part:
         np.savez(part, progress=json.dumps(progress), **arrays)
 
