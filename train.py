@@ -239,8 +239,6 @@ def cider_on(
 
 def resume(decoder: Any, points: Any) -> None:
     """Takes up a run where its folder stands."""
-    from captioning import runs
-
     decoder.optimizer.build(decoder.trainable_variables)
     points.restore(decoder)
     if points.epoch or points.batch:
@@ -249,8 +247,6 @@ def resume(decoder: Any, points: Any) -> None:
         # Keras makes its metrics when it first measures, and resets them
         # when it begins to train: the state is taken up after that.
         decoder.test_on_batch(*points.batches[0])
-    elif points.epoch:
-        runs.load_state(points.place, points.variables())
 
 
 def run_epochs(
@@ -262,10 +258,16 @@ def run_epochs(
     epochs: int,
 ) -> None:
     """Model.fit; an epoch that was begun is finished by a fit of its own."""
+    from captioning import runs
+
     ends = [points.epoch + 1, epochs] if points.batch else [epochs]
     for end in ends:
         if points.epoch >= end or decoder.stop_training:
             break
+        if points.epoch and not points.batch:
+            # Also before the second fit: Keras leaves the averaged weights
+            # in place at the end of the first.
+            runs.load_state(points.place, points.variables())
         batches.begin(points.epoch, points.batch)
         decoder.fit(
             batches,

@@ -39,6 +39,17 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
+def assert_same_run(home: Path, *names: str) -> None:
+    """The same history and the same state, bit for bit."""
+    places = [home / "checkpoints" / each for each in names]
+    columns = ["loss", "val_loss", "val_token_accuracy", "val_cider"]
+    one, other = (pd.read_csv(f / "history.csv")[columns] for f in places)
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+    one, other = (np.load(f / "last" / "state.npz") for f in places)
+    for name in set(one.files) - {"progress"}:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
 def test_runs_are_averaged(home):
     """A run with itself is the run; runs may differ in their encoder."""
     other = [*DATA, "--encoder", "vgg16"]
@@ -64,7 +75,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
     """Killed after its first saved point, given again, equal bit for bit."""
     flags = [*FLAGS, *TRAINING, "--run-name", "killed"]
     started = process("train.py", *flags, folder=home)
-    whole, killed = (home / "checkpoints" / each for each in (RUN, "killed"))
+    killed = home / "checkpoints" / "killed"
     while not (killed / "last" / "state.npz").exists():
         assert started.poll() is None, "the run ended without a saved point"
     started.kill()
@@ -72,14 +83,28 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
     assert len(pd.read_csv(killed / "history.csv")) == 1
     printed = good("train.py", *flags, folder=home)
     assert "Going on after 1 epochs" in printed
-    columns = ["loss", "val_loss", "val_token_accuracy", "val_cider"]
-    one, other = (
-        pd.read_csv(each / "history.csv")[columns] for each in (whole, killed)
-    )
-    pd.testing.assert_frame_equal(one, other, check_exact=True)
-    one, other = (np.load(f / "last" / "state.npz") for f in (whole, killed))
-    for name in set(one.files) - {"progress"}:
-        np.testing.assert_array_equal(one[name], other[name])
+    assert_same_run(home, RUN, "killed")
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch(home, monkeypatch):
+    """Ended at a saved point between two batches, and given again."""
+    from captioning import callbacks
+
+    flags = [*FLAGS, *TRAINING, "--run-name", "middle"]
+    save = callbacks.SavePoints.save
+
+    def end_at_the_third_batch(points):
+        save(points)
+        if points.batch == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "SAVE_SECONDS", 0)
+        patch.setattr(callbacks.SavePoints, "save", end_at_the_third_batch)
+        assert run("train.py", *flags, folder=home).returncode == 130
+    printed = good("train.py", *flags, folder=home)
+    assert "Going on after 0 epochs and 3 steps" in printed
+    assert_same_run(home, RUN, "middle")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
