@@ -62,12 +62,12 @@ def plain(decoder: Any, features: Any) -> list[int]:
             else:
                 kept.append((float(total.flat[place]), words))
                 parents.append(parent)
-        if not kept:
+        # After the longest caption only `<end>` is of interest.
+        if not kept or step == LENGTH:
             break
         beam = kept
-        hidden, cell = np.array(hidden)[parents], np.array(cell)[parents]
-    # The last step is for `<end>`, of which this model never thinks.
-    _, words = max(finished or [(score, w[:-1]) for score, w in beam])
+        hidden, cell = hidden.numpy()[parents], cell.numpy()[parents]
+    _, words = max(finished or beam)
     return [word for word in words if word not in (START, END)]
 
 
