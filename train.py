@@ -91,8 +91,9 @@ def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
     )
     points = callbacks.SavePoints(place, batches, cider)
     resume(decoder, points)
-    done = cider.since_best >= config.patience
-    if points.epoch >= config.epochs or done:
+    crossed = points.self_critical or points.epoch >= config.epochs
+    crossed = crossed or cider.since_best >= config.patience
+    if crossed and points.self_critical_epochs() >= config.scst_epochs:
         print(f"This run is trained: best CIDEr {cider.best:.3f} on val.")
         return
     print(
@@ -100,10 +101,15 @@ def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
         f"{decoder.count_params():,} weights, {precision}"
     )
     points.catch_signals()
-    board = keras.callbacks.TensorBoard(place / "tensorboard")
-    watching = [averaged] if config.ema_epochs else []
-    watching += [cider, points, board]
-    run_epochs(decoder, batches, val_batches, watching, points, config.epochs)
+    if not crossed:
+        board = keras.callbacks.TensorBoard(place / "tensorboard")
+        watching = [averaged] if config.ema_epochs else []
+        watching += [cider, points, board]
+        run_epochs(
+            decoder, batches, val_batches, watching, points, config.epochs
+        )
+    if config.scst_epochs:
+        criticise(config, points, cache.features, rows, train, words)
     print(f"Best CIDEr on val: {cider.best:.3f}, epoch {cider.best_epoch}")
 
 
@@ -243,7 +249,7 @@ def resume(decoder: Any, points: Any) -> None:
     points.restore(decoder)
     if points.epoch or points.batch:
         print(f"Going on after {points.epoch} epochs and {points.batch} steps")
-    if points.batch:
+    if points.batch and not points.self_critical:
         # Keras makes its metrics when it first measures, and resets them
         # when it begins to train: the state is taken up after that.
         decoder.test_on_batch(*points.batches[0])
@@ -281,6 +287,74 @@ def run_epochs(
             # A bar for a person, a line an epoch for a log.
             verbose=1 if sys.stdout.isatty() else 2,
         )
+
+
+def criticise(
+    config: Config,
+    points: Any,
+    features: Any,
+    rows: Any,
+    train: Any,
+    words: Any,
+) -> None:
+    """Self-critical training, from the best epoch of cross-entropy on."""
+    from captioning import runs, self_critical
+    from model import SmoothedCrossEntropy
+
+    decoder, cider = points.model, points.cider
+    self_critical.compile_decoder(
+        config, decoder, SmoothedCrossEntropy(reduction="sum")
+    )
+    decoder.optimizer.build(decoder.trainable_variables)
+    cider.set_model(decoder)
+    cider.averaged = contextlib.nullcontext()
+    if points.self_critical:
+        runs.load_state(points.place, points.variables())
+    else:
+        runs.load_weights(decoder, points.place)
+        points.cross_entropy_epochs = points.epoch
+        # A run that is killed shall not begin from weights that became the
+        # best ones meanwhile.
+        points.start(points.epoch)
+        points.save()
+    rounds = self_critical.Rounds(
+        config, decoder, features, rows, train.tokens, words
+    )
+    end = points.cross_entropy_epochs + config.scst_epochs
+    for epoch in range(points.epoch, end):
+        points.start(epoch)
+        run_rounds(decoder, rounds, points)
+        logs = {"reward": sum(points.rewards) / len(rounds)}
+        cider.judge(epoch, logs)
+        points.on_epoch_end(epoch, logs)
+        print(
+            f"Self-critical epoch {epoch + 1}/{end}: reward "
+            f"{logs['reward']:.3f}, CIDEr on val {logs['val_cider']:.3f}",
+            flush=True,
+        )
+
+
+def run_rounds(decoder: Any, rounds: Any, points: Any) -> None:
+    """The rounds that are left of an epoch: draws captions, learns of them."""
+    from tqdm import tqdm
+
+    bar = tqdm(
+        total=len(rounds),
+        initial=points.batch,
+        unit="round",
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        while points.batch < len(rounds):
+            batches, reward = rounds.draw(points.epoch, points.batch)
+            fitted = decoder.fit(batches, shuffle=False, verbose=0)
+            points.batch += 1
+            points.rewards.append(reward)
+            points.check(fitted.history["loss"][0])
+            if points.batch < len(rounds):
+                points.save_if_due()
+            bar.set_postfix(reward=f"{reward:.3f}")
+            bar.update()
 
 
 if __name__ == "__main__":

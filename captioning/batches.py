@@ -32,6 +32,7 @@ class Packed(NamedTuple):
     image: np.ndarray  # the place of the image in the batch, int32 (tokens,)
     caption: np.ndarray  # the place of the caption, sorted, int32 (tokens,)
     counts: np.ndarray  # tokens of each step, int32 (steps,)
+    order: np.ndarray  # where each caption stood before, int32 (captions,)
 
 
 def pack(rows: np.ndarray, image: np.ndarray, padded: bool = False) -> Packed:
@@ -56,6 +57,7 @@ def pack(rows: np.ndarray, image: np.ndarray, padded: bool = False) -> Packed:
         image[caption].astype(np.int32),
         caption.astype(np.int32),
         np.bincount(step, minlength=steps).astype(np.int32),
+        order.astype(np.int32),
     )
 
 
@@ -78,6 +80,10 @@ class CaptionBatches(keras.utils.PyDataset):
             drawn anew every epoch.
         sided: for each image bool (its captions,): which captions name a
             side, and are wrong of the mirrored view.
+        importance: what the tokens of a caption weigh, for each image float
+            (its captions,); they are then divided by the number of tokens of
+            the batch, so that the sum of weighed losses is the loss. None
+            gives every token the weight 1.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class CaptionBatches(keras.utils.PyDataset):
         seed: int | None = None,
         mirrored: np.ndarray | None = None,
         sided: Sequence[np.ndarray] = (),
+        importance: Sequence[np.ndarray] | None = None,
     ) -> None:
         super().__init__(workers=WORKERS)
         self.features, self.rows, self.captions = features, rows, captions
@@ -97,6 +104,7 @@ class CaptionBatches(keras.utils.PyDataset):
         self.captions_per_image = captions_per_image
         self.seed = seed
         self.mirrored, self.sided = mirrored, sided
+        self.importance = importance
         self.lengths = np.array(
             [np.count_nonzero(each, axis=1).max() for each in captions]
         )
@@ -152,6 +160,11 @@ class CaptionBatches(keras.utils.PyDataset):
         captions = [self.captions[image][self._up(image)] for image in images]
         numbers = [len(each) for each in captions]
         rows = np.concatenate(captions)
+        weighs = None
+        if self.importance is not None:
+            weighs = np.concatenate(
+                [self.importance[image][self._up(image)] for image in images]
+            )  # (captions,)
         owners = np.repeat(np.arange(len(images), dtype=np.int32), numbers)
         features = self.features[self.shown[images]]
         if not PACKED:
@@ -165,6 +178,10 @@ class CaptionBatches(keras.utils.PyDataset):
             "counts": packed.counts,
         }
         weights = (packed.targets != PAD).astype(np.float32)
+        if weighs is not None:
+            # What fills a batch up weighs nothing.
+            weighs = np.resize(weighs, len(rows))
+            weights *= weighs[packed.order][packed.caption] / weights.sum()
         return inputs, packed.targets, weights
 
     def _up(self, image: int) -> np.ndarray:

@@ -61,8 +61,11 @@ class MeasureCider(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Measures, every few epochs and after the last one."""
-        if (epoch + 1) % self.every and epoch + 1 < self.epochs:
-            return
+        if (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs:
+            self.judge(epoch, logs)
+
+    def judge(self, epoch: int, logs: dict[str, float]) -> None:
+        """Measures, and keeps the weights if they are the best."""
         with self.averaged:
             logs["val_cider"] = self.measure()
             if logs["val_cider"] > self.best:
@@ -95,11 +98,27 @@ class SavePoints(keras.callbacks.Callback):
         self.epoch, self.batch, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, float]] = []
         self.interrupted = False
+        # Epochs of cross-entropy before self-critical training began.
+        self.cross_entropy_epochs: int | None = None
+        self.rewards: list[float] = []  # of the rounds of this epoch
+
+    @property
+    def self_critical(self) -> bool:
+        """Whether self-critical training has begun."""
+        return self.cross_entropy_epochs is not None
+
+    def self_critical_epochs(self) -> int:
+        """How many epochs of it are done."""
+        return (
+            self.epoch - self.cross_entropy_epochs if self.self_critical else 0
+        )
 
     def variables(self) -> list[Any]:
         """All variables that a step changes, in one order."""
         model = self.model
-        running = model.metrics_variables if self.batch else []
+        # Between the rounds of self-critical training nothing is running.
+        inside = self.batch and not self.self_critical
+        running = model.metrics_variables if inside else []
         return [*model.variables, *model.optimizer.variables, *running]
 
     def restore(self, model: keras.Model) -> None:
@@ -112,31 +131,45 @@ class SavePoints(keras.callbacks.Callback):
             setattr(self.cider, name, progress[name])
         self.epoch, self.batch = progress["epoch"], progress["batch"]
         self.history, self.seconds = progress["history"], progress["seconds"]
+        self.cross_entropy_epochs = progress.get("cross_entropy_epochs")
+        self.rewards = progress.get("rewards", [])
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Sets the data order, and in the middle of an epoch the state."""
-        self.begun = self.saved = time.monotonic()
-        if epoch != self.epoch:
-            self.epoch, self.batch, self.seconds = epoch, 0, 0.0
+        self.start(epoch)
         self.batches.begin(epoch, self.batch)
         if self.batch:
             runs.load_state(self.place, self.variables())
 
+    def start(self, epoch: int) -> None:
+        """Starts the clock of an epoch, or of the rest of one."""
+        self.begun = self.saved = time.monotonic()
+        if epoch != self.epoch:
+            self.epoch, self.batch, self.seconds = epoch, 0, 0.0
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Stops a run whose loss is no number; saves now and then."""
         self.batch += 1
-        if not np.isfinite(logs["loss"]):
+        self.check(logs["loss"])
+        if self.batch < len(self.batches.order):
+            self.save_if_due()
+
+    def check(self, loss: float) -> None:
+        """Stops a run whose loss is no number."""
+        if not np.isfinite(loss):
             raise UserError(
-                f"the loss is {logs['loss']} at step {self.batch} of epoch "
+                f"the loss is {loss} at step {self.batch} of epoch "
                 f"{self.epoch + 1}: the last saved state is kept; try a lower "
                 "--learning-rate, or --precision float32"
             )
-        last = self.batch == len(self.batches.order)
+
+    def save_if_due(self) -> None:
+        """Saves now and then, and ends a run that was asked to end."""
         due = time.monotonic() - self.saved > SAVE_SECONDS
-        if not last and (due or self.interrupted):
+        if due or self.interrupted:
             self.save()
-            if self.interrupted:
-                raise KeyboardInterrupt
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Writes the history and saves."""
@@ -148,6 +181,7 @@ class SavePoints(keras.callbacks.Callback):
         write_csv(self.place / "history.csv", table)
         write_curves(self.place / "curves.png", table)
         self.epoch, self.batch, self.seconds = epoch + 1, 0, 0.0
+        self.rewards = []
         self.begun = time.monotonic()
         self.save()
         if self.interrupted:
@@ -163,6 +197,8 @@ class SavePoints(keras.callbacks.Callback):
             "best_epoch": self.cider.best_epoch,
             "since_best": self.cider.since_best,
             "history": self.history,
+            "cross_entropy_epochs": self.cross_entropy_epochs,
+            "rewards": self.rewards,
         }
         runs.save_state(self.place, self.variables(), progress)
         self.saved = time.monotonic()
@@ -189,6 +225,7 @@ def history_table(history: list[dict[str, float]]) -> pd.DataFrame:
         "val_loss",
         "val_token_accuracy",
         "val_cider",
+        "reward",
         "learning_rate",
         "seconds",
     ]

@@ -16,7 +16,7 @@ from config import Config, UserError, group
 
 # What a run that goes on may change; every other field of these groups is
 # part of what the result depends on.
-CHANGEABLE = ("epochs", "patience")
+CHANGEABLE = ("epochs", "patience", "scst_epochs")
 # What else evaluate.py and caption.py may be given: which images to look at,
 # and where the encoder's weights are now. `limit_images` is theirs to obey.
 EVALUATED = ("dataset", "layout", "val_share", "test_share", "encoder_weights")

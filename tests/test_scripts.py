@@ -107,6 +107,39 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(home, monkeypatch):
     assert_same_run(home, RUN, "middle")
 
 
+def test_self_critical_training_goes_on_between_two_rounds(home, monkeypatch):
+    """After a run of cross-entropy that is trained already."""
+    from captioning import callbacks, self_critical
+
+    flags = [*FLAGS, *TRAINING, "--scst-epochs", "2", "--run-name"]
+    places = [home / "checkpoints" / name for name in ("drawn", "broken")]
+    for place in places:
+        shutil.copytree(home / "checkpoints" / RUN, place)
+    # Two rounds an epoch.
+    monkeypatch.setattr(self_critical, "ROUND_IMAGES", 13)
+    save = callbacks.SavePoints.save
+
+    def end_in_the_second_epoch(points):
+        save(points)
+        if (points.epoch, points.batch) == (3, 1):
+            raise KeyboardInterrupt
+
+    printed = good("train.py", *flags, "drawn", folder=home)
+    assert "reward" in printed and "CIDEr on val" in printed
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "SAVE_SECONDS", 0)
+        patch.setattr(callbacks.SavePoints, "save", end_in_the_second_epoch)
+        ended = run("train.py", *flags, "broken", folder=home)
+    assert ended.returncode == 130
+    printed = good("train.py", *flags, "broken", folder=home)
+    assert "Going on after 3 epochs" in printed
+    assert_same_run(home, "drawn", "broken")
+    one, other = (pd.read_csv(each / "history.csv") for each in places)
+    assert len(one) == 4 and one["reward"].notna().sum() == 2
+    pd.testing.assert_series_equal(one["reward"], other["reward"])
+    assert "trained" in good("train.py", *flags, "drawn", folder=home)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
 def test_a_run_that_is_asked_to_end_saves_and_can_go_on(home):
     flags = [*FLAGS, *TRAINING, "--run-name", "asked", "--epochs"]

@@ -1,0 +1,226 @@
+"""Self-critical training: drawn captions, weighed by what CIDEr-D they get.
+
+Cross-entropy teaches the next word of somebody else's caption; what is judged
+is a whole caption of one's own. Here the decoder draws captions, and those that
+score above the other draws of their image are made likelier, the others less
+likely (Rennie et al. 2017, equation 7; the mean of the other draws as baseline
+is that of Luo 2020, "A better variant of self-critical sequence training").
+The gradient is that of a cross-entropy with weights, so that `Model.fit` does
+it on every backend.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from captioning import search, vocabulary
+from captioning.batches import CaptionBatches
+from captioning.vocabulary import SPECIAL_WORDS
+from config import Config
+
+# Images whose captions are drawn at a time, with the weights as they are then.
+ROUND_IMAGES = 4 * search.BATCH
+ORDERS = 4  # n-grams of up to so many words
+SIGMA = 6.0  # of the penalty on another length than the reference's
+
+END_WORD = SPECIAL_WORDS[vocabulary.END]
+
+NGram = tuple[str, ...]
+
+
+class _Weighed(NamedTuple):
+    """A caption as tf-idf weights of its n-grams."""
+
+    weights: dict[NGram, float]
+    norms: list[float]  # of each order
+    bigrams: int  # how many, which stands for the length
+
+
+class CiderD:
+    """CIDEr-D of training captions, one at a time and quickly.
+
+    Vedantam et al. 2015, equations 1 to 4, as in pycocoevalcap, which scores
+    only whole sets. The document frequencies are those of all training images.
+    `<end>` counts as a word: otherwise captions learn to break off after "in
+    a", which n-grams do not mind.
+
+    Args:
+        references: of each training image its tokenised captions.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:
+        self.references = references
+        self.frequency: Counter[NGram] = Counter()
+        for captions in references:
+            self.frequency.update(set().union(*map(_ngrams, captions)))
+        self.log_images = float(np.log(len(references)))
+
+    def __call__(self, image: int, caption: Sequence[str]) -> float:
+        """The score of a tokenised caption of an image, from 0 to 10."""
+        made = self._weigh(caption)
+        references = [self._weigh(each) for each in self.references[image]]
+        return 10 * float(np.mean([_likeness(made, r) for r in references]))
+
+    def _weigh(self, caption: Sequence[str]) -> _Weighed:
+        counts = _ngrams(caption)
+        weights, squares, bigrams = {}, [0.0] * ORDERS, 0
+        for ngram, count in counts.items():
+            seen = max(1, self.frequency[ngram])
+            weight = count * (self.log_images - float(np.log(seen)))
+            weights[ngram] = weight
+            squares[len(ngram) - 1] += weight**2
+            bigrams += count * (len(ngram) == 2)
+        return _Weighed(weights, [each**0.5 for each in squares], bigrams)
+
+
+def _ngrams(caption: Sequence[str]) -> Counter[NGram]:
+    """Counts the n-grams of a caption with its `<end>`."""
+    words = (*caption, END_WORD)
+    return Counter(
+        words[start : start + order]
+        for order in range(1, ORDERS + 1)
+        for start in range(len(words) - order + 1)
+    )
+
+
+def _likeness(made: _Weighed, reference: _Weighed) -> float:
+    """The mean over orders of clipped cosines, less for another length."""
+    products = [0.0] * ORDERS
+    for ngram, weight in made.weights.items():
+        other = reference.weights.get(ngram)
+        if other is not None:
+            products[len(ngram) - 1] += min(weight, other) * other
+    cosines = [
+        product / (one * other) if one and other else 0.0
+        for product, one, other in zip(
+            products, made.norms, reference.norms, strict=True
+        )
+    ]
+    difference = made.bigrams - reference.bigrams
+    return float(np.mean(cosines) * np.exp(-(difference**2) / (2 * SIGMA**2)))
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """How much better each draw is than the others of its image.
+
+    Args:
+        rewards: float (images, draws), at least two draws.
+
+    Returns:
+        Float (images, draws): the reward less the mean of the others.
+    """
+    draws = rewards.shape[1]
+    others = (rewards.sum(1, keepdims=True) - rewards) / (draws - 1)
+    return rewards - others
+
+
+class Rounds:
+    """Draws captions of training images and makes batches of them.
+
+    What is drawn depends on the decoder's weights, the seed, the epoch and the
+    round alone, so that a run that goes on draws what it would have drawn.
+
+    Args:
+        config: its training fields.
+        decoder: what draws.
+        features: float16 (rows, regions, channels), memory-mapped.
+        rows: the row of each training image, int (images,).
+        captions: the tokenised captions of each training image.
+        words: the vocabulary.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        decoder: keras.Model,
+        features: np.ndarray,
+        rows: np.ndarray,
+        captions: Sequence[Sequence[Sequence[str]]],
+        words: vocabulary.Vocabulary,
+    ) -> None:
+        self.config, self.features, self.rows = config, features, rows
+        self.words = words
+        self.judge = CiderD(captions)
+        self.sampler = search.Sample(
+            decoder,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_length=config.max_caption_length,
+            seed=config.seed,
+            # The baseline of a draw are the others.
+            samples=max(2, config.captions_per_image),
+        )
+        self.sampler.compile(jit_compile=search.use_xla())
+
+    def __len__(self) -> int:
+        """How many rounds an epoch has."""
+        return -(-len(self.rows) // ROUND_IMAGES)
+
+    def draw(self, epoch: int, number: int) -> tuple[CaptionBatches, float]:
+        """Draws the captions of a round.
+
+        Args:
+            epoch: of the run, from 0.
+            number: of the round in it, from 0.
+
+        Returns:
+            The batches to train on, and the mean reward.
+        """
+        seeds = (self.config.seed, epoch)
+        order = np.random.default_rng(seeds).permutation(len(self.rows))
+        images = order[number * ROUND_IMAGES : (number + 1) * ROUND_IMAGES]
+        state = np.random.SeedSequence((*seeds, number)).generate_state(2)
+        self.sampler.seed.state.assign(state)
+        drawn = [
+            [each.words for each in found.n_best]
+            for found in search.caption_rows(
+                self.sampler, self.features, self.rows[images], self.words
+            )
+        ]
+        rewards = np.array(
+            [
+                [self.judge(image, caption) for caption in captions]
+                for image, captions in zip(images, drawn, strict=True)
+            ]
+        )  # (images, draws)
+        longest = self.config.max_caption_length
+        batches = CaptionBatches(
+            self.features,
+            self.rows[images],
+            [vocabulary.encode(each, self.words, longest) for each in drawn],
+            self.config.batch_images,
+            importance=advantages(rewards),
+        )
+        return batches, float(rewards.mean())
+
+
+def compile_decoder(config: Config, decoder: Any, loss: Any) -> None:
+    """Compiles a decoder for self-critical training.
+
+    Without what keeps it from learning captions by heart: the captions are
+    new every time, and dropout would judge another decoder than the one that
+    drew them.
+
+    Args:
+        config: its training fields.
+        decoder: a `model.CaptioningModel`.
+        loss: cross-entropy, summed over the tokens.
+    """
+    for layer in (
+        *(decoder.annotation_dropout, decoder.word_dropout),
+        decoder.deep_output.dropout,
+    ):
+        layer.rate = 0.0
+    decoder.penalty = 0.0
+    decoder.compile(
+        keras.optimizers.Adam(
+            config.scst_learning_rate,
+            global_clipnorm=config.clip_norm or None,
+        ),
+        loss,
+        jit_compile=search.use_xla(),
+    )

@@ -1,0 +1,129 @@
+"""The reward, the baseline, and that rewarded captions become likelier."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocoevalcap.cider.cider import Cider
+
+from captioning import search, self_critical
+from captioning.batches import CaptionBatches
+from captioning.vocabulary import SPECIAL_WORDS, Vocabulary, encode
+from config import Config
+from model import SmoothedCrossEntropy, build_model
+
+WORDS = Vocabulary((*SPECIAL_WORDS, *"abcdefgh"))
+CONFIG = Config(
+    max_caption_length=4,
+    batch_images=2,
+    captions_per_image=8,
+    decoder_units=8,
+    attention_units=8,
+    embedding_units=8,
+    scst_learning_rate=0.01,
+)
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(1)
+
+
+captions = st.lists(st.sampled_from("abc"), max_size=6)
+
+
+@given(
+    st.lists(
+        st.tuples(captions, st.lists(captions, min_size=1, max_size=3)),
+        min_size=2,
+        max_size=5,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_the_reward_is_cider_d_of_the_fields_scorer(images):
+    """With the document frequencies of all images, and `<end>` as a word."""
+    references = [each for _, each in images]
+    reward = self_critical.CiderD(references)
+    found = [reward(place, made) for place, (made, _) in enumerate(images)]
+    judged = {
+        place: [" ".join([*each, "<end>"]) for each in texts]
+        for place, texts in enumerate(references)
+    }
+    made = {
+        place: [" ".join([*each, "<end>"])]
+        for place, (each, _) in enumerate(images)
+    }
+    _, wanted = Cider().compute_score(judged, made)
+    np.testing.assert_allclose(found, wanted, atol=1e-9)
+
+
+def test_a_draw_is_measured_by_the_others_of_its_image():
+    rewards = np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
+    found = self_critical.advantages(rewards)
+    np.testing.assert_allclose(found, [[-3, -1.5, 4.5], [0, 0, 0]])
+
+
+def make_rounds(images: int = 3):
+    """Rounds over random features; every image is called `a b`."""
+    shape = (images, 4, 6)  # (images, regions, channels)
+    features = np.random.default_rng(0).normal(size=shape).astype("float16")
+    decoder = build_model(CONFIG, len(WORDS), 6)
+    references = [[["a", "b"]], [["a", "b"]], [["c"]]][:images]
+    rows = np.arange(images)
+    return decoder, self_critical.Rounds(
+        CONFIG, decoder, features, rows, references, WORDS
+    )
+
+
+def test_what_is_drawn_depends_on_weights_epoch_and_round_alone():
+    (decoder, rounds), (copy, again) = make_rounds(), make_rounds()
+    copy.set_weights(decoder.get_weights())
+    rounds.draw(0, 0)
+    one, two, other = rounds.draw(1, 0), again.draw(1, 0), rounds.draw(2, 0)
+    assert one[1] == two[1]
+    for first, second in zip(one[0].captions, two[0].captions, strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert any(
+        not np.array_equal(first, second)
+        for first, second in zip(
+            one[0].captions, other[0].captions, strict=True
+        )
+    )
+
+
+def test_what_is_rewarded_becomes_likelier(monkeypatch):
+    monkeypatch.setattr(search, "BATCH", 3)
+    decoder, rounds = make_rounds()
+    self_critical.compile_decoder(
+        CONFIG, decoder, SmoothedCrossEntropy(reduction="sum")
+    )
+    rewards = []
+    for epoch in range(60):
+        batches, reward = rounds.draw(epoch, 0)
+        decoder.fit(batches, shuffle=False, verbose=0)
+        rewards.append(reward)
+    assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:5])
+
+
+def test_weights_of_captions_reach_their_words():
+    """Whatever order the batch has: long captions come first in it."""
+    caption = [["a"], ["b", "c", "d"], ["e", "f"]]
+    importance = [np.array([1.0, -2.0, 3.0])]
+    batches = CaptionBatches(
+        np.zeros((1, 4, 6), np.float16),
+        np.arange(1),
+        [encode(caption, WORDS, 4)],
+        1,
+        importance=importance,
+    )
+    _, targets, weights = batches[0]
+    real = weights != 0
+    tokens = 2 + 4 + 3
+    assert real.sum() == tokens
+    numbers = WORDS.numbers
+    for words, weight in zip(caption, importance[0], strict=True):
+        for word in words:
+            found = weights[targets == numbers[word]]
+            np.testing.assert_allclose(found, weight / tokens, rtol=1e-6)
