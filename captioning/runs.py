@@ -1,9 +1,11 @@
 """The run folder: config, vocabulary, weights, and what resuming needs."""
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +258,19 @@ def load_features(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
 
 def save_weights(model: Any, place: Path) -> None:
     """Writes the best weights."""
-    with atomic_path(place / "model.weights.h5") as part:
+    path = place / "model.weights.h5"
+    with atomic_path(path) as part, _without_optimizer(model):
         model.save_weights(part)
+
+
+@contextlib.contextmanager
+def _without_optimizer(model: Any) -> Iterator[None]:
+    """Hides the optimizer, whose state is three times as large, from Keras."""
+    optimizer, model.optimizer = getattr(model, "optimizer", None), None
+    try:
+        yield
+    finally:
+        model.optimizer = optimizer
 
 
 def load_weights(model: Any, place: Path) -> None:
@@ -273,7 +286,8 @@ def load_weights(model: Any, place: Path) -> None:
             "measures CIDEr; run it to the end"
         )
     try:
-        model.load_weights(path)
+        with _without_optimizer(model):
+            model.load_weights(path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,6 +70,12 @@ def test_runs_are_averaged(home):
     assert alone[0] == twice[0]
     assert alone[1] == pytest.approx(twice[1], 1e-3)
     assert abs(alone[1] / both[1] - 1) > 0.01
+
+
+def test_the_weights_of_a_run_are_those_of_the_decoder_alone(home):
+    """Not the optimizer's, which are three times as many."""
+    with h5py.File(home / "checkpoints" / RUN / "model.weights.h5") as weights:
+        assert "optimizer" not in weights and "deep_output" in weights
 
 
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
