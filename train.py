@@ -299,12 +299,9 @@ def criticise(
 ) -> None:
     """Self-critical training, from the best epoch of cross-entropy on."""
     from captioning import runs, self_critical
-    from model import SmoothedCrossEntropy
 
     decoder, cider = points.model, points.cider
-    self_critical.compile_decoder(
-        config, decoder, SmoothedCrossEntropy(reduction="sum")
-    )
+    self_critical.compile_decoder(config, decoder)
     decoder.optimizer.build(decoder.trainable_variables)
     cider.set_model(decoder)
     cider.averaged = contextlib.nullcontext()

@@ -46,9 +46,7 @@ class _Search(keras.Model):
         self.min_length = min_length
         self.max_length = max_length
         self.size = self.decoders[0].settings["vocabulary_size"]
-        never = np.zeros(self.size, np.float32)
-        never[[PAD, START, UNKNOWN]] = IMPOSSIBLE
-        self.never = never  # (vocabulary,)
+        self.never = never(self.size)
         ends = np.zeros(self.size, np.float32)
         ends[END] = IMPOSSIBLE
         self.ends = ends  # (vocabulary,)
@@ -430,6 +428,20 @@ class Sample(_Search):
             place = ops.take_along_axis(words, place[:, :, None], axis=2)
             place = place[:, :, 0]
         return ops.cast(place, "int32")
+
+
+def never(size: int) -> np.ndarray:
+    """What is added to log-probabilities so that no special word is chosen.
+
+    Args:
+        size: of the vocabulary.
+
+    Returns:
+        Float32 (size,).
+    """
+    added = np.zeros(size, np.float32)
+    added[[PAD, START, UNKNOWN]] = IMPOSSIBLE
+    return added
 
 
 def average(log_probabilities: Sequence[Any]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from keras import ops
 
 from captioning import search, vocabulary
 from captioning.batches import CaptionBatches
@@ -153,6 +154,8 @@ class Rounds:
             seed=config.seed,
             # The baseline of a draw are the others.
             samples=max(2, config.captions_per_image),
+            # What may not be drawn is never punished, and would get likelier.
+            min_length=0,
         )
         self.sampler.compile(jit_compile=search.use_xla())
 
@@ -198,7 +201,27 @@ class Rounds:
         return batches, float(rewards.mean())
 
 
-def compile_decoder(config: Config, decoder: Any, loss: Any) -> None:
+@keras.saving.register_keras_serializable("captioning")
+class PolicyLoss(keras.losses.Loss):
+    """Negative log-probability of drawn words among those that are drawn.
+
+    Summed with the weights of the tokens. `<unk>` and the like are left out:
+    they are never drawn, so that nothing would take back the probability that
+    a bad caption loses to them.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"reduction": "sum", **kwargs})
+
+    def call(self, targets: Any, logits: Any) -> Any:
+        """Targets (tokens,) and logits (tokens, vocabulary) -> (tokens,)."""
+        logits = ops.cast(logits, "float32") + search.never(logits.shape[-1])
+        return ops.sparse_categorical_crossentropy(
+            targets, logits, from_logits=True
+        )
+
+
+def compile_decoder(config: Config, decoder: Any) -> None:
     """Compiles a decoder for self-critical training.
 
     Without what keeps it from learning captions by heart: the captions are
@@ -208,7 +231,6 @@ def compile_decoder(config: Config, decoder: Any, loss: Any) -> None:
     Args:
         config: its training fields.
         decoder: a `model.CaptioningModel`.
-        loss: cross-entropy, summed over the tokens.
     """
     for layer in (
         *(decoder.annotation_dropout, decoder.word_dropout),
@@ -221,6 +243,6 @@ def compile_decoder(config: Config, decoder: Any, loss: Any) -> None:
             config.scst_learning_rate,
             global_clipnorm=config.clip_norm or None,
         ),
-        loss,
+        PolicyLoss(),
         jit_compile=search.use_xla(),
     )

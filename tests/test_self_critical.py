@@ -9,9 +9,16 @@ from pycocoevalcap.cider.cider import Cider
 
 from captioning import search, self_critical
 from captioning.batches import CaptionBatches
-from captioning.vocabulary import SPECIAL_WORDS, Vocabulary, encode
+from captioning.vocabulary import (
+    PAD,
+    SPECIAL_WORDS,
+    START,
+    UNKNOWN,
+    Vocabulary,
+    encode,
+)
 from config import Config
-from model import SmoothedCrossEntropy, build_model
+from model import build_model
 
 WORDS = Vocabulary((*SPECIAL_WORDS, *"abcdefgh"))
 CONFIG = Config(
@@ -96,14 +103,17 @@ def test_what_is_drawn_depends_on_weights_epoch_and_round_alone():
 def test_what_is_rewarded_becomes_likelier(monkeypatch):
     monkeypatch.setattr(search, "BATCH", 3)
     decoder, rounds = make_rounds()
-    self_critical.compile_decoder(
-        CONFIG, decoder, SmoothedCrossEntropy(reduction="sum")
-    )
+    self_critical.compile_decoder(CONFIG, decoder)
     rewards = []
     for epoch in range(60):
         batches, reward = rounds.draw(epoch, 0)
         decoder.fit(batches, shuffle=False, verbose=0)
         rewards.append(reward)
+    # What is never drawn takes nothing of what the bad captions lose.
+    features = rounds.features[:1]
+    annotations, keys, hidden, cell = decoder.start(features)
+    found, *_ = decoder.step(np.array([START]), hidden, cell, keys, annotations)
+    assert np.exp(found)[0, [PAD, START, UNKNOWN]].sum() < 0.4
     assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:5])
 
 
