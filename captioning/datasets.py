@@ -55,7 +55,7 @@ class Dataset(NamedTuple):
     Attributes:
         table: one row a caption, with the columns image (name below
             images_dir, with forward slashes), split (train, val or test),
-            caption, and image_id (COCO's number, else the image's name);
+            caption, and image_id (COCO's numbers, else the images' names);
             sorted by image, the captions of an image in the order of the file.
         images_dir: the folder that the image names are relative to.
         layout: one of config.LAYOUTS.
@@ -140,10 +140,7 @@ def find_dataset(
             "image": [row.image for row in rows],
             "split": [row.split for row in rows],
             "caption": [row.caption for row in rows],
-            "image_id": [
-                row.image if row.image_id is None else row.image_id
-                for row in rows
-            ],
+            "image_id": _image_ids(rows),
         }
     )
     return Dataset(
@@ -154,6 +151,14 @@ def find_dataset(
         list(dict.fromkeys(found.notes.skipped)),
         list(dict.fromkeys(found.notes.repaired)),
     )
+
+
+def _image_ids(rows: list[_Row]) -> list[Any]:
+    """COCO's numbers if every image has one of its own, else the names."""
+    numbers = {row.image: row.image_id for row in rows}
+    if None in numbers.values() or len({*numbers.values()}) < len(numbers):
+        return [row.image for row in rows]
+    return [numbers[row.image] for row in rows]
 
 
 def equal_pixels_across_splits(
@@ -429,7 +434,8 @@ def _string(value: Any) -> str:
 
 
 def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    whole = isinstance(value, int) and abs(value) < 2**63
+    return int(value) if whole else None
 
 
 # --- one reader a layout --------------------------------------------------

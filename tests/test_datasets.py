@@ -196,6 +196,22 @@ def test_karpathys_coco_file_uses_filepath_and_cocoid(tmp_path):
     assert dataset.table.values.tolist() == [row]
 
 
+@pytest.mark.parametrize("number", [None, "7", 7, 10**30, [1]])
+def test_numbers_that_some_images_lack_or_share_are_not_used(tmp_path, number):
+    images = [
+        {**image, "cocoid": value}
+        for image, value in zip(KARPATHY["images"], [7, number], strict=False)
+    ]
+    document = json.dumps({"images": images})
+    dataset = find(
+        write(
+            tmp_path,
+            {"dataset_coco.json": document, "a.jpg": b"x", "b.jpg": b"x"},
+        )
+    )
+    assert (dataset.table["image_id"] == dataset.table["image"]).all()
+
+
 def test_of_several_files_the_one_these_images_belong_to_is_taken(tmp_path):
     other = json.dumps(KARPATHY).replace(".jpg", "_8k.jpg")
     write(
@@ -619,6 +635,7 @@ def check(folder: Path, layout: str, data: bytes) -> None:
     assert set(table["split"]) <= set(SPLITS)
     assert table.groupby("image")["split"].nunique().max() == 1
     assert table["caption"].str.strip().str.len().min() > 0
+    assert {*map(type, table["image_id"])} in ({int}, {str})
     # Whatever is told can be written and read again.
     table.to_csv(folder / "table.csv", encoding="utf-8")
     for name, reason in dataset.skipped + dataset.repaired:
