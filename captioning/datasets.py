@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import html
 import io
+import itertools
 import json
 import os
 import posixpath
@@ -243,13 +244,17 @@ def _depth(path: str) -> int:
 def _find_captions(
     directory: Path, folders: _Folders, layout: str
 ) -> tuple[str, list[list[Path]]]:
-    """The layout, and its caption files: each list is one dataset."""
+    """The layout, and its caption files: each list is one dataset.
+
+    What lies two folders deep counts only where nothing lies above it.
+    """
     wanted = _LAYOUTS if layout == "auto" else {layout: _LAYOUTS[layout]}
-    for name, (patterns, _) in wanted.items():
+    for deepest, name in itertools.product((1, 2), wanted):
+        patterns, _ = wanted[name]
         paths = [
             _join(folder, file)
             for folder, files in folders.items()
-            if _depth(folder) <= 1
+            if _depth(folder) <= deepest
             for file in files
             if any(fnmatch.fnmatchcase(file, each) for each in patterns)
         ]

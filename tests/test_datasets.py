@@ -145,6 +145,47 @@ def test_every_flickr_layout_gives_the_same_table(tmp_path, layout, asked):
     assert dataset.summary.endswith(": train 2, val 1, test 1")
 
 
+TWICE = "flickr30k_images/flickr30k_images"
+
+
+@pytest.mark.parametrize(
+    "files, folder",
+    [
+        ({"results.csv": KAGGLE30K}, "flickr30k_images"),
+        ({f"{TWICE}/results.csv": KAGGLE30K}, TWICE),
+        (
+            {"archive/flickr30k_images/results.csv": KAGGLE30K},
+            f"archive/{TWICE}",
+        ),
+        ({"results_20130124.token": TOKEN}, "flickr30k-images"),
+        ({"flickr30k/results_20130124.token": TOKEN}, "flickr30k-images"),
+        ({"dataset_flickr30k.json": json.dumps(KARPATHY)}, "."),
+        ({"dataset_flickr8k.json": json.dumps(KARPATHY)}, "Images"),
+        ({"flickr_annotations_30k.csv": HUGGINGFACE}, "."),
+    ],
+)
+def test_archives_are_read_as_they_unpack(tmp_path, files, folder):
+    images = [f"{folder}/{name}.jpg" for name in "abcd"]
+    write(tmp_path, {**files, **dict.fromkeys(images, b"x")})
+    dataset = find(tmp_path)
+    assert dataset.images_dir == tmp_path / folder
+    wanted = {f"{n}.jpg": [f"{n}.jpg one", f"{n}.jpg two"] for n in "abcd"}
+    assert captions_of(dataset) == wanted
+    assert dataset.skipped == dataset.repaired == []
+
+
+def test_what_lies_deeper_gives_way_to_what_lies_above(tmp_path):
+    write(
+        tmp_path,
+        {
+            "captions.txt": KAGGLE8K,
+            "backup/old/dataset.json": json.dumps(KARPATHY),
+            "Images/a.jpg": b"x",
+        },
+    )
+    assert find(tmp_path).layout == "kaggle8k"
+
+
 def coco(names: dict[int, str]) -> str:
     return json.dumps(
         {
