@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 from captioning.images import UnusableImage, _webp_size, read_image
 
 SIZE = 32
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -352,15 +354,26 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
         read_image(tmp_path / "pipe.jpg", SIZE)
 
 
-def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
-    # root may read everything, so that chmod would not test this everywhere
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(path))
+@pytest.fixture
+def as_a_user():
+    """A folder that all may enter, and no rights of root while it is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        is_root = os.geteuid() == 0
+        if is_root:  # who may read everything
+            os.chown(folder, NOBODY, -1)
+            os.seteuid(NOBODY)
+        yield Path(folder)
+        if is_root:
+            os.seteuid(0)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    (tmp_path / "x.jpg").write_text("x")
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_a_file_without_permission_is_refused(as_a_user, photograph):
+    assert read(as_a_user, encode(photograph, "JPEG"))[1] == ""
+    (as_a_user / "x.jpg").chmod(0)
     with pytest.raises(UnusableImage, match=r"^unreadable: permission denied$"):
-        read_image(tmp_path / "x.jpg", SIZE)
+        read_image(as_a_user / "x.jpg", SIZE)
 
 
 def _samples() -> list[bytes]:
