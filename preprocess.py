@@ -65,9 +65,9 @@ def main(arguments: command.Arguments) -> None:
     with workers.alone(place):
         dataset, duplicates, folder = encode_images(config, dataset)
         check_splits(config, dataset)
-        words = prepared.save(config, dataset, duplicates)
+        words, repaired = prepared.save(config, dataset, duplicates)
         workers.clear(folder)
-    report(dataset, len(words), len(duplicates))
+    report(dataset, repaired, len(words), len(duplicates))
     print(f"Wrote {place}. Next: {command.next_line('train.py', arguments)}")
 
 
@@ -250,7 +250,7 @@ def open_cache(config: Config, dataset: Any) -> tuple[Any, list[str], Any]:
     return cache, names, build
 
 
-def report(dataset: Any, words: int, duplicates: int) -> None:
+def report(dataset: Any, repaired: int, words: int, duplicates: int) -> None:
     """Says what was made."""
     images = dataset.table.drop_duplicates("image")["split"].value_counts()
     captions = dataset.table["split"].value_counts()
@@ -262,8 +262,7 @@ def report(dataset: Any, words: int, duplicates: int) -> None:
             )
     print(
         f"  vocabulary of {words:,} words; {len(dataset.skipped):,} entries "
-        f"skipped, {len(dataset.repaired):,} repaired (skipped.csv, "
-        "repaired.csv)"
+        f"skipped, {repaired:,} repaired (skipped.csv, repaired.csv)"
     )
     if duplicates:
         print(
