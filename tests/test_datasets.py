@@ -624,11 +624,14 @@ _NAMES = {
     "kaggle8k": "captions.txt",
     "token": "x.token",
 }
-_BEGINNINGS = {
-    "huggingface": b"raw,sentids,split,filename,img_id\n",
-    "plain": b"image,caption,split\n",
-    "kaggle30k": b"image_name| comment_number| comment\n",
-    "kaggle8k": b"image,caption\n",
+_WHOLE = {
+    "karpathy": json.dumps(KARPATHY),
+    "huggingface": HUGGINGFACE,
+    "coco": coco({7: "a.jpg", 8: "a.jpg"}),
+    "plain": PLAIN,
+    "kaggle30k": KAGGLE30K,
+    "kaggle8k": KAGGLE8K,
+    "token": TOKEN,
 }
 # fmt: off
 _PIECES = st.sampled_from([
@@ -641,7 +644,8 @@ _KEYS = st.sampled_from([
     "sentences", "raw", "id", "image_id", "cocoid", "caption",
 ])
 # fmt: on
-_TEXT = st.lists(st.one_of(_PIECES, st.binary(max_size=8))).map(b"".join)
+_PIECE = st.one_of(_PIECES, st.binary(max_size=8))
+_TEXT = st.lists(_PIECE).map(b"".join)
 _SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -654,15 +658,42 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(_KEYS, inner),
     max_leaves=20,
 )
+_IMAGES = st.fixed_dictionaries(
+    {
+        "filename": _SCALARS,
+        "file_name": _SCALARS,
+        "split": st.sampled_from(["train", "restval", "dev"]) | _SCALARS,
+        "id": st.integers(0, 3),
+        "sentences": st.lists(st.fixed_dictionaries({"raw": _SCALARS})),
+    },
+    optional={"cocoid": _SCALARS, "filepath": _SCALARS},
+)
+_ANNOTATIONS = st.fixed_dictionaries(
+    {"image_id": st.integers(0, 3) | _JSON, "caption": _SCALARS}
+)
 _DOCUMENTS = st.fixed_dictionaries(
     {
-        "images": st.lists(st.dictionaries(_KEYS, _JSON)),
-        "annotations": st.lists(st.dictionaries(_KEYS, _JSON)),
+        "images": st.lists(_IMAGES | st.dictionaries(_KEYS, _JSON)),
+        "annotations": st.lists(_ANNOTATIONS | st.dictionaries(_KEYS, _JSON)),
     }
 )
 
 
-def check(folder: Path, layout: str, data: bytes) -> None:
+def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
+    """A sound file with pieces put in or in place of others, or cut off."""
+    places = st.integers(0, len(whole))
+    changes = st.lists(st.tuples(places, st.integers(0, 9), _PIECE), max_size=5)
+
+    def change(changes: list, length: int) -> bytes:
+        data = whole
+        for place, gone, piece in changes:
+            data = data[:place] + piece + data[place + gone :]
+        return data[:length]
+
+    return st.builds(change, changes, st.just(len(whole) + 40) | places)
+
+
+def check(folder: Path, layout: str, data: bytes) -> str:
     """Holds what any caption file must give: a table or one line."""
     shutil.rmtree(folder, ignore_errors=True)
     write(folder, {_NAMES[layout]: data, "a.jpg": b"x"})
@@ -670,7 +701,7 @@ def check(folder: Path, layout: str, data: bytes) -> None:
         dataset = find(folder)
     except UserError as error:
         assert "\n" not in str(error)
-        return
+        return "one line"
     table = dataset.table
     assert len(table) and set(table["image"]) == {"a.jpg"}
     assert set(table["split"]) <= set(SPLITS)
@@ -681,29 +712,36 @@ def check(folder: Path, layout: str, data: bytes) -> None:
     table.to_csv(folder / "table.csv", encoding="utf-8")
     for name, reason in dataset.skipped + dataset.repaired:
         assert f"{name} {reason}".encode()
+    return "a table"
 
 
 @pytest.mark.parametrize("layout", _NAMES)
 def test_any_bytes_give_a_table_or_one_line(tmp_path, layout):
-    @settings(max_examples=60, deadline=None)
-    @given(_TEXT)
+    found = set()
+
+    @settings(max_examples=80, deadline=None)
+    @given(damaged(_WHOLE[layout].encode()) | _TEXT)
     @example(b"")
-    @example(b"a.jpg#0\ta dog")
+    @example(_WHOLE[layout].encode())
     def fuzz(data: bytes) -> None:
-        check(tmp_path, layout, data)
-        check(tmp_path, layout, _BEGINNINGS.get(layout, b"") + data)
+        found.add(check(tmp_path, layout, data))
 
     fuzz()
+    assert found == {"a table", "one line"}
 
 
 @pytest.mark.parametrize("layout", ["karpathy", "coco"])
 def test_any_json_gives_a_table_or_one_line(tmp_path, layout):
+    found = set()
+
     @settings(max_examples=80, deadline=None)
     @given(_DOCUMENTS | _JSON)
+    @example(json.loads(_WHOLE[layout]))
     def fuzz(document: object) -> None:
-        check(tmp_path, layout, json.dumps(document).encode())
+        found.add(check(tmp_path, layout, json.dumps(document).encode()))
 
     fuzz()
+    assert found == {"a table", "one line"}
 
 
 # --- real data ------------------------------------------------------------
