@@ -139,6 +139,21 @@ def test_a_full_disk_when_the_tables_are_written_is_one_line(
     assert written.read_bytes() == whole.read_bytes()
 
 
+# --- other settings -------------------------------------------------------
+
+
+def test_another_encoder_leaves_the_old_cache_as_it_is(tmp_path):
+    make_photos(tmp_path, 20)
+    flags = ("--max-skipped-share", "0.5")
+    assert end(start(tmp_path, *flags))[0] == 0
+    (old,) = tmp_path.glob("data/cache/*/resnet50-*")
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    assert end(start(tmp_path, *flags, "--encoder", "vgg16"))[0] == 0
+    (new,) = tmp_path.glob("data/cache/*/vgg16-*")
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    assert {path.name for path in new.iterdir()} == set(before)
+
+
 # --- damaged caches -------------------------------------------------------
 
 
