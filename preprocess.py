@@ -55,7 +55,7 @@ def main(arguments: command.Arguments) -> None:
         directory, config.layout, config.val_share, config.test_share
     )
     print(dataset.summary)
-    check_skipped(config, dataset)
+    check_skipped(config, dataset.table, dataset.skipped)
     dataset = limit(config, dataset)
     check_splits(config, dataset)
     place = prepared.folder(config)
@@ -64,11 +64,10 @@ def main(arguments: command.Arguments) -> None:
         return
     with workers.alone(place):
         dataset, duplicates, folder = encode_images(config, dataset)
-        check_skipped(config, dataset)
         check_splits(config, dataset)
-        words = prepared.save(config, dataset, duplicates)
+        words, repaired = prepared.save(config, dataset, duplicates)
         workers.clear(folder)
-    report(dataset, len(words), len(duplicates))
+    report(dataset, repaired, len(words), len(duplicates))
     print(f"Wrote {place}. Next: {command.next_line('train.py', arguments)}")
 
 
@@ -111,20 +110,25 @@ def check_splits(config: Config, dataset: Any) -> None:
             )
 
 
-def check_skipped(config: Config, dataset: Any) -> None:
+def check_skipped(config: Config, table: Any, skipped: Any) -> None:
     """Stops where too many images are unusable.
 
     Images that the dataset has put in no split are not: nothing is wrong
     with them.
+
+    Args:
+        config: its `max_skipped_share`.
+        table: of the images that can be used.
+        skipped: pairs of an image and the reason.
     """
     from captioning.datasets import UNSPLIT
 
-    there = set(dataset.table["image"])
-    lost = {i for i, reason in dataset.skipped if reason not in UNSPLIT}
+    there = set(table["image"])
+    lost = {i for i, reason in skipped if reason not in UNSPLIT}
     lost -= there
     share = len(lost) / max(len(lost) + len(there), 1)
     if share > config.max_skipped_share:
-        image, reason = next(p for p in dataset.skipped if p[0] in lost)
+        image, reason = next(p for p in skipped if p[0] in lost)
         raise UserError(
             f"{len(lost):,} of {len(lost) + len(there):,} images are "
             f"unusable, the first of them {image} ({reason}): mend the "
@@ -174,6 +178,9 @@ def encode_images(config: Config, dataset: Any) -> tuple[Any, Any, Path]:
         The dataset without the images that cannot be used, and with what was
         skipped and repaired; pairs of images with equal pixels in different
         splits; the folder of the features.
+
+    Raises:
+        UserError: if too many images cannot be used.
     """
     from captioning import datasets, extraction
 
@@ -182,8 +189,14 @@ def encode_images(config: Config, dataset: Any) -> tuple[Any, Any, Path]:
         cache, dataset.images_dir, names, config.image_size, build
     )
     table = without(dataset.table, [image for image, _ in notes.skipped])
+    skipped = dataset.skipped + notes.skipped
+    # What the captions lost is a share of the whole dataset and not of a few
+    # images of it.
+    check_skipped(
+        config, table, notes.skipped if config.limit_images else skipped
+    )
     dataset = dataset._replace(
-        skipped=dataset.skipped + notes.skipped,
+        skipped=skipped,
         repaired=dataset.repaired + notes.repaired,
         table=table,
     )
@@ -237,7 +250,7 @@ def open_cache(config: Config, dataset: Any) -> tuple[Any, list[str], Any]:
     return cache, names, build
 
 
-def report(dataset: Any, words: int, duplicates: int) -> None:
+def report(dataset: Any, repaired: int, words: int, duplicates: int) -> None:
     """Says what was made."""
     images = dataset.table.drop_duplicates("image")["split"].value_counts()
     captions = dataset.table["split"].value_counts()
@@ -249,8 +262,7 @@ def report(dataset: Any, words: int, duplicates: int) -> None:
             )
     print(
         f"  vocabulary of {words:,} words; {len(dataset.skipped):,} entries "
-        f"skipped, {len(dataset.repaired):,} repaired (skipped.csv, "
-        "repaired.csv)"
+        f"skipped, {repaired:,} repaired (skipped.csv, repaired.csv)"
     )
     if duplicates:
         print(

@@ -43,9 +43,14 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser that tells what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        script = os.path.basename(sys.argv[0])
-        print(f"{script}: {message}", file=sys.stderr)
+        _tell(message)
         raise SystemExit(WRONG_USAGE)
+
+
+def _tell(text: str) -> None:
+    """Prints an error as one line, whatever names are quoted in it."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
 
 
 def _nearest(word: str, valid: Sequence[str]) -> str:
@@ -204,18 +209,16 @@ def run(
         actions: the flags that only this script has.
     """
     arguments = parse(description, actions)
-    script = os.path.basename(sys.argv[0])
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main(arguments) or DONE
         sys.stdout.flush()
     except UserError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        _tell(str(error))
         code = FAILED
     except KeyboardInterrupt:
-        print(
-            f"\n{script}: interrupted; run it again to go on", file=sys.stderr
-        )
+        print(file=sys.stderr)
+        _tell("interrupted; run it again to go on")
         code = INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone; nothing is wrong.
@@ -226,7 +229,7 @@ def run(
         told = f"{where}{error.strerror or error}"
         if error.errno == errno.ENOSPC:
             told += ": make room and run it again, nothing is lost"
-        print(f"{script}: {told}", file=sys.stderr)
+        _tell(told)
         code = FAILED
     raise SystemExit(code)
 

@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import html
 import io
+import itertools
 import json
 import os
 import posixpath
@@ -55,7 +56,7 @@ class Dataset(NamedTuple):
     Attributes:
         table: one row a caption, with the columns image (name below
             images_dir, with forward slashes), split (train, val or test),
-            caption, and image_id (COCO's number, else the image's name);
+            caption, and image_id (COCO's numbers, else the images' names);
             sorted by image, the captions of an image in the order of the file.
         images_dir: the folder that the image names are relative to.
         layout: one of config.LAYOUTS.
@@ -140,10 +141,7 @@ def find_dataset(
             "image": [row.image for row in rows],
             "split": [row.split for row in rows],
             "caption": [row.caption for row in rows],
-            "image_id": [
-                row.image if row.image_id is None else row.image_id
-                for row in rows
-            ],
+            "image_id": _image_ids(rows),
         }
     )
     return Dataset(
@@ -154,6 +152,14 @@ def find_dataset(
         list(dict.fromkeys(found.notes.skipped)),
         list(dict.fromkeys(found.notes.repaired)),
     )
+
+
+def _image_ids(rows: list[_Row]) -> list[Any]:
+    """COCO's numbers if every image has one of its own, else the names."""
+    numbers = {row.image: row.image_id for row in rows}
+    if None in numbers.values() or len({*numbers.values()}) < len(numbers):
+        return [row.image for row in rows]
+    return [numbers[row.image] for row in rows]
 
 
 def equal_pixels_across_splits(
@@ -238,13 +244,17 @@ def _depth(path: str) -> int:
 def _find_captions(
     directory: Path, folders: _Folders, layout: str
 ) -> tuple[str, list[list[Path]]]:
-    """The layout, and its caption files: each list is one dataset."""
+    """The layout, and its caption files: each list is one dataset.
+
+    What lies two folders deep counts only where nothing lies above it.
+    """
     wanted = _LAYOUTS if layout == "auto" else {layout: _LAYOUTS[layout]}
-    for name, (patterns, _) in wanted.items():
+    for deepest, name in itertools.product((1, 2), wanted):
+        patterns, _ = wanted[name]
         paths = [
             _join(folder, file)
             for folder, files in folders.items()
-            if _depth(folder) <= 1
+            if _depth(folder) <= deepest
             for file in files
             if any(fnmatch.fnmatchcase(file, each) for each in patterns)
         ]
@@ -429,7 +439,8 @@ def _string(value: Any) -> str:
 
 
 def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    whole = isinstance(value, int) and abs(value) < 2**63
+    return int(value) if whole else None
 
 
 # --- one reader a layout --------------------------------------------------

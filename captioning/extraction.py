@@ -17,8 +17,8 @@ from captioning import features
 from captioning.images import UnusableImage, read_image
 
 BATCH = 32  # images a forward pass
-# Threads; OpenCV and Pillow decode outside of Python's lock. A photograph of
-# the largest size takes 300 MB while it is decoded, so there are few.
+# Threads; OpenCV and Pillow decode outside of Python's lock. The largest images
+# take 1.8 GB while they are decoded, so there are few.
 READERS = min(os.cpu_count() or 2, 8)
 AHEAD = 3  # batches read while the encoder works
 COMMIT_SECONDS = 10.0  # between two marks on disk of what is finished

@@ -175,8 +175,9 @@ def load_digests(cache: Cache) -> np.ndarray:
     Equal digests are equal pixels, as the encoder sees them. Only zeros: not
     known, because the row is not finished or the cache older than digests.
     """
-    table = np.fromfile(cache.folder / "digests.bin", np.uint8)
-    table = table.reshape(-1, DIGEST_BYTES)[: len(cache.finished)]
+    path, rows = cache.folder / "digests.bin", len(cache.finished)
+    table = np.fromfile(path, np.uint8, DIGEST_BYTES * rows)
+    table = table.reshape(rows, DIGEST_BYTES)
     return table * (cache.finished[:, None] != 0)
 
 
@@ -273,8 +274,7 @@ def _check_files(folder: Path, shape: tuple[int, int]) -> int:
     Returns:
         How many rows `finished.bin` has; 0 if the cache is still to be made.
     """
-    path = folder / "finished.bin"
-    marked = path.stat().st_size if path.exists() else 0
+    marked = _size(folder / "finished.bin")
     if not marked:
         return 0
     advice = f"delete {folder} and run preprocess.py again"
@@ -288,16 +288,26 @@ def _check_files(folder: Path, shape: tuple[int, int]) -> int:
             f"are wanted: {advice}"
         )
     path = folder / "features.npy"
-    try:
-        found = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} does not fit ({error}): {advice}") from None
+    found = _open_array(path, "r", advice)
     fits = found.shape[1:] == shape and found.dtype == np.float16
     if not fits or len(found) < marked:
         raise UserError(
             f"{path} has the shape {found.shape} where {(marked, *shape)} is "
             f"wanted: {advice}"
         )
+    # A process that ended while it lengthened them leaves some longer than
+    # others; digests.bin may be missing.
+    for name, start, width in (
+        ("features.npy", found.offset, 2 * shape[0] * shape[1]),
+        ("digests.bin", 0, DIGEST_BYTES),
+    ):
+        size = _size(folder / name)
+        least, most = start + marked * width, start + named * width
+        if size and not least <= size <= most:
+            raise UserError(
+                f"{folder / name} has {size:,} bytes where {least:,} to "
+                f"{most:,} are wanted: {advice}"
+            )
     return marked
 
 
@@ -381,22 +391,38 @@ def _open_synchronous(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_DSYNC", 0))
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _open_array(path: Path, mode: str, advice: str) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(path, mode)
+    # What numpy raises for a header of odd bytes is not documented.
+    except Exception as error:
+        raise UserError(f"{path} does not fit ({error}): {advice}") from None
+
+
 def _map(
     folder: Path, names: list[str], shape: tuple[int, ...] | None, mode: str
 ) -> Cache:
     path = folder / "features.npy"
-    advice = f"delete {folder} and run preprocess.py again"
-    try:
-        features = np.load(path, mmap_mode=mode)
-        finished = np.memmap(folder / "finished.bin", np.uint8, mode)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} does not fit ({error}): {advice}") from None
+    # It tells more, or ends what was begun.
+    advice = "run preprocess.py again with the same flags"
+    features = _open_array(path, mode, advice)
+    marked = _size(folder / "finished.bin")
     expected = (len(names), *(shape or features.shape)[1:])
     fits = features.shape == expected and features.dtype == np.float16
-    if not fits or len(finished) != len(names):
+    if not fits or marked != len(names):
         raise UserError(
-            f"{path} has the shape {features.shape} and {len(finished)} "
-            f"finished rows where {expected} is wanted: {advice}"
+            f"{path} has the shape {features.shape} and {marked} finished "
+            f"rows where {expected} is wanted: {advice}"
         )
+    size, wanted = _size(path), features.offset + features.nbytes
+    if size != wanted:
+        raise UserError(
+            f"{path} has {size:,} bytes where {wanted:,} are wanted: {advice}"
+        )
+    finished = np.memmap(folder / "finished.bin", np.uint8, mode)
     row = {name: place for place, name in enumerate(names)}
     return Cache(folder, features, finished, row)

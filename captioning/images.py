@@ -17,8 +17,9 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# A photograph of 100 megapixels takes 300 MB decoded, which a laptop with a
-# few worker threads still has; more is a map or a decompression bomb.
+# A JPEG of 100 megapixels takes 100 MB while it is decoded, a PNG 0.8 GB and
+# one with transparency 1.8 GB, which a laptop with a few worker threads still
+# has; more is a map or a decompression bomb.
 MAX_PIXELS = 100_000_000
 # No uncompressed image of that many pixels takes more: four channels of 16
 # bits, and a megabyte for what else is in a file.
@@ -82,8 +83,10 @@ def decode_image(data: bytes, size: int) -> tuple[np.ndarray, str]:
     try:
         pixels, repairs, turn = _decode(data, size)
         pixels = _resize(pixels, size)
-    except (UnusableImage, MemoryError):
+    except UnusableImage:
         raise
+    except MemoryError:
+        raise UnusableImage("needs more memory than there is") from None
     except UnidentifiedImageError:
         known = data.startswith(_MAGIC)
         reason = "broken header" if known else "not an image"
@@ -133,10 +136,11 @@ def _decode(data: bytes, size: int) -> tuple[np.ndarray, list[str], int]:
         # A download that broke off may be filled up with zeros, which decode
         # as grey; without them Pillow sees that the rest is missing.
         data = data.rstrip(b"\0")
+    # Pillow takes eight bytes a pixel to open a WebP, and asks later.
+    _check_size(*_webp_size(data))
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UnusableImage(f"above {MAX_PIXELS:,} pixels")
+        _check_size(width, height)
         repairs = _what_to_repair(image)
         plain = image.mode in ("RGB", "L") and not set(repairs) - {"grey"}
         # Every byte of a JPEG is read, but at an eighth of its sides most of
@@ -148,6 +152,27 @@ def _decode(data: bytes, size: int) -> tuple[np.ndarray, list[str], int]:
             reduction = min(width, height) // (2 * size)
             return _opencv(data, reduction), repairs, turn
         return _to_rgb(image), repairs, turn
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnusableImage(f"above {MAX_PIXELS:,} pixels")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a WebP file (RFC 9649); of any other (0, 0)."""
+    if data[:4] + data[8:12] != b"RIFFWEBP":
+        return 0, 0
+
+    def number(place: int, length: int) -> int:
+        return int.from_bytes(data[place : place + length], "little")
+
+    if data[12:16] == b"VP8X":
+        return number(24, 3) + 1, number(27, 3) + 1
+    if data[12:16] == b"VP8L":
+        sides = number(21, 4)
+        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+    return number(26, 2) & 0x3FFF, number(28, 2) & 0x3FFF
 
 
 def _opencv(data: bytes, reduction: int) -> np.ndarray:

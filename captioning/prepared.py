@@ -55,7 +55,7 @@ def save(
     config: Config,
     dataset: Dataset,
     duplicates: Sequence[tuple[str, str]] = (),
-) -> Vocabulary:
+) -> tuple[Vocabulary, int]:
     """Tokenises the captions, builds the vocabulary and writes both.
 
     Args:
@@ -64,7 +64,8 @@ def save(
         duplicates: pairs of images with equal pixels in different splits.
 
     Returns:
-        The vocabulary of the training split.
+        The vocabulary of the training split, and how many entries
+        `repaired.csv` has.
     """
     table = dataset.table
     tokens = [vocabulary.tokenise(caption) for caption in table["caption"]]
@@ -79,6 +80,7 @@ def save(
         if split == "train"
     ]
     words = vocabulary.build(training, config.min_word_count)
+    repaired = [*dataset.repaired, *cut]
     place = folder(config)
     table = table.assign(tokens=[" ".join(each) for each in tokens])
     if (table["image_id"] == table["image"]).all():
@@ -87,14 +89,14 @@ def save(
     vocabulary.save(words, place / "vocabulary.json")
     columns = ["image", "reason"]
     write_csv(place / "skipped.csv", dataset.skipped, columns)
-    write_csv(place / "repaired.csv", [*dataset.repaired, *cut], columns)
+    write_csv(place / "repaired.csv", repaired, columns)
     splits = dict(zip(table["image"], table["split"], strict=True))
     pairs = [(a, splits[a], b, splits[b]) for a, b in duplicates]
     write_csv(place / "duplicates.csv", pairs, DUPLICATES)
     fields = {name: getattr(config, name) for name in group("data")}
     fields["images_dir"] = str(dataset.images_dir.resolve())
     write_text(place / "dataset.json", json.dumps(fields, indent=2) + "\n")
-    return words
+    return words, len(repaired)
 
 
 def load_split(config: Config, split: str) -> Split:

@@ -293,6 +293,13 @@ def test_what_the_user_can_put_right_is_one_line_and_code_1(run):
     assert (code, told) == (1, "train.py: no dataset: fetch it\n")
 
 
+@pytest.mark.parametrize("odd", ["\n", "\r\n", "\x1b", "\u2028", "\ud800"])
+def test_an_odd_name_does_not_break_the_line(run, odd):
+    code, _, told = run(fail(UserError(f"a{odd}b.jpg is missing")))
+    blanks = " " * len(odd)
+    assert (code, told) == (1, f"train.py: a{blanks}b.jpg is missing\n")
+
+
 def test_an_interruption_is_code_130_without_a_traceback(run):
     code, _, told = run(fail(KeyboardInterrupt()))
     assert code == 130 and told.strip().count("\n") == 0

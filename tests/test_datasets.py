@@ -145,6 +145,47 @@ def test_every_flickr_layout_gives_the_same_table(tmp_path, layout, asked):
     assert dataset.summary.endswith(": train 2, val 1, test 1")
 
 
+TWICE = "flickr30k_images/flickr30k_images"
+
+
+@pytest.mark.parametrize(
+    "files, folder",
+    [
+        ({"results.csv": KAGGLE30K}, "flickr30k_images"),
+        ({f"{TWICE}/results.csv": KAGGLE30K}, TWICE),
+        (
+            {"archive/flickr30k_images/results.csv": KAGGLE30K},
+            f"archive/{TWICE}",
+        ),
+        ({"results_20130124.token": TOKEN}, "flickr30k-images"),
+        ({"flickr30k/results_20130124.token": TOKEN}, "flickr30k-images"),
+        ({"dataset_flickr30k.json": json.dumps(KARPATHY)}, "."),
+        ({"dataset_flickr8k.json": json.dumps(KARPATHY)}, "Images"),
+        ({"flickr_annotations_30k.csv": HUGGINGFACE}, "."),
+    ],
+)
+def test_archives_are_read_as_they_unpack(tmp_path, files, folder):
+    images = [f"{folder}/{name}.jpg" for name in "abcd"]
+    write(tmp_path, {**files, **dict.fromkeys(images, b"x")})
+    dataset = find(tmp_path)
+    assert dataset.images_dir == tmp_path / folder
+    wanted = {f"{n}.jpg": [f"{n}.jpg one", f"{n}.jpg two"] for n in "abcd"}
+    assert captions_of(dataset) == wanted
+    assert dataset.skipped == dataset.repaired == []
+
+
+def test_what_lies_deeper_gives_way_to_what_lies_above(tmp_path):
+    write(
+        tmp_path,
+        {
+            "captions.txt": KAGGLE8K,
+            "backup/old/dataset.json": json.dumps(KARPATHY),
+            "Images/a.jpg": b"x",
+        },
+    )
+    assert find(tmp_path).layout == "kaggle8k"
+
+
 def coco(names: dict[int, str]) -> str:
     return json.dumps(
         {
@@ -194,6 +235,22 @@ def test_karpathys_coco_file_uses_filepath_and_cocoid(tmp_path):
     assert dataset.images_dir == tmp_path / "images"
     row = ["val2014/x.jpg", "train", "a cat", 42]
     assert dataset.table.values.tolist() == [row]
+
+
+@pytest.mark.parametrize("number", [None, "7", 7, 10**30, [1]])
+def test_numbers_that_some_images_lack_or_share_are_not_used(tmp_path, number):
+    images = [
+        {**image, "cocoid": value}
+        for image, value in zip(KARPATHY["images"], [7, number], strict=False)
+    ]
+    document = json.dumps({"images": images})
+    dataset = find(
+        write(
+            tmp_path,
+            {"dataset_coco.json": document, "a.jpg": b"x", "b.jpg": b"x"},
+        )
+    )
+    assert (dataset.table["image_id"] == dataset.table["image"]).all()
 
 
 def test_of_several_files_the_one_these_images_belong_to_is_taken(tmp_path):
@@ -567,11 +624,14 @@ _NAMES = {
     "kaggle8k": "captions.txt",
     "token": "x.token",
 }
-_BEGINNINGS = {
-    "huggingface": b"raw,sentids,split,filename,img_id\n",
-    "plain": b"image,caption,split\n",
-    "kaggle30k": b"image_name| comment_number| comment\n",
-    "kaggle8k": b"image,caption\n",
+_WHOLE = {
+    "karpathy": json.dumps(KARPATHY),
+    "huggingface": HUGGINGFACE,
+    "coco": coco({7: "a.jpg", 8: "a.jpg"}),
+    "plain": PLAIN,
+    "kaggle30k": KAGGLE30K,
+    "kaggle8k": KAGGLE8K,
+    "token": TOKEN,
 }
 # fmt: off
 _PIECES = st.sampled_from([
@@ -584,7 +644,8 @@ _KEYS = st.sampled_from([
     "sentences", "raw", "id", "image_id", "cocoid", "caption",
 ])
 # fmt: on
-_TEXT = st.lists(st.one_of(_PIECES, st.binary(max_size=8))).map(b"".join)
+_PIECE = st.one_of(_PIECES, st.binary(max_size=8))
+_TEXT = st.lists(_PIECE).map(b"".join)
 _SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -597,15 +658,42 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(_KEYS, inner),
     max_leaves=20,
 )
+_IMAGES = st.fixed_dictionaries(
+    {
+        "filename": _SCALARS,
+        "file_name": _SCALARS,
+        "split": st.sampled_from(["train", "restval", "dev"]) | _SCALARS,
+        "id": st.integers(0, 3),
+        "sentences": st.lists(st.fixed_dictionaries({"raw": _SCALARS})),
+    },
+    optional={"cocoid": _SCALARS, "filepath": _SCALARS},
+)
+_ANNOTATIONS = st.fixed_dictionaries(
+    {"image_id": st.integers(0, 3) | _JSON, "caption": _SCALARS}
+)
 _DOCUMENTS = st.fixed_dictionaries(
     {
-        "images": st.lists(st.dictionaries(_KEYS, _JSON)),
-        "annotations": st.lists(st.dictionaries(_KEYS, _JSON)),
+        "images": st.lists(_IMAGES | st.dictionaries(_KEYS, _JSON)),
+        "annotations": st.lists(_ANNOTATIONS | st.dictionaries(_KEYS, _JSON)),
     }
 )
 
 
-def check(folder: Path, layout: str, data: bytes) -> None:
+def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
+    """A sound file with pieces put in or in place of others, or cut off."""
+    places = st.integers(0, len(whole))
+    changes = st.lists(st.tuples(places, st.integers(0, 9), _PIECE), max_size=5)
+
+    def change(changes: list, length: int) -> bytes:
+        data = whole
+        for place, gone, piece in changes:
+            data = data[:place] + piece + data[place + gone :]
+        return data[:length]
+
+    return st.builds(change, changes, st.just(len(whole) + 40) | places)
+
+
+def check(folder: Path, layout: str, data: bytes) -> str:
     """Holds what any caption file must give: a table or one line."""
     shutil.rmtree(folder, ignore_errors=True)
     write(folder, {_NAMES[layout]: data, "a.jpg": b"x"})
@@ -613,39 +701,47 @@ def check(folder: Path, layout: str, data: bytes) -> None:
         dataset = find(folder)
     except UserError as error:
         assert "\n" not in str(error)
-        return
+        return "one line"
     table = dataset.table
     assert len(table) and set(table["image"]) == {"a.jpg"}
     assert set(table["split"]) <= set(SPLITS)
     assert table.groupby("image")["split"].nunique().max() == 1
     assert table["caption"].str.strip().str.len().min() > 0
+    assert {*map(type, table["image_id"])} in ({int}, {str})
     # Whatever is told can be written and read again.
     table.to_csv(folder / "table.csv", encoding="utf-8")
     for name, reason in dataset.skipped + dataset.repaired:
         assert f"{name} {reason}".encode()
+    return "a table"
 
 
 @pytest.mark.parametrize("layout", _NAMES)
 def test_any_bytes_give_a_table_or_one_line(tmp_path, layout):
-    @settings(max_examples=60, deadline=None)
-    @given(_TEXT)
+    found = set()
+
+    @settings(max_examples=80, deadline=None)
+    @given(damaged(_WHOLE[layout].encode()) | _TEXT)
     @example(b"")
-    @example(b"a.jpg#0\ta dog")
+    @example(_WHOLE[layout].encode())
     def fuzz(data: bytes) -> None:
-        check(tmp_path, layout, data)
-        check(tmp_path, layout, _BEGINNINGS.get(layout, b"") + data)
+        found.add(check(tmp_path, layout, data))
 
     fuzz()
+    assert found == {"a table", "one line"}
 
 
 @pytest.mark.parametrize("layout", ["karpathy", "coco"])
 def test_any_json_gives_a_table_or_one_line(tmp_path, layout):
+    found = set()
+
     @settings(max_examples=80, deadline=None)
     @given(_DOCUMENTS | _JSON)
+    @example(json.loads(_WHOLE[layout]))
     def fuzz(document: object) -> None:
-        check(tmp_path, layout, json.dumps(document).encode())
+        found.add(check(tmp_path, layout, json.dumps(document).encode()))
 
     fuzz()
+    assert found == {"a table", "one line"}
 
 
 # --- real data ------------------------------------------------------------

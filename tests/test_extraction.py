@@ -139,6 +139,21 @@ def test_a_full_disk_when_the_tables_are_written_is_one_line(
     assert written.read_bytes() == whole.read_bytes()
 
 
+# --- other settings -------------------------------------------------------
+
+
+def test_another_encoder_leaves_the_old_cache_as_it_is(tmp_path):
+    make_photos(tmp_path, 20)
+    flags = ("--max-skipped-share", "0.5")
+    assert end(start(tmp_path, *flags))[0] == 0
+    (old,) = tmp_path.glob("data/cache/*/resnet50-*")
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    assert end(start(tmp_path, *flags, "--encoder", "vgg16"))[0] == 0
+    (new,) = tmp_path.glob("data/cache/*/vgg16-*")
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    assert {path.name for path in new.iterdir()} == set(before)
+
+
 # --- damaged caches -------------------------------------------------------
 
 
@@ -231,6 +246,22 @@ def test_broken_images_still_stop_the_run(tmp_path):
     code, _, err = end(start(tmp_path))
     assert code == 1 and "11 of 120 images are unusable" in err
     assert end(start(tmp_path, "--max-skipped-share", "0.1"))[0] == 0
+
+
+def test_of_a_few_images_only_these_count_as_broken(tmp_path):
+    make_photos(tmp_path)
+    folder = tmp_path / "data" / "photos"
+    with open(folder / "captions.csv", "a", encoding="utf-8") as handle:
+        handle.write("gone.png,a picture,train\n")
+    (folder / "images" / "001.png").write_bytes(b"no")
+    flags = ("--limit-images", "4", "--max-skipped-share")
+    code, _, err = end(start(tmp_path, *flags, "0.12"))
+    assert code == 1 and "1 of 8 images are unusable" in err
+    code, _, err = end(start(tmp_path, *flags, "0.13"))
+    assert code == 0, err
+    (skipped,) = tmp_path.glob("data/cache/*/skipped.csv")
+    wanted = "image,reason\ngone.png,missing\n001.png,not an image\n"
+    assert skipped.read_text() == wanted
 
 
 def test_an_image_with_one_caption_left_out_keeps_the_others(tmp_path):

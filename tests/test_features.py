@@ -440,6 +440,17 @@ def cut(path: Path, length: int) -> None:
         handle.truncate(length)
 
 
+def overwrite(path: Path, place: int, data: bytes) -> None:
+    with open(path, "r+b") as handle:
+        handle.seek(place)
+        handle.write(data)
+
+
+def lengthen(path: Path, data: bytes) -> None:
+    with open(path, "ab") as handle:
+        handle.write(data)
+
+
 def list_images(folder: Path, *lines: str) -> None:
     text = "\n".join(["image", *lines]) + "\n"
     (folder / "images.csv").write_text(text, encoding="utf-8")
@@ -475,6 +486,18 @@ MISFITS = {
         ),
         "features.npy",
     ),
+    "features.npy long": (
+        lambda f: lengthen(f / "features.npy", b"abc"),
+        "bytes where",
+    ),
+    "features.npy an archive": (
+        lambda f: overwrite(f / "features.npy", 0, b"PK\3\4"),
+        "features.npy",
+    ),
+    "features.npy with an odd header": (
+        lambda f: overwrite(f / "features.npy", 10, b"{{('" + b"?" * 9),
+        "features.npy",
+    ),
     "images.csv cut": (lambda f: list_images(f, "a.png"), "1"),
     "images.csv torn": (lambda f: list_images(f, "a.png", "b,c"), "images.csv"),
     "images.csv gone": (lambda f: (f / "images.csv").unlink(), "images.csv"),
@@ -497,6 +520,24 @@ def test_a_cache_that_does_not_fit_is_refused_in_one_line(
     assert told in message and str(undisturbed) in message
     assert "preprocess.py" in message and "\n" not in message
     assert content(undisturbed) == before
+
+
+@pytest.mark.parametrize("change", [-5, -16, 3, 16])
+def test_digests_that_do_not_fit_are_refused(images, undisturbed, change):
+    path = undisturbed / "digests.bin"
+    wanted = path.read_bytes()
+    path.write_bytes((wanted + bytes(16))[: len(wanted) + change])
+    before = content(undisturbed)
+    with pytest.raises(UserError, match=r"digests\.bin has .* bytes where"):
+        create(undisturbed)
+    assert content(undisturbed) == before
+
+
+def test_features_that_are_being_made_are_not_to_be_deleted(undisturbed):
+    list_images(undisturbed, *NAMES, "new.png")
+    with pytest.raises(UserError, match=r"run preprocess\.py again") as error:
+        features.load(undisturbed, DESCRIPTION)
+    assert "delete" not in str(error.value)
 
 
 @pytest.mark.parametrize("length", [0, 3])

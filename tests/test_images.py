@@ -5,7 +5,7 @@ import os
 import struct
 import subprocess
 import sys
-import tracemalloc
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from captioning.images import UnusableImage, read_image
+from captioning.images import UnusableImage, _webp_size, read_image
 
 SIZE = 32
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -52,18 +53,18 @@ def expected(image: Image.Image) -> np.ndarray:
     return cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
 
-def png(width: int, height: int) -> bytes:
-    """A PNG file that promises more pixels than it has."""
+def png(width: int, height: int, depth=8, colour=2, length=1000) -> bytes:
+    """A black PNG file of so many bytes, whatever size it promises."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + data))
         return struct.pack(">I", len(data)) + kind + data + check
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IDAT", zlib.compress(bytes(length)))
         + chunk(b"IEND", b"")
     )
 
@@ -270,12 +271,58 @@ def test_what_is_no_image_is_refused_with_the_reason(tmp_path, data, wanted):
     assert reason(tmp_path, data) == wanted
 
 
-def test_too_many_pixels_are_refused_before_decoding(tmp_path):
-    data = encode(Image.new("1", (10_001, 10_000)), "PNG")
-    tracemalloc.start()
-    assert reason(tmp_path, data) == "above 100,000,000 pixels"
-    assert tracemalloc.get_traced_memory()[1] < 5_000_000
-    tracemalloc.stop()
+# A sound WebP file of 16,383 x 16,383 red pixels.
+RED = bytes.fromhex(
+    "524946461c000000574542505650384c0f0000002ffebfff0f0710fd8ffe0722a2ff0100"
+)
+LIMITED = """
+import pathlib, resource, sys
+from captioning.images import UnusableImage, _webp_size, read_image
+status = pathlib.Path("/proc/self/status").read_text()
+(here,) = (int(l.split()[1]) for l in status.splitlines() if "VmSize" in l)
+most = here * 1024 + 150_000_000
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+for path in sys.argv[1:]:
+    try:
+        print(read_image(pathlib.Path(path), 32)[0].shape)
+    except UnusableImage as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by Linux")
+def test_memory_is_bounded_and_the_size_decided_before_decoding(tmp_path):
+    files = {
+        "20,000.png": png(20_000, 20_000, 1, 0, 2501 * 20_000),
+        "16,383.webp": RED,
+        "allowed.png": png(9_000, 9_000, 1, 0, 1126 * 9_000),
+        "small.png": png(90, 90, 1, 0, 13 * 90),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *(tmp_path / name for name in files)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == [
+        "above 100,000,000 pixels",
+        "above 100,000,000 pixels",
+        "needs more memory than there is",
+        "(32, 32, 3)",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"x"}])
+def test_the_size_of_a_webp_file_is_known_before_it_is_opened(
+    photograph, options
+):
+    data = encode(photograph, "WEBP", **options)
+    kinds = {(): b"VP8 ", ("lossless",): b"VP8L", ("exif",): b"VP8X"}
+    assert data[12:16] == kinds[(*options,)]
+    assert _webp_size(data) == photograph.size
+    assert _webp_size(encode(photograph, "PNG")) == (0, 0)
 
 
 def test_a_file_of_absurd_length_is_refused_before_reading(tmp_path):
@@ -307,15 +354,26 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
         read_image(tmp_path / "pipe.jpg", SIZE)
 
 
-def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
-    # root may read everything, so that chmod would not test this everywhere
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(path))
+@pytest.fixture
+def as_a_user():
+    """A folder that all may enter, and no rights of root while it is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        is_root = os.geteuid() == 0
+        if is_root:  # who may read everything
+            os.chown(folder, NOBODY, -1)
+            os.seteuid(NOBODY)
+        yield Path(folder)
+        if is_root:
+            os.seteuid(0)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    (tmp_path / "x.jpg").write_text("x")
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_a_file_without_permission_is_refused(as_a_user, photograph):
+    assert read(as_a_user, encode(photograph, "JPEG"))[1] == ""
+    (as_a_user / "x.jpg").chmod(0)
     with pytest.raises(UnusableImage, match=r"^unreadable: permission denied$"):
-        read_image(tmp_path / "x.jpg", SIZE)
+        read_image(as_a_user / "x.jpg", SIZE)
 
 
 def _samples() -> list[bytes]:

@@ -7,6 +7,7 @@ from keras import ops
 
 from captioning.backend import PACKED
 from captioning.batches import CaptionBatches, pack
+from captioning.extraction import BATCH, encode
 from captioning.vocabulary import END, PAD, START, UNKNOWN
 from config import Config
 from model import (
@@ -271,6 +272,18 @@ def test_the_encoder_is_frozen_and_gives_float16(small_encoder):
     assert found.shape == (2, *feature_shape(config))
     assert not encoder.trainable_variables
     assert np.abs(found[0] - found[1]).max() > 0
+
+
+def test_features_do_not_depend_on_the_batch_to_the_last_bit(small_encoder):
+    """What makes a cache that was interrupted equal to one that was not."""
+    _, encoder = small_encoder
+    images = np.random.randint(0, 256, (BATCH, 64, 64, 3), np.uint8)
+    whole = np.asarray(encoder.predict_on_batch(images))
+    order = np.random.permutation(BATCH)
+    mixed = np.asarray(encoder.predict_on_batch(images[order]))
+    np.testing.assert_array_equal(mixed, whole[order])
+    found = encode(images[-5:], encoder.predict_on_batch)
+    np.testing.assert_array_equal(found, whole[-5:])
 
 
 def test_random_encoder_weights_are_the_same_every_time(small_encoder):

@@ -202,7 +202,7 @@ def test_the_vocabulary_sees_the_training_captions_only(config):
         *(("a.png", "train", "dog dog cat"), ("b.png", "val", "cat zebra")),
         *(("c.png", "test", "zebra cat"), ("d.png", "val", "cat zebra")),
     ]
-    words = prepared.save(config, dataset(captions))
+    words, _ = prepared.save(config, dataset(captions))
     assert words.words == (*SPECIAL_WORDS, "dog")
     assert prepared.load_vocabulary(config) == words
 

@@ -101,9 +101,10 @@ def test_workers_and_a_run_alone_keep_out_of_each_others_way(tmp_path):
     single = start(tmp_path, pause=1)
     count = len(finished_rows(tmp_path))
     wait_for(lambda: len(finished_rows(tmp_path)) > count, "further row")
-    code, _, err = end(start(tmp_path, "--worker", "0/2"))
-    assert code == 1 and len(err.splitlines()) == 1
-    assert "another process is at work" in err
+    for flags in (["--worker", "0/2"], []):
+        code, _, err = end(start(tmp_path, *flags))
+        assert code == 1 and len(err.splitlines()) == 1
+        assert "another process is at work" in err
     single.kill()
     single.communicate()
     code, _, err = end(start(tmp_path))
