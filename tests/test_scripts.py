@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from captioning import metrics
 from captioning.sample import write_sample
+from config import UserError
 from tests.scripts import bad, good, process, run
 
 DATA = [
@@ -170,6 +172,68 @@ def test_a_loss_that_is_no_number_ends_the_run(home):
     line = bad("train.py", *flags, "--learning-rate", "1e30", folder=home)
     assert re.search(r"loss is (nan|inf) at step \d+ of epoch 1", line)
     assert not (home / "checkpoints" / "steep" / "last").exists()
+
+
+def test_predictions_are_on_disk_before_scoring_starts(home, monkeypatch):
+    """Whatever then goes wrong with the scores."""
+    place = home / "checkpoints" / RUN / "evaluation" / "val"
+    flags = [*FLAGS, "--split", "val"]
+    shutil.rmtree(place, ignore_errors=True)
+
+    def fail(*_):
+        raise UserError("the scorer failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "score", fail)
+        done = run("evaluate.py", *flags, folder=home)
+    assert done.returncode == 1
+    assert done.stderr.endswith("evaluate.py: the scorer failed\n")
+    captions = json.loads((place / "captions.json").read_text())
+    assert len(captions) > 1 and all(each["caption"] for each in captions)
+    assert not (place / "metrics.json").exists()
+    saved = ["--captions", place / "captions.json"]
+    printed = good("evaluate.py", *flags, *saved, folder=home)
+    assert "report.html" not in printed
+    assert json.loads((place / "metrics.json").read_text())["cider"] >= 0
+
+
+def test_captions_from_a_file_are_taken_as_they_are(home, tmp_path):
+    """What is empty or missing scores zero; what is no caption is refused."""
+    table = pd.read_csv(home / "data" / "tiny" / "captions.csv")
+    table = table[table["split"] == "val"].drop_duplicates("image")
+    entries = [
+        {"image_id": row.image, "caption": row.caption}
+        for row in table.itertuples()
+    ]
+    path = tmp_path / "captions.json"
+    flags = [*FLAGS, "--split", "val", "--captions", path]
+    place = home / "checkpoints" / RUN / "evaluation" / "val"
+
+    def scores(entries):
+        path.write_text(json.dumps(entries))
+        printed = good("evaluate.py", *flags, folder=home)
+        found = json.loads((place / "metrics.json").read_text())
+        return printed, found["rouge_l"]
+
+    printed, whole = scores(entries)
+    assert whole == 1 and "no caption" not in printed
+    images, (first, *rest) = len(entries), entries
+    for caption in (None, "", "..."):
+        printed, found = scores([{**first, "caption": caption}, *rest])
+        assert found == pytest.approx(1 - 1 / images)
+        assert f"1 of {images} images have no caption" in printed
+    assert scores(rest)[1] == pytest.approx(1 - 1 / images)
+    for wrong, told in (
+        ([*entries, first], "an image comes twice"),
+        ([{**first, "caption": 5}, *rest], "a caption is no text"),
+        ([{"caption": "a"}], "'image_id'"),
+        ({"image_id": "a"}, "no file of captions"),
+        ([{"image_id": "strange.jpg", "caption": "a"}], "strange.jpg"),
+    ):
+        path.write_text(json.dumps(wrong))
+        assert told in bad("evaluate.py", *flags, folder=home)
+    path.unlink()
+    assert "No such file" in bad("evaluate.py", *flags, folder=home)
 
 
 @pytest.mark.parametrize(
