@@ -352,6 +352,7 @@ def write_report(
     report.write_report(
         place / "report.html",
         f"{run.name} on {config.split}",
+        config.dataset,
         figures,
         examples,
         maps,
