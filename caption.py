@@ -112,11 +112,15 @@ def main(arguments: command.Arguments) -> int:
 def serve(arguments: command.Arguments) -> int:
     """Captions the photographs that are dropped on a local page."""
     from captioning import runs
-    from captioning import serve as page
 
     config, run = runs.decoding_config(arguments)
     captioner = load_captioner(config, run)
-    app = page.application(captioner, run.name, config.image_size)
+    # It imports Keras, which has been imported quietly by now.
+    from captioning import serve as page
+
+    app = page.application(
+        captioner, f"Captions by {run.name}", config.image_size
+    )
     page.serve(app, arguments.actions.serve)
     return command.DONE
 

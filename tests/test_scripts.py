@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import urllib.request
 from pathlib import Path
 
 import h5py
@@ -172,6 +174,41 @@ def test_a_loss_that_is_no_number_ends_the_run(home):
     line = bad("train.py", *flags, "--learning-rate", "1e30", folder=home)
     assert re.search(r"loss is (nan|inf) at step \d+ of epoch 1", line)
     assert not (home / "checkpoints" / "steep" / "last").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT")
+def test_the_local_page_captions_as_the_command_does(home):
+    """And says nothing on standard error, and ends in peace."""
+    photo = home / "data" / "tiny" / "images" / "scene_00003.jpg"
+    flags = [*FLAGS, "--checkpoints-dir", home / "checkpoints"]
+    line = good("caption.py", *flags, photo, folder=home)
+    started = process("caption.py", *flags, "--serve", "0", folder=home)
+    try:
+        address = re.match(r"Open (http://127\.0\.0\.1:\d+) ", told(started))
+        form = (
+            b'--x\r\nContent-Disposition: form-data; name="photo"; '
+            b'filename="x"\r\n\r\n' + photo.read_bytes() + b"\r\n--x--\r\n"
+        )
+        asked = urllib.request.Request(
+            address[1] + "/caption",
+            form,
+            {"Content-Type": "multipart/form-data; boundary=x"},
+        )
+        with urllib.request.urlopen(asked) as answer:
+            found = json.load(answer)
+    finally:
+        started.send_signal(signal.SIGINT)
+        _, errors = started.communicate()
+    assert line == f"{photo}\t{found['caption']}\n"
+    assert started.returncode == 0
+    assert not [x for x in errors.splitlines() if not x.startswith("Note: ")]
+
+
+def told(started) -> str:
+    """The first line that a process prints."""
+    line = started.stdout.readline()
+    assert line, started.stderr.read()
+    return line
 
 
 def test_predictions_are_on_disk_before_scoring_starts(home, monkeypatch):
