@@ -85,7 +85,7 @@ def main(arguments: command.Arguments) -> int:
     config, run = runs.decoding_config(arguments)
     captioner = load_captioner(config, run)
     reads = extraction.read_ahead(Path(), photos, config.image_size)
-    done = 0
+    done, taken = 0, set()
     # The bar is on standard error and only for a person who waits.
     quiet = not sys.stderr.isatty() or sys.stdout.isatty()
     for batch in tqdm(reads, unit="batch", disable=quiet):
@@ -97,7 +97,8 @@ def main(arguments: command.Arguments) -> int:
         for each, found in zip(good, captioner(good), strict=True):
             print(line(each.name, found, actions.json), flush=True)
             if actions.attention:
-                draw(Path(actions.attention), each.name, found)
+                name = figure_name(each.name, taken)
+                draw(Path(actions.attention) / name, each.name, found)
             done += 1
     where = f"; figures in {actions.attention}" if actions.attention else ""
     print(
@@ -111,11 +112,15 @@ def main(arguments: command.Arguments) -> int:
 def serve(arguments: command.Arguments) -> int:
     """Captions the photographs that are dropped on a local page."""
     from captioning import runs
-    from captioning import serve as page
 
     config, run = runs.decoding_config(arguments)
     captioner = load_captioner(config, run)
-    app = page.application(captioner, run.name, config.image_size)
+    # It imports Keras, which has been imported quietly by now.
+    from captioning import serve as page
+
+    app = page.application(
+        captioner, f"Captions by {run.name}", config.image_size
+    )
     page.serve(app, arguments.actions.serve)
     return command.DONE
 
@@ -210,19 +215,31 @@ def line(photo: str, found: Any, as_json: bool) -> str:
     return json.dumps(entry, ensure_ascii=False)
 
 
-def draw(folder: Path, photo: str, found: Any) -> None:
+def figure_name(photo: str, taken: set[str]) -> str:
+    """A file name for the attention figure of a photograph.
+
+    Args:
+        photo: its path; the folders it is in are part of the name.
+        taken: the names that there are, without their ending; gets this one.
+    """
+    path = Path(photo).with_suffix("")
+    parts = path.relative_to(path.anchor).parts[-3:]
+    name = free = "_".join(parts).lstrip("._")
+    number = 1
+    while free in taken:
+        number += 1
+        free = f"{name}-{number}"
+    taken.add(free)
+    return f"{free}.png"
+
+
+def draw(path: Path, photo: str, found: Any) -> None:
     """Writes the attention figure of a photograph."""
     from captioning import images, report, search
 
     pixels, _ = images.read_image(Path(photo), PHOTO_SIDE)
-    # The whole path, so that two photographs of one name do not meet.
-    name = "_".join(Path(photo).with_suffix("").parts[-3:]).strip("_/\\")
-    report.write_attention_figure(
-        folder / f"{name}.png",
-        pixels,
-        found.words,
-        search.square(found.attention),
-    )
+    maps = search.square(found.attention)
+    report.write_attention_figure(path, pixels, found.words, maps)
 
 
 if __name__ == "__main__":

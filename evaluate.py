@@ -103,8 +103,9 @@ def main(arguments: command.Arguments) -> None:
         print(line)
     print(metrics.table(figures, config.dataset))
     show(examples)
+    look = "" if attention is None else " (report.html to look at)"
     print(
-        f"Wrote {place} (report.html to look at). Next: "
+        f"Wrote {place}{look}. Next: "
         f"{command.next_line('caption.py', arguments)} PHOTO_OR_FOLDER..."
     )
 
@@ -255,14 +256,19 @@ def read_captions(path: Path, split: Any) -> dict[str, str]:
     image_of = dict(zip(map(str, split.image_ids), split.images, strict=True))
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        found = {str(e["image_id"]): str(e["caption"]) for e in entries}
+        pairs = [(str(e["image_id"]), e["caption"] or "") for e in entries]
+        # Names that are of no image of the split are told of by the scorer.
+        found = {image_of.get(name, name): text for name, text in pairs}
+        if not all(isinstance(text, str) for text in found.values()):
+            raise ValueError("a caption is no text")
+        if len(found) < len(pairs):
+            raise ValueError("an image comes twice")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is no file of captions ({error}): it has to be a JSON "
             'list of {"image_id": ..., "caption": ...}'
         ) from None
-    # Names that are of no image of the split are told of by the scorer.
-    return {image_of.get(name, name): text for name, text in found.items()}
+    return found
 
 
 def write_captions(path: Path, split: Any, captions: dict[str, str]) -> None:
@@ -346,6 +352,7 @@ def write_report(
     report.write_report(
         place / "report.html",
         f"{run.name} on {config.split}",
+        config.dataset,
         figures,
         examples,
         maps,

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import difflib
@@ -210,6 +211,10 @@ def run(
     """
     arguments = parse(description, actions)
     signal.signal(signal.SIGTERM, _terminate)
+    # The name of a file need not be text, or text that a terminal can show.
+    with contextlib.suppress(AttributeError):  # where they are no such streams
+        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         code = main(arguments) or DONE
         sys.stdout.flush()

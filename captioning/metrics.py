@@ -539,9 +539,21 @@ FIGURES = (
         "different words in the captions",
     ),
     ("mean_length", "length", "{:.1f}", "words of a caption, on average"),
-    ("images_per_second", "images/second", "{:.1f}", "captioned"),
+    (
+        "images_per_second",
+        "images/second",
+        "{:.1f}",
+        "captioned, from cached features",
+    ),
 )
-_COMPARED = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "cider")
+_COMPARED = {
+    "bleu1": "BLEU-1",
+    "bleu2": "BLEU-2",
+    "bleu3": "BLEU-3",
+    "bleu4": "BLEU-4",
+    "meteor": "METEOR",
+    "cider": "CIDEr",
+}
 # Test split, 1,000 images each; the columns are those of _COMPARED.
 _PUBLISHED = {
     "Flickr8k": (
@@ -597,7 +609,11 @@ def table(metrics: Mapping[str, Any], dataset: str) -> str:
         if name == "bleu1":
             lines += ["", f"{'Free-running captions':27}95% interval"]
         lines += _row(metrics, name, title, form, meaning)
-    return "\n".join([*lines, "", *_comparison(metrics, dataset)])
+    notes, rows = comparison(metrics, dataset)
+    lines += ["", *textwrap.wrap(notes, _WIDTH, break_on_hyphens=False), ""]
+    for name, *figures in rows:
+        lines.append(f"  {name:48}" + "".join(f"{x:>8}" for x in figures))
+    return "\n".join(lines).rstrip()
 
 
 def _row(
@@ -620,13 +636,24 @@ def _row(
     )
 
 
-def _comparison(metrics: Mapping[str, Any], dataset: str) -> list[str]:
-    """The published rows that the run can be held against, and how far."""
+def comparison(
+    metrics: Mapping[str, Any], dataset: str
+) -> tuple[str, list[list[str]]]:
+    """The published rows that the run can be held against, and how far.
+
+    Args:
+        metrics: what metrics.json has.
+        dataset: its name.
+
+    Returns:
+        What to know of the rows; and the rows as text: a heading, this run,
+        and the published ones. There are none where nothing is comparable.
+    """
     split, images = metrics.get("split"), metrics["images"]
     plain = re.sub("[^a-z0-9]", "", dataset.lower())
     known = next((name for name in _PUBLISHED if name.lower() in plain), None)
     if known is None or split != "test":
-        return [f"No published row is for the {split} split of {dataset}."]
+        return f"No published row is for the {split} split of {dataset}.", []
     notes = (
         f"Published for {known}'s usual test split of 1,000 images, with a "
         "frozen encoder unless it says fine-tuned; BLEU and METEOR in percent. "
@@ -648,19 +675,15 @@ def _comparison(metrics: Mapping[str, Any], dataset: str) -> list[str]:
     *fractions, cider = (metrics.get(name) for name in _COMPARED)
     percent = (None if x is None else 100 * x for x in fractions)
     rows = [("this run", *percent, cider), *_PUBLISHED[known]]
-    titles = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "CIDEr")
-    return [
-        *textwrap.wrap(notes, _WIDTH, break_on_hyphens=False),
-        "",
-        f"{'':50}" + "".join(f"{title:>8}" for title in titles),
-        *(_published_row(*row) for row in rows),
-    ]
+    return notes, [["", *_COMPARED.values()], *(_as_text(*x) for x in rows)]
 
 
-def _published_row(name: str, *values: float | None) -> str:
+def _as_text(name: str, *values: float | None) -> list[str]:
     forms = ["{:.1f}"] * 5 + ["{:.3f}"]
-    shown = [
-        "-" if value is None else form.format(value)
-        for form, value in zip(forms, values, strict=True)
+    return [
+        name,
+        *(
+            "-" if value is None else form.format(value)
+            for form, value in zip(forms, values, strict=True)
+        ),
     ]
-    return f"  {name:48}" + "".join(f"{each:>8}" for each in shown)

@@ -206,6 +206,7 @@ def _scaled(attention: np.ndarray) -> np.ndarray:
 def write_report(
     path: Path,
     title: str,
+    dataset: str,
     metrics: Mapping[str, Any],
     examples: pd.DataFrame,
     attention: Sequence[np.ndarray],
@@ -220,6 +221,7 @@ def write_report(
     Args:
         path: the HTML file.
         title: its heading.
+        dataset: the name of it; a known one brings published rows along.
         metrics: what metrics.json has.
         examples: image (relative to `images_dir`), caption, references
             (list of texts), bleu4, rouge_l, cider; one row an image.
@@ -234,10 +236,13 @@ def write_report(
         for row, maps in zip(rows, attention, strict=True)
     ]
     has_history = history is not None and len(history) > 0
+    notes, published = scores.comparison(metrics, dataset)
     text = template("report.html.jinja").render(
         title=title,
         metrics=metrics,
         figures=list(_figures(metrics)),
+        notes=notes,
+        published=published,
         examples=data,
         history=history,
         curves=[_curve(history, each) for each in _PANELS if has_history],

@@ -228,6 +228,11 @@ class BeamSearch(_Search):
         candidates = log_probabilities + self.mask(step)
         if self.no_repeat_ngram:
             candidates = candidates + self._repeated(step, words)
+            # Where every word would repeat something, a caption may end
+            # before its least length.
+            stuck = ops.max(candidates, axis=2, keepdims=True)
+            stuck = ops.logical_and(stuck <= IMPOSSIBLE / 2, self.ends < 0)
+            candidates = ops.where(stuck, log_probabilities, candidates)
         candidates = ops.expand_dims(scores, 2) + candidates
         # Twice the beam, because at most one candidate a hypothesis ends it:
         # a whole beam of unended ones is among them. A beam of one is greedy:

@@ -364,6 +364,17 @@ def test_a_reader_that_goes_away_is_no_error(main, tmp_path):
     assert process.wait(timeout=30) == 0
 
 
+def test_a_file_name_that_is_no_text_is_printed_and_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    main = "print(sys.stdin.readline().strip(), chr(0x72ac))"
+    process = start(
+        SCRIPT.format(main=main), cwd=tmp_path, stdin=subprocess.PIPE
+    )
+    process.stdin.buffer.write(b"\xff.jpg\n")
+    out, told = process.communicate(timeout=30)
+    assert (out, told) == ("begun\n\\udcff.jpg \\u72ac\n", "")
+
+
 def test_keras_is_imported_without_its_noise(tmp_path):
     noisy = "import os\nos.write(2, b'noise')\nprint('imported')\n"
     (tmp_path / "keras.py").write_text(noisy, encoding="utf-8")

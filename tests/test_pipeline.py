@@ -133,7 +133,7 @@ def test_runs_of_two_vocabularies_are_not_averaged(home):
 def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
-    for name in ("a b.jpg", "é.png"):
+    for name in ("a b.jpg", "a b.png", "é.png"):
         source = home / "data" / "small" / "images" / "scene_00000.jpg"
         pixels = cv2.imread(str(source))
         ending = Path(name).suffix
@@ -149,10 +149,12 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     )
     assert done.returncode == 1
     lines = dict(line.split("\t") for line in done.stdout.splitlines())
-    assert set(lines) == {str(photos / "a b.jpg"), str(photos / "é.png")}
+    names = {"a b.jpg", "a b.png", "é.png"}
+    assert set(lines) == {str(photos / name) for name in names}
     assert all(lines.values())
     assert "broken.jpg: not an image" in done.stderr
-    assert len(list((tmp_path / "maps").glob("*.png"))) == 2
+    # Two photographs that differ in their ending alone have a figure each.
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 3
     done = run(
         *("caption.py", "-", "--json", *flags),
         folder=tmp_path,

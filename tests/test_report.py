@@ -2,7 +2,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,7 +9,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from captioning import metrics as scores
 from captioning import report
+from tests.browser import chromium, find, phone, press, wait
 
 SIDE = 7
 TRAP = 'a <script>alert("x")</script> & <b>dog</b> runs </script>'
@@ -83,12 +84,21 @@ def examples_in(folder, captions, references=("a man walks .", "people")):
     )
 
 
-def write(folder, examples, side=SIDE, title="run on test", epochs=0):
+def write(
+    folder,
+    examples,
+    side=SIDE,
+    title="run on test",
+    epochs=0,
+    dataset="flickr8k",
+):
     """Writes report.html; returns its path."""
     path = folder / "out" / "report.html"
     maps = [attend(len(each.split()), side) for each in examples["caption"]]
     curves = history(epochs) if epochs else None
-    report.write_report(path, title, METRICS, examples, maps, folder, curves)
+    report.write_report(
+        *(path, title, dataset, METRICS, examples, maps, folder, curves)
+    )
     return path
 
 
@@ -131,7 +141,7 @@ def test_curves_mark_the_epoch_with_the_highest_cider(tmp_path):
     examples = examples_in(tmp_path, ["a"])
     path = tmp_path / "report.html"
     report.write_report(
-        path, "t", METRICS, examples, [attend(1)], tmp_path, table
+        *(path, "t", "x", METRICS, examples, [attend(1)], tmp_path, table)
     )
     assert path.read_text(encoding="utf-8").count("best epoch, 4") == 3
 
@@ -220,6 +230,24 @@ def test_metrics_have_intervals_meanings_and_reasons(tmp_path):
     assert "svg" not in page.tags  # there is no history
 
 
+def test_published_rows_stand_beside_the_run(tmp_path):
+    examples = examples_in(tmp_path, ["a"])
+    known, other = (
+        Page(
+            write(tmp_path, examples, dataset=name).read_text(encoding="utf-8")
+        ).texts
+        for name in ("flickr30k", "holidays")
+    )
+    notes, rows = scores.comparison(METRICS, "flickr30k")
+    assert notes in known and len(rows) > 4
+    for name, *values in rows[1:]:
+        at = known.index(name)
+        shown = [each for each in known[at + 1 :] if each.strip()]
+        assert shown[:6] == values
+    assert "No published row is for the test split of holidays." in other
+    assert not {name for name, *_ in rows[1:]} & {*other}
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     examples = examples_in(tmp_path, ["a dog", ""])
     pages = [write(tmp_path, examples, epochs=6).read_bytes() for _ in range(2)]
@@ -282,7 +310,7 @@ def test_a_thousand_photographs_stay_below_30_megabytes(tmp_path, real_data):
     examples[["bleu4", "rouge_l", "cider"]] = 0.5
     path = tmp_path / "report.html"
     maps = [attend(5, 14)] * len(examples)
-    report.write_report(path, "t", METRICS, examples, maps, folder, None)
+    report.write_report(path, "t", "x", METRICS, examples, maps, folder, None)
     assert path.stat().st_size * 1000 / len(examples) < 30_000_000
 
 
@@ -292,73 +320,28 @@ DOGS = 7  # of 60 captions
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
+def browser(tmp_path_factory):
     """Headless Chromium with the page of 60 images open."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    places = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(places):
-        pytest.skip("chromium and chromedriver are not installed")
     folder = tmp_path_factory.mktemp("page")
     captions = [f"a dog number {n} runs" for n in range(DOGS)]
     captions += ["a hotdog runs out", TRAP, ""]
     captions += ["two people walk along a street"] * 50
     examples = examples_in(folder, captions).sample(frac=1, random_state=0)
     (folder / "002.jpg").unlink()
-    options = webdriver.ChromeOptions()
-    options.binary_location = places[0]
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "window-size=1200,900",
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=places[1])
-    driver = webdriver.Chrome(options=options, service=service)
-    try:
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
         driver.get(write(folder, examples, epochs=6).as_uri())
         yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture
-def page(chromium):
+def page(browser):
     """The page as after loading; afterwards, nothing may have gone wrong."""
-    chromium.refresh()
-    yield chromium
-    assert chromium.get_log("browser") == []
+    browser.refresh()
+    yield browser
+    assert browser.get_log("browser") == []
     loaded = "return performance.getEntriesByType('resource').map(e => e.name)"
     assert all(
-        name.startswith("data:") for name in chromium.execute_script(loaded)
-    )
-
-
-def find(page, selector):
-    return page.find_elements("css selector", selector)
-
-
-def press(page, *keys):
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    for key in keys:
-        ActionChains(page).send_keys(key).perform()
-
-
-def wait(page, condition):
-    """Waits until a script's expression is true."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    script = f"return Boolean({condition})"
-    return WebDriverWait(page, 5, 0.02).until(
-        lambda page: page.execute_script(script)
+        name.startswith("data:") for name in browser.execute_script(loaded)
     )
 
 
@@ -502,13 +485,60 @@ def test_an_image_without_photograph_or_caption_opens(page):
 
 
 def test_a_phone_does_not_scroll_sideways(page):
-    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    try:
+    with phone(page):
         wait(page, "document.documentElement.scrollWidth <= 390")
         find(page, "#gallery .open")[0].click()
         picture(page)
         wait(page, "$('dialog').scrollWidth <= 390")
         wait(page, "canvas.getBoundingClientRect().width > 300")
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_dialog_ends_at_the_image_where_it_stood(page):
+    """Also where the arrow keys went beyond the images that were drawn."""
+    from selenium.webdriver.common.keys import Keys
+
+    page.execute_script("open(47)")
+    wait(page, "$('dialog').open")
+    press(page, Keys.ARROW_DOWN)
+    wait(page, "$('place').textContent === '49 of 60'")
+    press(page, Keys.ESCAPE)
+    focused = "document.activeElement.closest('#gallery > li')"
+    wait(page, f"[...$('gallery').children].indexOf({focused}) === 48")
+
+
+def test_the_keyboard_and_a_screen_reader_find_their_way(page):
+    """What can be focused, in order, and what each is called."""
+    from selenium.webdriver.common.keys import Keys
+
+    told = (
+        "const e = document.activeElement;"
+        "return (e.ariaLabel || e.textContent).trim()"
+    )
+    names = []
+    for _ in range(7):
+        press(page, Keys.TAB)
+        names.append(page.execute_script(told))
+    assert names == [
+        *("Published models", "The same as numbers"),
+        "Search captions and references",
+        *("Best", "Worst", "Random", "a dog number 0 runs"),
+    ]
+    press(page, Keys.ENTER)
+    wait(page, "$('dialog').open")
+    nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    seen = [
+        (node["role"]["value"], node["name"]["value"])
+        for node in nodes
+        if not node["ignored"] and node.get("name", {}).get("value")
+    ]
+    for each in (
+        ("dialog", "Attention of each word"),
+        ("image", "The photograph, lit where the attention is"),
+        ("button", "Next image"),
+        ("button", "Close"),
+        ("button", "dog"),
+        ("heading", "What people wrote"),
+    ):
+        assert each in seen, each
+    # What is behind the dialog is not there.
+    assert ("button", "Best") not in seen

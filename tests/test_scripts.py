@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import urllib.request
 from pathlib import Path
 
 import h5py
@@ -11,7 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from captioning import metrics
 from captioning.sample import write_sample
+from config import UserError
 from tests.scripts import bad, good, process, run
 
 DATA = [
@@ -170,6 +174,103 @@ def test_a_loss_that_is_no_number_ends_the_run(home):
     line = bad("train.py", *flags, "--learning-rate", "1e30", folder=home)
     assert re.search(r"loss is (nan|inf) at step \d+ of epoch 1", line)
     assert not (home / "checkpoints" / "steep" / "last").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT")
+def test_the_local_page_captions_as_the_command_does(home):
+    """And says nothing on standard error, and ends in peace."""
+    photo = home / "data" / "tiny" / "images" / "scene_00003.jpg"
+    flags = [*FLAGS, "--checkpoints-dir", home / "checkpoints"]
+    line = good("caption.py", *flags, photo, folder=home)
+    started = process("caption.py", *flags, "--serve", "0", folder=home)
+    try:
+        address = re.match(r"Open (http://127\.0\.0\.1:\d+) ", told(started))
+        form = (
+            b'--x\r\nContent-Disposition: form-data; name="photo"; '
+            b'filename="x"\r\n\r\n' + photo.read_bytes() + b"\r\n--x--\r\n"
+        )
+        asked = urllib.request.Request(
+            address[1] + "/caption",
+            form,
+            {"Content-Type": "multipart/form-data; boundary=x"},
+        )
+        with urllib.request.urlopen(asked) as answer:
+            found = json.load(answer)
+    finally:
+        started.send_signal(signal.SIGINT)
+        _, errors = started.communicate()
+    assert line == f"{photo}\t{found['caption']}\n"
+    assert started.returncode == 0
+    assert not [x for x in errors.splitlines() if not x.startswith("Note: ")]
+
+
+def told(started) -> str:
+    """The first line that a process prints."""
+    line = started.stdout.readline()
+    assert line, started.stderr.read()
+    return line
+
+
+def test_predictions_are_on_disk_before_scoring_starts(home, monkeypatch):
+    """Whatever then goes wrong with the scores."""
+    place = home / "checkpoints" / RUN / "evaluation" / "val"
+    flags = [*FLAGS, "--split", "val"]
+    shutil.rmtree(place, ignore_errors=True)
+
+    def fail(*_):
+        raise UserError("the scorer failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "score", fail)
+        done = run("evaluate.py", *flags, folder=home)
+    assert done.returncode == 1
+    assert done.stderr.endswith("evaluate.py: the scorer failed\n")
+    captions = json.loads((place / "captions.json").read_text())
+    assert len(captions) > 1 and all(each["caption"] for each in captions)
+    assert not (place / "metrics.json").exists()
+    saved = ["--captions", place / "captions.json"]
+    printed = good("evaluate.py", *flags, *saved, folder=home)
+    assert "report.html" not in printed
+    assert json.loads((place / "metrics.json").read_text())["cider"] >= 0
+
+
+def test_captions_from_a_file_are_taken_as_they_are(home, tmp_path):
+    """What is empty or missing scores zero; what is no caption is refused."""
+    table = pd.read_csv(home / "data" / "tiny" / "captions.csv")
+    table = table[table["split"] == "val"].drop_duplicates("image")
+    entries = [
+        {"image_id": row.image, "caption": row.caption}
+        for row in table.itertuples()
+    ]
+    path = tmp_path / "captions.json"
+    flags = [*FLAGS, "--split", "val", "--captions", path]
+    place = home / "checkpoints" / RUN / "evaluation" / "val"
+
+    def scores(entries):
+        path.write_text(json.dumps(entries))
+        printed = good("evaluate.py", *flags, folder=home)
+        found = json.loads((place / "metrics.json").read_text())
+        return printed, found["rouge_l"]
+
+    printed, whole = scores(entries)
+    assert whole == 1 and "no caption" not in printed
+    images, (first, *rest) = len(entries), entries
+    for caption in (None, "", "..."):
+        printed, found = scores([{**first, "caption": caption}, *rest])
+        assert found == pytest.approx(1 - 1 / images)
+        assert f"1 of {images} images have no caption" in printed
+    assert scores(rest)[1] == pytest.approx(1 - 1 / images)
+    for wrong, told in (
+        ([*entries, first], "an image comes twice"),
+        ([{**first, "caption": 5}, *rest], "a caption is no text"),
+        ([{"caption": "a"}], "'image_id'"),
+        ({"image_id": "a"}, "no file of captions"),
+        ([{"image_id": "strange.jpg", "caption": "a"}], "strange.jpg"),
+    ):
+        path.write_text(json.dumps(wrong))
+        assert told in bad("evaluate.py", *flags, folder=home)
+    path.unlink()
+    assert "No such file" in bad("evaluate.py", *flags, folder=home)
 
 
 @pytest.mark.parametrize(

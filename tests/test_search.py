@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning.search import BeamSearch, Sample, average, caption_rows
+from captioning.search import (
+    IMPOSSIBLE,
+    BeamSearch,
+    Sample,
+    average,
+    caption_rows,
+)
 from captioning.vocabulary import (
     END,
     PAD,
@@ -195,6 +201,27 @@ def test_an_image_gets_a_caption_even_when_no_beam_ends():
     found = search(decoder, some_features(3, 2), 3, most=4)
     assert (found["words"][:, 0, :4] > UNKNOWN).all()
     assert np.isfinite(found["scores"][:, 0]).all()
+
+
+def test_finished_and_unfinished_captions_are_never_mixed():
+    finished = set()
+    for seed in range(6):
+        decoder, features = tiny(seed, 6), some_features(seed, 8)
+        found = search(decoder, features, 5)
+        for words, scores in zip(found["words"], found["scores"], strict=True):
+            (kind,) = {END in each for each in words[scores > IMPOSSIBLE / 2]}
+            finished.add(kind)
+    assert finished == {True, False}, "no case was tried of one of the kinds"
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_caption_that_would_have_to_repeat_itself_ends_early(beam):
+    """Three words, and none may come twice in at least five."""
+    decoder, features = tiny(3, 3), some_features(3, 8)
+    found = search(decoder, features, beam, least=5, most=6, ngram=1)
+    for words in found["words"][:, 0]:
+        assert sorted(words[:4]) == [END, 4, 5, 6]
+    assert (found["scores"][:, 0] > IMPOSSIBLE / 2).all()
 
 
 def test_captions_are_sorted_by_score_and_differ():

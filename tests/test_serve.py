@@ -1,14 +1,18 @@
-"""The local page, by Flask's test client."""
+"""The local page, by Flask's test client and in a browser."""
 
 import io
 import json
+import socket
+import threading
 
 import cv2
 import numpy as np
 import pytest
+from werkzeug.serving import make_server
 
 from captioning import search, serve
 from config import UserError
+from tests.browser import chromium, find, phone, press, wait
 
 WORDS = ["a", "<b>dog</b>"]
 
@@ -82,11 +86,93 @@ def test_a_missing_flask_is_told_in_one_line(monkeypatch):
 
 
 def test_a_port_in_use_is_told_in_one_line():
-    import socket
-
     with socket.create_server((serve.HOST, 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}.*--serve PORT"):
             serve.serve(None, port)
     with pytest.raises(UserError, match="port 70000"):
         serve.serve(None, 70000)
+
+
+# --- in a browser ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium and the address of the page."""
+    app = serve.application(caption, "Captions by <run>", 32)
+    server = make_server(serve.HOST, 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with chromium(tmp_path_factory.mktemp("profile")) as driver:
+            yield driver, f"http://{serve.HOST}:{server.port}"
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def page(browser):
+    """The page as after loading; afterwards, nothing may have gone wrong."""
+    driver, address = browser
+    driver.get(address)
+    yield driver
+    told = [each["message"] for each in driver.get_log("browser")]
+    # Chromium itself notes an answer with an error code.
+    assert not [each for each in told if "400 (BAD REQUEST)" not in each]
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(photo(60, 90))
+    return str(path)
+
+
+def test_a_photograph_that_is_chosen_gets_caption_and_attention(page, picture):
+    from selenium.webdriver.common.keys import Keys
+
+    find(page, "#file")[0].send_keys(picture)
+    wait(page, "!$('found').hidden && $('picture').naturalWidth === 448")
+    words = [each.text for each in find(page, "#words button")]
+    assert words == ["photograph", *WORDS]
+    assert find(page, "#message")[0].get_attribute("textContent") == (
+        "Caption: " + " ".join(WORDS)
+    )
+    assert [each.text for each in find(page, "#others li")] == ["32"]
+    whole = find(page, "#picture")[0].get_attribute("src")
+    find(page, "#words button")[1].click()
+    lit = find(page, "#picture")[0].get_attribute("src")
+    assert lit != whole
+    press(page, Keys.ARROW_RIGHT)
+    wait(page, "document.activeElement.textContent === '<b>dog</b>'")
+    alt = find(page, "#picture")[0].get_attribute("alt")
+    assert "<b>dog</b>" in alt and "attention" in alt
+
+
+# Makes what a person drops; arguments: type, name and content of the file.
+DROP = """
+const data = new DataTransfer();
+data.items.add(new File([arguments[2]], arguments[1], {type: arguments[0]}));
+document.querySelector("main").dispatchEvent(
+  new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+"""
+
+
+def test_a_photograph_is_dropped_and_a_text_is_not_taken(page, picture):
+    page.execute_script(DROP, "text/plain", "notes.txt", "no photograph")
+    wait(page, "$('message').textContent.includes('cannot be used')")
+    message = find(page, "#message")[0]
+    assert message.is_displayed() and not find(page, "#found")[0].is_displayed()
+    svg = "<svg xmlns='http://www.w3.org/2000/svg'/>"
+    page.execute_script(DROP, "image/svg+xml", "drawing.svg", svg)
+    wait(page, "!$('message').textContent.includes('Looking')")
+    assert "not an image" in message.text
+    find(page, "#file")[0].send_keys(picture)
+    wait(page, "!$('found').hidden")
+    with phone(page):
+        wait(page, "document.documentElement.scrollWidth <= 390")
+        wait(page, "$('picture').getBoundingClientRect().width > 300")
+    page.execute_script(DROP, "text/plain", "notes.txt", "no photograph")
+    wait(page, "$('found').hidden")
