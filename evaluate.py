@@ -104,10 +104,10 @@ def main(arguments: command.Arguments) -> None:
     print(metrics.table(figures, config.dataset))
     show(examples)
     look = "" if attention is None else " (report.html to look at)"
-    print(
-        f"Wrote {place}{look}. Next: "
-        f"{command.next_line('caption.py', arguments)} PHOTO_OR_FOLDER..."
-    )
+    next_line = command.next_line("caption.py", arguments)
+    if arguments.actions.runs:  # of which caption.py takes one
+        next_line += f" --run-name {members[0][1].name}"
+    print(f"Wrote {place}{look}. Next: {next_line} PHOTO_OR_FOLDER...")
 
 
 def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:

@@ -20,7 +20,7 @@ def application(
 
     Args:
         caption: from read photographs to a `search.Captioned` each.
-        title: whose captions they are.
+        title: the heading, which says whose captions they are.
         size: side of the images that `caption` takes, in pixels.
 
     Returns:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from captioning import metrics
+from captioning import metrics, runs
 from captioning.sample import write_sample
 from config import UserError
 from tests.scripts import bad, good, process, run
@@ -67,6 +67,7 @@ def test_runs_are_averaged(home):
         printed = good("evaluate.py", *flags, folder=home)
         place = home / "checkpoints" / "+".join(names) / "evaluation" / "val"
         assert str(place.relative_to(home)) in printed
+        assert f" --run-name {RUN} PHOTO" in printed
         captions = json.loads((place / "captions.json").read_text())
         metrics = json.loads((place / "metrics.json").read_text())
         found.append((captions, metrics["perplexity"]))
@@ -234,8 +235,15 @@ def test_predictions_are_on_disk_before_scoring_starts(home, monkeypatch):
     assert json.loads((place / "metrics.json").read_text())["cider"] >= 0
 
 
-def test_captions_from_a_file_are_taken_as_they_are(home, tmp_path):
+def test_captions_from_a_file_are_taken_as_they_are(
+    home, tmp_path, monkeypatch
+):
     """What is empty or missing scores zero; what is no caption is refused."""
+
+    def no_weights(*_):
+        raise AssertionError("captions are scored without the model")
+
+    monkeypatch.setattr(runs, "load_weights", no_weights)
     table = pd.read_csv(home / "data" / "tiny" / "captions.csv")
     table = table[table["split"] == "val"].drop_duplicates("image")
     entries = [
