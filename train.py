@@ -26,7 +26,15 @@ ACTIONS = [
             "default": False,
             "help": "start over; the old run folder gets another name",
         },
-    )
+    ),
+    command.Action(
+        "--tensorboard",
+        {
+            "action": "store_true",
+            "default": False,
+            "help": "log for TensorBoard on JAX too; needs TensorFlow",
+        },
+    ),
 ]
 
 
@@ -46,23 +54,29 @@ def main(arguments: command.Arguments) -> None:
         words = prepared.load_vocabulary(config)
         if fresh:
             print(f"Kept the old run as {runs.set_aside(place)}")
-        fit(config, place, train, val, words)
+        tensorboard = arguments.actions.tensorboard
+        fit(config, place, train, val, words, tensorboard)
     following = command.next_line("evaluate.py", arguments)
     if "test" not in prepared.splits(config):
         following += " --split val"
     print(f"Wrote {place}. Next: {following}")
 
 
-def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
+def fit(
+    config: Config,
+    place: Path,
+    train: Any,
+    val: Any,
+    words: Any,
+    tensorboard: bool,
+) -> None:
     """Trains on the training split, watched on the validation split."""
     command.import_keras()
-    import keras
-
     import model as captioning_model
     from captioning import backend, callbacks, prepared, runs
     from captioning.features import MIRRORED
 
-    keras.utils.set_random_seed(config.seed)
+    backend.set_seed(config.seed)
     precision = backend.set_precision(config)
     weights = captioning_model.encoder_weights(config)
     description = captioning_model.describe_features(config, weights)
@@ -102,9 +116,8 @@ def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
     )
     points.catch_signals()
     if not crossed:
-        board = keras.callbacks.TensorBoard(place / "tensorboard")
         watching = [averaged] if config.ema_epochs else []
-        watching += [cider, points, board]
+        watching += [cider, points, *callbacks.boards(place, tensorboard)]
         run_epochs(
             decoder, batches, val_batches, watching, points, config.epochs
         )

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from keras import ops
 
 from config import Config
 
@@ -14,6 +13,8 @@ TENSORFLOW = keras.backend.backend() == "tensorflow"
 # TensorFlow takes batches of any length, so that captions are packed without
 # padding. JAX compiles anew for each length and gets padded batches.
 PACKED = TENSORFLOW
+# The first generation of GPUs that multiplies bfloat16.
+AMPERE = (8, 0)
 
 
 def use_xla() -> bool:
@@ -22,7 +23,7 @@ def use_xla() -> bool:
     TensorFlow's own kernels are faster than XLA's on a CPU, and an unrolled
     loop takes XLA minutes to compile there.
     """
-    return not TENSORFLOW or _has_gpu()
+    return not TENSORFLOW or bool(accelerators())
 
 
 def set_seed(seed: int) -> None:
@@ -54,12 +55,13 @@ def scan(
         What was wanted of each step, (steps, ...).
     """
     if not TENSORFLOW:
-        return ops.scan(step, state, inputs)[1]
+        return keras.ops.scan(step, state, inputs)[1]
     wanted = []
     for number in range(inputs.shape[0]):
         state, each = step(state, inputs[number])
         wanted.append(each)
-    return keras.tree.map_structure(lambda *each: ops.stack(each), *wanted)
+    stack = keras.ops.stack
+    return keras.tree.map_structure(lambda *each: stack(each), *wanted)
 
 
 def set_precision(config: Config) -> str:
@@ -70,14 +72,40 @@ def set_precision(config: Config) -> str:
     """
     policy = config.precision
     if policy == "auto":
-        bfloat16 = _has_gpu() or _cpu_multiplies_bfloat16()
+        bfloat16 = _multiplies_bfloat16()
         policy = "mixed_bfloat16" if bfloat16 else "float32"
     keras.config.set_dtype_policy(policy)
     return policy
 
 
-def _has_gpu() -> bool:
-    return bool(keras.distribution.list_devices("gpu"))
+def accelerators() -> list[Any]:
+    """The GPUs (or TPUs) of this machine, as the backend names them."""
+    if TENSORFLOW:
+        import tensorflow as tf
+
+        return tf.config.list_physical_devices("GPU")
+    import jax
+
+    return [each for each in jax.local_devices() if each.platform != "cpu"]
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether all that computes does so in hardware."""
+    devices = accelerators()
+    if not devices:
+        return _cpu_multiplies_bfloat16()
+    return all(_capability(each) >= AMPERE for each in devices)
+
+
+def _capability(device: Any) -> tuple[int, ...]:
+    """CUDA's compute capability of a device; what is no GPU has enough."""
+    if TENSORFLOW:
+        import tensorflow as tf
+
+        details = tf.config.experimental.get_device_details(device)
+        return details.get("compute_capability", AMPERE)
+    text = getattr(device, "compute_capability", None)
+    return tuple(map(int, text.split("."))) if text else AMPERE
 
 
 def _cpu_multiplies_bfloat16() -> bool:

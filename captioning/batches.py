@@ -6,17 +6,18 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from captioning.backend import PACKED
+from captioning.backend import PACKED, TENSORFLOW
 from captioning.vocabulary import PAD
 
 # Batches of images with captions of like length have fewer steps. So many
 # batches are sorted by length at a time: enough to be alike, few enough to
 # leave the order random.
 SORTED_BATCHES = 16
-# Threads that read ahead. With a single one Keras leaves reading ahead to
+# Threads that read ahead. On TensorFlow, with a single one, Keras leaves it to
 # tf.data, whose autotuning thread, when an epoch ends, is waited for until it
-# wakes: after 10 ms, 20 ms, and so on up to a minute.
-WORKERS = 2
+# wakes: after 10 ms, 20 ms, and so on up to a minute. On JAX Keras's threads
+# begin with an epoch before it has its order.
+WORKERS = 2 if TENSORFLOW else 1
 
 
 class Packed(NamedTuple):

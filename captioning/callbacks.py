@@ -1,5 +1,6 @@
 """What happens between the batches of Model.fit: measuring and saving."""
 
+import importlib.util
 import signal
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from captioning import runs
+from captioning.backend import TENSORFLOW
 from captioning.batches import CaptionBatches
 from captioning.files import write_csv
 from captioning.report import write_curves
@@ -214,6 +216,26 @@ class SavePoints(keras.callbacks.Callback):
 
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
+
+
+def boards(place: Path, asked: bool) -> list[keras.callbacks.Callback]:
+    """What logs for TensorBoard; Keras has TensorFlow do that.
+
+    Args:
+        place: the run folder.
+        asked: whether that is worth importing TensorFlow on another backend.
+
+    Raises:
+        UserError: if TensorFlow is not installed.
+    """
+    if not (asked or TENSORFLOW):
+        return []
+    if not importlib.util.find_spec("tensorflow"):
+        raise UserError(
+            "--tensorboard needs TensorFlow: pip install tensorflow, or leave "
+            "it out"
+        )
+    return [keras.callbacks.TensorBoard(place / "tensorboard")]
 
 
 def history_table(history: list[dict[str, float]]) -> pd.DataFrame:

@@ -156,6 +156,9 @@ def import_keras() -> None:
     user can do nothing about either.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # TensorFlow and JAX take GPU memory as they need it, and not all of it.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     _keep_freed_memory()
     sys.stderr.flush()
     saved = os.dup(2)
