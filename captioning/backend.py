@@ -1,9 +1,10 @@
 """What differs between backends, processors and accelerators."""
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -15,6 +16,51 @@ TENSORFLOW = keras.backend.backend() == "tensorflow"
 PACKED = TENSORFLOW
 # The first generation of GPUs that multiplies bfloat16.
 AMPERE = (8, 0)
+
+
+class Devices(NamedTuple):
+    """The devices that share each batch of training."""
+
+    number: int = 1  # in all processes
+    process: int = 0  # which of the processes this is
+    processes: int = 1
+
+
+ALONE = Devices()
+
+
+@contextlib.contextmanager
+def all_devices() -> Iterator[Devices]:
+    """Has what is built and trained inside use every device there is.
+
+    Keras's data parallelism: each device has all weights, and its part of
+    every batch. The batch, and with it the result, stays what it is.
+    """
+    if TENSORFLOW:
+        yield ALONE
+        return
+    import jax
+
+    devices = Devices(
+        jax.device_count(), jax.process_index(), jax.process_count()
+    )
+    if devices == ALONE:
+        yield devices
+        return
+    parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
+    with parallel.scope():
+        yield devices
+
+
+@contextlib.contextmanager
+def one_device() -> Iterator[None]:
+    """Has what is built and run inside be this process's own."""
+    before = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(before)
 
 
 def use_xla() -> bool:

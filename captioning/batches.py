@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from captioning.backend import PACKED, TENSORFLOW
+from captioning.backend import ALONE, PACKED, TENSORFLOW, Devices
 from captioning.vocabulary import PAD
 
 # Batches of images with captions of like length have fewer steps. So many
@@ -102,6 +102,9 @@ class CaptionBatches(keras.utils.PyDataset):
             gives every token the weight 1.
         padded: pad the captions instead of packing them, so that all batches
             are of one size.
+        devices: what a batch is for. Several of them want it padded, and so
+            many images that each has as many; of these a process gets its
+            own alone.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class CaptionBatches(keras.utils.PyDataset):
         sided: Sequence[np.ndarray] = (),
         importance: Sequence[np.ndarray] | None = None,
         padded: bool = not PACKED,
+        devices: Devices = ALONE,
     ) -> None:
         super().__init__(workers=WORKERS)
         self.features, self.rows, self.captions = features, rows, captions
@@ -124,7 +128,10 @@ class CaptionBatches(keras.utils.PyDataset):
         self.seed = seed
         self.mirrored, self.sided = mirrored, sided
         self.importance = importance
-        self.padded = padded
+        self.padded = padded or devices.number > 1
+        share = -(-batch_images // devices.number) * devices.number
+        self.share = share // devices.processes  # images of this process
+        self.first = devices.process * self.share
         self.lengths = np.array(
             [np.count_nonzero(each, axis=1).max() for each in captions]
         )
@@ -181,6 +188,7 @@ class CaptionBatches(keras.utils.PyDataset):
         padded, and they are (images, captions, steps).
         """
         images = self.order[place + self.skip]
+        images = images[self.first : self.first + self.share]
         captions = [self.captions[image][self._up(image)] for image in images]
         features = self.features[self.shown[images]]
         weighs = [np.ones(len(each), np.float32) for each in captions]
@@ -189,7 +197,7 @@ class CaptionBatches(keras.utils.PyDataset):
         arrange = self._padded if self.padded else _packed
         inputs, targets, weighs = arrange(captions, weighs)
         if self.padded:
-            missing = self.batch_images - len(features)
+            missing = self.share - len(features)
             features = np.pad(features, ((0, missing), (0, 0), (0, 0)))
         inputs["features"] = features  # (images, regions, channels)
         real = (targets != PAD).astype(np.float32)
@@ -210,11 +218,13 @@ class CaptionBatches(keras.utils.PyDataset):
         self, captions: list[np.ndarray], weighs: list[np.ndarray]
     ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         """Like `_packed`, filled up to the size that all batches have."""
-        images, number = self.batch_images, self.captions_per_image or self.most
-        rows = pad(captions, (images, number, captions[0].shape[1]))
-        targets = rows[..., 1:]  # (images, captions, steps)
+        number = self.captions_per_image or self.most
+        steps = self.captions[0].shape[1]
+        # (images, captions, steps + 1)
+        rows = pad(captions, (self.share, number, steps))
+        targets = rows[..., 1:]
         words = np.where(targets != PAD, rows[..., :-1], PAD)
-        spread = np.zeros((images, number, 1), np.float32)
+        spread = np.zeros((self.share, number, 1), np.float32)
         for image, each in enumerate(weighs):
             spread[image, : len(each), 0] = each
         return {"words": words}, targets, spread

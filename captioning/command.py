@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from captioning import job
 from config import SPLIT_SYNONYMS, Config, UserError, group
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -231,6 +232,10 @@ def run(
             told += ": make room and run it again, nothing is lost"
         print(f"{script}: {told}", file=sys.stderr)
         code = FAILED
+    if code and job.described():
+        # At an orderly exit JAX would wait for processes that may be lost.
+        sys.stderr.flush()
+        os._exit(code)
     raise SystemExit(code)
 
 
