@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 from captioning import features, runs, search, vocabulary
-from captioning.backend import PACKED, use_xla
+from captioning.backend import scan, use_xla
 from captioning.vocabulary import PAD, UNKNOWN
 from config import ENCODERS, Config, UserError
 
@@ -553,16 +553,18 @@ class CaptioningModel(keras.Model):
         Args:
             inputs: `features` (images, regions, channels) and packed
                 captions, see `captioning.batches.pack`: `words`, `image` and
-                `caption`, int32 (tokens,), and `counts`, int32 (steps,).
+                `caption`, int32 (tokens,), and `counts`, int32 (steps,); or
+                padded ones, `words`, int32 (images, captions, steps), alone.
             training: whether to drop out.
 
         Returns:
-            Logits (tokens, vocabulary).
+            Logits (tokens, vocabulary), or (images, captions, steps,
+            vocabulary).
         """
         logits, attention = self.decode(inputs, training)
         if training and self.penalty:
             penalty = doubly_stochastic_penalty(
-                attention, inputs["caption"], inputs["words"], self.steps
+                attention, inputs["words"], inputs.get("caption")
             )
             self.add_loss(self.penalty * penalty)
         return logits
@@ -571,9 +573,11 @@ class CaptioningModel(keras.Model):
         """Like `call`; also gives the attention weights.
 
         Returns:
-            Logits (tokens, vocabulary) and attention weights, float32
-            (tokens, regions).
+            Logits, see `call`, and attention weights, float32 (tokens,
+            regions) or (images, captions, steps, regions).
         """
+        if "caption" not in inputs:
+            return self.decode_padded(inputs, training)
         words, image, counts = (
             inputs[name] for name in ("words", "image", "counts")
         )
@@ -583,7 +587,7 @@ class CaptioningModel(keras.Model):
         embedded = self.embedding(words)  # (tokens, embedding)
         embedded = self.word_dropout(embedded, training=training)
         word_gates = self.cell.word_gates(embedded)  # (tokens, 4 * units)
-        first = image[: self.first_count(words, counts)]
+        first = image[: counts[0]]
         hidden = ops.take(hidden, first, axis=0)  # (captions, units)
         cell = ops.take(cell, first, axis=0)
         # Once an image, not once a word: the attention adds in float32.
@@ -592,7 +596,7 @@ class CaptioningModel(keras.Model):
         start = 0
         for step in range(self.steps):
             # The captions that have not ended stand first.
-            count = counts[step] if PACKED else hidden.shape[0]
+            count = counts[step]
             tokens = ops.arange(count) + start
             start = start + count
             shown = ops.take(image, tokens, axis=0)
@@ -616,9 +620,45 @@ class CaptioningModel(keras.Model):
         )
         return logits, ops.concatenate(weights)
 
-    def first_count(self, words: Any, counts: Any) -> Any:
-        """How many captions a packed batch holds."""
-        return counts[0] if PACKED else words.shape[0] // self.steps
+    def decode_padded(
+        self, inputs: dict[str, Any], training: bool = False
+    ) -> Any:
+        """Like `decode`, of padded captions.
+
+        All batches have one size, and an image's part of the batch is its
+        own, so that devices can share the images.
+        """
+        words = inputs["words"]  # (images, captions, steps)
+        annotations, keys, hidden, cell = self.start(
+            inputs["features"], training
+        )
+        # The regions of an image are there once for all of its captions.
+        annotations = ops.expand_dims(annotations, 1)
+        keys = ops.cast(ops.expand_dims(keys, 1), "float32")
+        embedded = self.embedding(words)  # (images, captions, steps, units)
+        embedded = self.word_dropout(embedded, training=training)
+        word_gates = self.cell.word_gates(embedded)
+        hidden, cell = (
+            ops.repeat(ops.expand_dims(each, 1), words.shape[1], axis=1)
+            for each in (hidden, cell)
+        )  # (images, captions, units)
+
+        def step(state: Any, gates: Any) -> Any:
+            hidden, cell = state
+            context, alpha = self.attention(hidden, keys, annotations)
+            context = self.gate(hidden, context)
+            hidden, cell = self.cell(gates, hidden, cell, context)
+            return (hidden, cell), (hidden, context, alpha)
+
+        gates = ops.moveaxis(word_gates, 2, 0)
+        found = scan(step, (hidden, cell), gates)
+        hiddens, contexts, weights = (
+            ops.moveaxis(each, 0, 2) for each in found
+        )  # (images, captions, steps, units or regions)
+        logits = self.deep_output(
+            embedded, hiddens, contexts, training=training
+        )
+        return logits, weights
 
     def start(self, features: Any, training: bool = False) -> Any:
         """What decoding starts from.
@@ -710,7 +750,7 @@ class Ensemble(keras.Model):
 
 
 def doubly_stochastic_penalty(
-    attention: Any, caption: Any, words: Any, steps: int
+    attention: Any, words: Any, caption: Any = None
 ) -> Any:
     """Asks that each region gets about as much attention as the others.
 
@@ -718,18 +758,24 @@ def doubly_stochastic_penalty(
     regions so that its size does not depend on the encoder).
 
     Args:
-        attention: alpha, float32 (tokens, regions).
-        caption: which caption a token belongs to, int32 (tokens,).
-        words: int32 (tokens,); padding counts for nothing.
-        steps: the largest number of tokens a caption has.
+        attention: alpha, float32 (tokens, regions), or of padded captions
+            (images, captions, steps, regions).
+        words: int32 (tokens,) or (images, captions, steps); padding counts
+            for nothing.
+        caption: which caption a token belongs to, int32 (tokens,); None if
+            the captions are padded.
 
     Returns:
         The mean over the captions.
     """
-    captions = ops.max(caption) + 1 if PACKED else caption.shape[0] // steps
-    real = ops.cast(ops.expand_dims(words != PAD, -1), "float32")
-    received = ops.segment_sum(attention * real, caption, captions)
-    there = ops.segment_max(real, caption, captions)  # (captions, 1)
+    if caption is None:
+        real = ops.cast(ops.expand_dims(words != PAD, -1), "float32")
+        received = ops.sum(attention * real, axis=2)
+        there = ops.max(real, axis=2)  # (images, captions, 1)
+    else:
+        captions = ops.max(caption) + 1
+        received = ops.segment_sum(attention, caption, captions)
+        there = ops.ones_like(received[:, :1])
     penalty = ops.mean(ops.square(1 - received), -1, keepdims=True)
     return ops.sum(penalty * there) / ops.maximum(ops.sum(there), 1)
 

@@ -9,13 +9,13 @@ given again; --fresh starts it over and keeps the old folder under another
 name.
 """
 
-import contextlib
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from captioning import command
+from captioning import command, job
 from config import Config
 
 ACTIONS = [
@@ -26,7 +26,15 @@ ACTIONS = [
             "default": False,
             "help": "start over; the old run folder gets another name",
         },
-    )
+    ),
+    command.Action(
+        "--tensorboard",
+        {
+            "action": "store_true",
+            "default": False,
+            "help": "log for TensorBoard on JAX too; needs TensorFlow",
+        },
+    ),
 ]
 
 
@@ -36,7 +44,7 @@ def main(arguments: command.Arguments) -> None:
     from captioning.files import lock
 
     place = runs.folder(arguments.config)
-    with lock(place):
+    with job.joined() as process, nullcontext() if process else lock(place):
         fresh = arguments.actions.fresh and place.exists()
         config = arguments.config
         if not fresh:
@@ -44,37 +52,50 @@ def main(arguments: command.Arguments) -> None:
         train = prepared.load_split(config, "train")
         val = prepared.load_split(config, "val")
         words = prepared.load_vocabulary(config)
-        if fresh:
+        if fresh and not process:
             print(f"Kept the old run as {runs.set_aside(place)}")
-        fit(config, place, train, val, words)
+        command.import_keras()
+        from captioning import backend
+
+        with backend.all_devices() as devices:
+            tensorboard = arguments.actions.tensorboard
+            fit(config, place, train, val, words, devices, tensorboard)
     following = command.next_line("evaluate.py", arguments)
     if "test" not in prepared.splits(config):
         following += " --split val"
     print(f"Wrote {place}. Next: {following}")
 
 
-def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
+def fit(
+    config: Config,
+    place: Path,
+    train: Any,
+    val: Any,
+    words: Any,
+    devices: Any,
+    tensorboard: bool,
+) -> None:
     """Trains on the training split, watched on the validation split."""
-    command.import_keras()
-    import keras
-
     import model as captioning_model
     from captioning import backend, callbacks, prepared, runs
     from captioning.features import MIRRORED
 
-    keras.utils.set_random_seed(config.seed)
+    backend.set_seed(config.seed)
     precision = backend.set_precision(config)
     weights = captioning_model.encoder_weights(config)
     description = captioning_model.describe_features(config, weights)
     cache, rows = prepared.load_features(config, description, train.images)
     _, val_rows = prepared.load_features(config, description, val.images)
-    runs.begin(config, place, words, description, cache.features.shape[1:])
+    if devices.process == 0:
+        runs.begin(config, place, words, description, cache.features.shape[1:])
+    job.wait("begin")
     mirrored = None
     if config.feature_views == 2:
         names = [image + MIRRORED for image in train.images]
         _, mirrored = prepared.load_features(config, description, names)
     batches, val_batches = make_batches(
-        config, cache, (rows, val_rows), (train, val), words, mirrored
+        *(config, cache, (rows, val_rows), (train, val), words),
+        *(devices, mirrored),
     )
     decoder = captioning_model.build_model(
         config, len(words), cache.features.shape[-1]
@@ -82,14 +103,15 @@ def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
     standardise(decoder, cache, rows)
     averaged = compile_decoder(config, decoder, len(batches))
     cider = callbacks.MeasureCider(
-        cider_on(config, decoder, cache, val_rows, val, words),
+        cider_on(config, decoder, cache, val_rows, val, words, devices),
         averaged,
         place,
         config.cider_every,
         config.patience,
         config.epochs,
+        devices.process == 0,
     )
-    points = callbacks.SavePoints(place, batches, cider)
+    points = callbacks.SavePoints(place, batches, cider, devices.process == 0)
     resume(decoder, points)
     crossed = points.self_critical or points.epoch >= config.epochs
     crossed = crossed or cider.since_best >= config.patience
@@ -98,18 +120,33 @@ def fit(config: Config, place: Path, train: Any, val: Any, words: Any) -> None:
         return
     print(
         f"Training {place}: {len(rows):,} images, {len(words):,} words, "
-        f"{decoder.count_params():,} weights, {precision}"
+        f"{decoder.count_params():,} weights, {precision}, "
+        f"{devices.number} devices"
     )
     points.catch_signals()
     if not crossed:
-        board = keras.callbacks.TensorBoard(place / "tensorboard")
         watching = [averaged] if config.ema_epochs else []
-        watching += [cider, points, board]
+        watching += [cider, points]
+        if devices.process == 0:
+            watching += callbacks.boards(place, tensorboard)
         run_epochs(
             decoder, batches, val_batches, watching, points, config.epochs
         )
     if config.scst_epochs:
-        criticise(config, points, cache.features, rows, train, words)
+        job.wait("criticise")  # the first process may still be writing
+        with backend.one_device():
+            if devices.number > 1:
+                # Drawing and judging is no work for several devices: each
+                # process does all of it, and they agree.
+                alone = captioning_model.build_model(
+                    config, len(words), cache.features.shape[-1]
+                )
+                points.set_model(alone)
+                cider.measure = cider_on(
+                    *(config, alone, cache, val_rows, val, words),
+                    backend.ALONE,
+                )
+            criticise(config, points, cache.features, rows, train, words)
     print(f"Best CIDEr on val: {cider.best:.3f}, epoch {cider.best_epoch}")
 
 
@@ -119,6 +156,7 @@ def make_batches(
     rows: Any,
     splits: Any,
     words: Any,
+    devices: Any,
     mirrored: Any = None,
 ) -> list[Any]:
     """Batches of the training and of the validation split.
@@ -129,6 +167,7 @@ def make_batches(
         rows: the row of each image, int (images,), of both splits.
         splits: both, from `prepared.load_split`.
         words: the vocabulary.
+        devices: what shares each batch.
         mirrored: the row of the mirrored view of each training image.
     """
     import numpy as np
@@ -162,6 +201,7 @@ def make_batches(
                     np.array([names_a_side(caption) for caption in tokens])
                     for tokens in split.tokens
                 ],
+                devices=devices,
             )
         )
     return made
@@ -215,29 +255,51 @@ def compile_decoder(config: Config, decoder: Any, steps: int) -> Any:
         jit_compile=backend.use_xla(),
     )
     if not average:
-        return contextlib.nullcontext()
+        return nullcontext()
     averaged = Averaged()
     averaged.set_model(decoder)
     return averaged
 
 
 def cider_on(
-    config: Config, decoder: Any, cache: Any, rows: Any, split: Any, words: Any
+    config: Config,
+    decoder: Any,
+    cache: Any,
+    rows: Any,
+    split: Any,
+    words: Any,
+    devices: Any,
 ) -> Any:
-    """A function that captions a split and gives the CIDEr of it."""
-    from captioning import metrics, search
+    """A function that captions a split and gives the CIDEr of it.
 
-    searcher = search.build(decoder, config)
+    Each process captions its share of the images, on one device.
+    """
+    import model as captioning_model
+    from captioning import backend, metrics, search
+
+    captioner = decoder
+    with backend.one_device():
+        if devices.number > 1:
+            captioner = captioning_model.build_model(
+                config, len(words), cache.features.shape[-1]
+            )
+        searcher = search.build(captioner, config)
     references = {
         image: [" ".join(tokens) for tokens in each]
         for image, each in zip(split.images, split.tokens, strict=True)
     }
 
     def measure() -> float:
-        found = search.caption_rows(searcher, cache.features, rows, words)
-        captions = dict(
-            zip(split.images, (each.caption for each in found), strict=True)
-        )
+        with backend.one_device():
+            if captioner is not decoder:
+                captioner.set_weights(decoder.get_weights())
+            mine = rows[devices.process :: devices.processes]
+            found = search.caption_rows(searcher, cache.features, mine, words)
+        captions = {}
+        shares = job.gather([each.caption for each in found])
+        for process, share in enumerate(shares):
+            images = split.images[process :: devices.processes]
+            captions |= zip(images, share, strict=True)
         return metrics.cider(captions, references)
 
     return measure
@@ -304,7 +366,7 @@ def criticise(
     self_critical.compile_decoder(config, decoder)
     decoder.optimizer.build(decoder.trainable_variables)
     cider.set_model(decoder)
-    cider.averaged = contextlib.nullcontext()
+    cider.averaged = nullcontext()
     if points.self_critical:
         runs.load_state(points.place, points.variables())
     else:

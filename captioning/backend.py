@@ -1,14 +1,66 @@
 """What differs between backends, processors and accelerators."""
 
+import contextlib
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import keras
 
 from config import Config
 
+TENSORFLOW = keras.backend.backend() == "tensorflow"
 # TensorFlow takes batches of any length, so that captions are packed without
 # padding. JAX compiles anew for each length and gets padded batches.
-PACKED = keras.backend.backend() == "tensorflow"
+PACKED = TENSORFLOW
+# The first generation of GPUs that multiplies bfloat16.
+AMPERE = (8, 0)
+
+
+class Devices(NamedTuple):
+    """The devices that share each batch of training."""
+
+    number: int = 1  # in all processes
+    process: int = 0  # which of the processes this is
+    processes: int = 1
+
+
+ALONE = Devices()
+
+
+@contextlib.contextmanager
+def all_devices() -> Iterator[Devices]:
+    """Has what is built and trained inside use every device there is.
+
+    Keras's data parallelism: each device has all weights, and its part of
+    every batch. The batch, and with it the result, stays what it is.
+    """
+    if TENSORFLOW:
+        yield ALONE
+        return
+    import jax
+
+    devices = Devices(
+        jax.device_count(), jax.process_index(), jax.process_count()
+    )
+    if devices == ALONE:
+        yield devices
+        return
+    parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
+    with parallel.scope():
+        yield devices
+
+
+@contextlib.contextmanager
+def one_device() -> Iterator[None]:
+    """Has what is built and run inside be this process's own."""
+    before = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(before)
 
 
 def use_xla() -> bool:
@@ -17,7 +69,45 @@ def use_xla() -> bool:
     TensorFlow's own kernels are faster than XLA's on a CPU, and an unrolled
     loop takes XLA minutes to compile there.
     """
-    return keras.backend.backend() != "tensorflow" or _has_gpu()
+    return not TENSORFLOW or bool(accelerators())
+
+
+def set_seed(seed: int) -> None:
+    """Makes weights and dropout depend on a seed."""
+    if TENSORFLOW:
+        keras.utils.set_random_seed(seed)
+    else:
+        # What Keras draws its own seeds from. Its function would import
+        # TensorFlow where that is installed.
+        random.seed(seed)
+
+
+def scan(
+    step: Callable[[Any, Any], tuple[Any, Any]], state: Any, inputs: Any
+) -> Any:
+    """Runs a step over the first axis of its inputs.
+
+    JAX compiles a loop in a fifth of the time that the same steps take one
+    after the other. TensorFlow's loop is the slower one, and Keras lets no
+    step of it give anything that is not shaped like the state.
+
+    Args:
+        step: takes the state and an input; gives the next state and what is
+            wanted of the step.
+        state: the first state.
+        inputs: (steps, ...).
+
+    Returns:
+        What was wanted of each step, (steps, ...).
+    """
+    if not TENSORFLOW:
+        return keras.ops.scan(step, state, inputs)[1]
+    wanted = []
+    for number in range(inputs.shape[0]):
+        state, each = step(state, inputs[number])
+        wanted.append(each)
+    stack = keras.ops.stack
+    return keras.tree.map_structure(lambda *each: stack(each), *wanted)
 
 
 def set_precision(config: Config) -> str:
@@ -28,14 +118,40 @@ def set_precision(config: Config) -> str:
     """
     policy = config.precision
     if policy == "auto":
-        bfloat16 = _has_gpu() or _cpu_multiplies_bfloat16()
+        bfloat16 = _multiplies_bfloat16()
         policy = "mixed_bfloat16" if bfloat16 else "float32"
     keras.config.set_dtype_policy(policy)
     return policy
 
 
-def _has_gpu() -> bool:
-    return bool(keras.distribution.list_devices("gpu"))
+def accelerators() -> list[Any]:
+    """The GPUs (or TPUs) of this machine, as the backend names them."""
+    if TENSORFLOW:
+        import tensorflow as tf
+
+        return tf.config.list_physical_devices("GPU")
+    import jax
+
+    return [each for each in jax.local_devices() if each.platform != "cpu"]
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether all that computes does so in hardware."""
+    devices = accelerators()
+    if not devices:
+        return _cpu_multiplies_bfloat16()
+    return all(_capability(each) >= AMPERE for each in devices)
+
+
+def _capability(device: Any) -> tuple[int, ...]:
+    """CUDA's compute capability of a device; what is no GPU has enough."""
+    if TENSORFLOW:
+        import tensorflow as tf
+
+        details = tf.config.experimental.get_device_details(device)
+        return details.get("compute_capability", AMPERE)
+    text = getattr(device, "compute_capability", None)
+    return tuple(map(int, text.split("."))) if text else AMPERE
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -6,17 +6,18 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from captioning.backend import PACKED
+from captioning.backend import ALONE, PACKED, TENSORFLOW, Devices
 from captioning.vocabulary import PAD
 
 # Batches of images with captions of like length have fewer steps. So many
 # batches are sorted by length at a time: enough to be alike, few enough to
 # leave the order random.
 SORTED_BATCHES = 16
-# Threads that read ahead. With a single one Keras leaves reading ahead to
+# Threads that read ahead. On TensorFlow, with a single one, Keras leaves it to
 # tf.data, whose autotuning thread, when an epoch ends, is waited for until it
-# wakes: after 10 ms, 20 ms, and so on up to a minute.
-WORKERS = 2
+# wakes: after 10 ms, 20 ms, and so on up to a minute. On JAX Keras's threads
+# begin with an epoch before it has its order.
+WORKERS = 2 if TENSORFLOW else 1
 
 
 class Packed(NamedTuple):
@@ -35,30 +36,45 @@ class Packed(NamedTuple):
     order: np.ndarray  # where each caption stood before, int32 (captions,)
 
 
-def pack(rows: np.ndarray, image: np.ndarray, padded: bool = False) -> Packed:
+def pack(rows: np.ndarray, image: np.ndarray) -> Packed:
     """Packs captions.
 
     Args:
         rows: int32 (captions, steps + 1), from `vocabulary.encode`.
         image: the image of each caption, int32 (captions,).
-        padded: keep the padding, so that batches are all of one size.
     """
     lengths = np.count_nonzero(rows[:, 1:] != PAD, axis=1)  # (captions,)
     order = np.argsort(-lengths, kind="stable")
     rows, image, lengths = rows[order], image[order], lengths[order]
     steps = rows.shape[1] - 1
     there = np.arange(steps)[:, None] < lengths  # (steps, captions)
-    words = np.where(there, rows[:, :-1].T, PAD)
-    kept = np.ones_like(there) if padded else there
-    step, caption = np.nonzero(kept)
+    step, caption = np.nonzero(there)
     return Packed(
-        words[kept],
-        rows[:, 1:].T[kept],
+        rows[:, :-1].T[there],
+        rows[:, 1:].T[there],
         image[caption].astype(np.int32),
         caption.astype(np.int32),
         np.bincount(step, minlength=steps).astype(np.int32),
         order.astype(np.int32),
     )
+
+
+def pad(
+    captions: Sequence[np.ndarray], shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Pads captions with empty ones.
+
+    Args:
+        captions: for each image int32 (its captions, steps + 1).
+        shape: how many images, captions of each and words there shall be.
+
+    Returns:
+        int32 (images, captions, steps + 1).
+    """
+    padded = np.full(shape, PAD, np.int32)
+    for image, each in enumerate(captions):
+        padded[image, : len(each)] = each
+    return padded
 
 
 class CaptionBatches(keras.utils.PyDataset):
@@ -84,6 +100,11 @@ class CaptionBatches(keras.utils.PyDataset):
             (its captions,); they are then divided by the number of tokens of
             the batch, so that the sum of weighed losses is the loss. None
             gives every token the weight 1.
+        padded: pad the captions instead of packing them, so that all batches
+            are of one size.
+        devices: what a batch is for. Several of them want it padded, and so
+            many images that each has as many; of these a process gets its
+            own alone.
     """
 
     def __init__(
@@ -97,6 +118,8 @@ class CaptionBatches(keras.utils.PyDataset):
         mirrored: np.ndarray | None = None,
         sided: Sequence[np.ndarray] = (),
         importance: Sequence[np.ndarray] | None = None,
+        padded: bool = not PACKED,
+        devices: Devices = ALONE,
     ) -> None:
         super().__init__(workers=WORKERS)
         self.features, self.rows, self.captions = features, rows, captions
@@ -105,6 +128,10 @@ class CaptionBatches(keras.utils.PyDataset):
         self.seed = seed
         self.mirrored, self.sided = mirrored, sided
         self.importance = importance
+        self.padded = padded or devices.number > 1
+        share = -(-batch_images // devices.number) * devices.number
+        self.share = share // devices.processes  # images of this process
+        self.first = devices.process * self.share
         self.lengths = np.array(
             [np.count_nonzero(each, axis=1).max() for each in captions]
         )
@@ -155,34 +182,29 @@ class CaptionBatches(keras.utils.PyDataset):
         return len(self.order) - self.skip
 
     def __getitem__(self, place: int) -> tuple[dict[str, Any], Any, Any]:
-        """A batch: inputs, targets (tokens,), weights (tokens,)."""
+        """A batch: inputs, targets, weights.
+
+        The captions are packed, and targets and weights (tokens,); or all is
+        padded, and they are (images, captions, steps).
+        """
         images = self.order[place + self.skip]
+        images = images[self.first : self.first + self.share]
         captions = [self.captions[image][self._up(image)] for image in images]
-        numbers = [len(each) for each in captions]
-        rows = np.concatenate(captions)
-        weighs = None
-        if self.importance is not None:
-            weighs = np.concatenate(
-                [self.importance[image][self._up(image)] for image in images]
-            )  # (captions,)
-        owners = np.repeat(np.arange(len(images), dtype=np.int32), numbers)
         features = self.features[self.shown[images]]
-        if not PACKED:
-            features, rows, owners = self._padded(features, rows, owners)
-        packed = pack(rows, owners, padded=not PACKED)
-        inputs = {
-            "features": features,  # (images, regions, channels)
-            "words": packed.words,
-            "image": packed.image,
-            "caption": packed.caption,
-            "counts": packed.counts,
-        }
-        weights = (packed.targets != PAD).astype(np.float32)
-        if weighs is not None:
-            # What fills a batch up weighs nothing.
-            weighs = np.resize(weighs, len(rows))
-            weights *= weighs[packed.order][packed.caption] / weights.sum()
-        return inputs, packed.targets, weights
+        weighs = [np.ones(len(each), np.float32) for each in captions]
+        if self.importance is not None:
+            weighs = [self.importance[n][self._up(n)] for n in images]
+        arrange = self._padded if self.padded else _packed
+        inputs, targets, weighs = arrange(captions, weighs)
+        if self.padded:
+            missing = self.share - len(features)
+            features = np.pad(features, ((0, missing), (0, 0), (0, 0)))
+        inputs["features"] = features  # (images, regions, channels)
+        real = (targets != PAD).astype(np.float32)
+        weights = real * weighs.astype(np.float32)
+        if self.importance is not None:
+            weights /= real.sum()
+        return inputs, targets, weights
 
     def _up(self, image: int) -> np.ndarray:
         """Which captions of an image are up in this epoch."""
@@ -193,17 +215,35 @@ class CaptionBatches(keras.utils.PyDataset):
         return (first + np.arange(number)) % captions
 
     def _padded(
-        self, features: np.ndarray, rows: np.ndarray, owners: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Fills a batch up to the size that all batches have."""
-        captions = self.batch_images * (self.captions_per_image or self.most)
-        images = self.batch_images - len(features)
-        missing = captions - len(rows)
-        return (
-            np.pad(features, ((0, images), (0, 0), (0, 0))),
-            np.pad(rows, ((0, missing), (0, 0)), constant_values=PAD),
-            np.pad(owners, (0, missing)),
-        )
+        self, captions: list[np.ndarray], weighs: list[np.ndarray]
+    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """Like `_packed`, filled up to the size that all batches have."""
+        number = self.captions_per_image or self.most
+        steps = self.captions[0].shape[1]
+        # (images, captions, steps + 1)
+        rows = pad(captions, (self.share, number, steps))
+        targets = rows[..., 1:]
+        words = np.where(targets != PAD, rows[..., :-1], PAD)
+        spread = np.zeros((self.share, number, 1), np.float32)
+        for image, each in enumerate(weighs):
+            spread[image, : len(each), 0] = each
+        return {"words": words}, targets, spread
+
+
+def _packed(
+    captions: list[np.ndarray], weighs: list[np.ndarray]
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Inputs but for features, targets, and what each of these weighs.
+
+    Args:
+        captions: for each image int32 (its captions, steps + 1).
+        weighs: for each image float (its captions,).
+    """
+    numbers = [len(each) for each in captions]
+    owners = np.repeat(np.arange(len(captions), dtype=np.int32), numbers)
+    packed = pack(np.concatenate(captions), owners)._asdict()
+    targets, order = packed.pop("targets"), packed.pop("order")
+    return packed, targets, np.concatenate(weighs)[order][packed["caption"]]
 
 
 class JointBatches(keras.utils.PyDataset):

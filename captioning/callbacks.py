@@ -1,5 +1,6 @@
 """What happens between the batches of Model.fit: measuring and saving."""
 
+import importlib.util
 import signal
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from captioning import runs
+from captioning.backend import TENSORFLOW, one_device
 from captioning.batches import CaptionBatches
 from captioning.files import write_csv
 from captioning.report import write_curves
@@ -30,6 +32,21 @@ class Averaged(keras.callbacks.SwapEMAWeights):
         """Puts the trained weights back."""
         self.on_test_end()
 
+    def _backend_swap_variables(self, optimizer: Any) -> None:
+        """Exchanges arrays as they are, wherever they lie.
+
+        Keras takes one of the two through NumPy, which is shared memory that
+        a later step may write to, and one device of many.
+        """
+        for variable, average in zip(
+            optimizer._trainable_variables,
+            optimizer._model_variables_moving_average,
+            strict=True,
+        ):
+            trained = variable.value
+            variable.assign(average.value)
+            average.assign(trained)
+
 
 class MeasureCider(keras.callbacks.Callback):
     """Adds `val_cider`, of free-running captions, to an epoch's logs.
@@ -43,6 +60,7 @@ class MeasureCider(keras.callbacks.Callback):
         every: epochs between measurements.
         patience: measurements without a better one before the end.
         epochs: how many epochs there are; after the last one it measures too.
+        writes: whether this process keeps the weights.
     """
 
     def __init__(
@@ -53,8 +71,10 @@ class MeasureCider(keras.callbacks.Callback):
         every: int,
         patience: int,
         epochs: int,
+        writes: bool = True,
     ) -> None:
         super().__init__()
+        self.writes = writes
         self.measure, self.averaged, self.place = measure, averaged, place
         self.every, self.patience, self.epochs = every, patience, epochs
         self.best, self.best_epoch, self.since_best = -1.0, 0, 0
@@ -68,8 +88,9 @@ class MeasureCider(keras.callbacks.Callback):
         """Measures, and keeps the weights if they are the best."""
         with self.averaged:
             logs["val_cider"] = self.measure()
-            if logs["val_cider"] > self.best:
-                runs.save_weights(self.model, self.place)
+            if logs["val_cider"] > self.best and self.writes:
+                with one_device():  # the others do not take part
+                    runs.save_weights(self.model, self.place)
         self.since_best += 1
         if logs["val_cider"] > self.best:
             self.best, self.best_epoch = logs["val_cider"], epoch + 1
@@ -88,12 +109,18 @@ class SavePoints(keras.callbacks.Callback):
         place: the run folder.
         batches: the training batches.
         cider: holds the best score.
+        writes: whether this process is the one that saves.
     """
 
     def __init__(
-        self, place: Path, batches: CaptionBatches, cider: MeasureCider
+        self,
+        place: Path,
+        batches: CaptionBatches,
+        cider: MeasureCider,
+        writes: bool = True,
     ) -> None:
         super().__init__()
+        self.writes = writes
         self.place, self.batches, self.cider = place, batches, cider
         self.epoch, self.batch, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -177,9 +204,10 @@ class SavePoints(keras.callbacks.Callback):
         row["learning_rate"] = float(self.model.optimizer.learning_rate)
         row["seconds"] = self.seconds + time.monotonic() - self.begun
         self.history.append({k: float(v) for k, v in row.items()})
-        table = history_table(self.history)
-        write_csv(self.place / "history.csv", table)
-        write_curves(self.place / "curves.png", table)
+        if self.writes:
+            table = history_table(self.history)
+            write_csv(self.place / "history.csv", table)
+            write_curves(self.place / "curves.png", table)
         self.epoch, self.batch, self.seconds = epoch + 1, 0, 0.0
         self.rewards = []
         self.begun = time.monotonic()
@@ -189,6 +217,9 @@ class SavePoints(keras.callbacks.Callback):
 
     def save(self) -> None:
         """Writes a saved point."""
+        self.saved = time.monotonic()
+        if not self.writes:
+            return
         progress = {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -200,8 +231,8 @@ class SavePoints(keras.callbacks.Callback):
             "cross_entropy_epochs": self.cross_entropy_epochs,
             "rewards": self.rewards,
         }
-        runs.save_state(self.place, self.variables(), progress)
-        self.saved = time.monotonic()
+        with one_device():  # the others do not take part
+            runs.save_state(self.place, self.variables(), progress)
 
     def catch_signals(self) -> None:
         """Lets Ctrl-C and SIGTERM end the run at its next safe point."""
@@ -214,6 +245,26 @@ class SavePoints(keras.callbacks.Callback):
 
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
+
+
+def boards(place: Path, asked: bool) -> list[keras.callbacks.Callback]:
+    """What logs for TensorBoard; Keras has TensorFlow do that.
+
+    Args:
+        place: the run folder.
+        asked: whether that is worth importing TensorFlow on another backend.
+
+    Raises:
+        UserError: if TensorFlow is not installed.
+    """
+    if not (asked or TENSORFLOW):
+        return []
+    if not importlib.util.find_spec("tensorflow"):
+        raise UserError(
+            "--tensorboard needs TensorFlow: pip install tensorflow, or leave "
+            "it out"
+        )
+    return [keras.callbacks.TensorBoard(place / "tensorboard")]
 
 
 def history_table(history: list[dict[str, float]]) -> pd.DataFrame:

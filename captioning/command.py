@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from captioning import job
 from config import SPLIT_SYNONYMS, Config, UserError, group
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -162,6 +163,9 @@ def import_keras() -> None:
     user can do nothing about either.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # TensorFlow and JAX take GPU memory as they need it, and not all of it.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     _keep_freed_memory()
     sys.stderr.flush()
     saved = os.dup(2)
@@ -236,6 +240,10 @@ def run(
             told += ": make room and run it again, nothing is lost"
         _tell(told)
         code = FAILED
+    if code and job.described():
+        # At an orderly exit JAX would wait for processes that may be lost.
+        sys.stderr.flush()
+        os._exit(code)
     raise SystemExit(code)
 
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning import batches
 from captioning.batches import CaptionBatches, pack
 from captioning.vocabulary import END, PAD, START
 
@@ -42,6 +41,7 @@ def make(captions: list, batch_images: int = 2, **options) -> CaptionBatches:
     features = np.arange(10 * number).reshape(-1, 1, 1).astype(np.float16)
     features = np.broadcast_to(features, (10 * number, 3, 2))
     rows = np.arange(number)[::-1] * 10  # of image 0 the last
+    options = {"padded": False, **options}
     return CaptionBatches(
         features, rows, [array(c) for c in captions], batch_images, **options
     )
@@ -115,20 +115,17 @@ def test_a_cut_caption_does_not_learn_to_end():
     assert packed.words.tolist() == [START, A, B, C, D]
 
 
-@given(captions_of_images, st.booleans())
-def test_unpacking_gives_the_captions_back(captions, padded):
+@given(captions_of_images)
+def test_unpacking_gives_the_captions_back(captions):
     rows = array([each for image in captions for each in image])
     numbers = [len(image) for image in captions]
     image = np.repeat(np.arange(len(captions), dtype=np.int32), numbers)
-    packed = pack(rows, image, padded)
+    packed = pack(rows, image)
     assert all(each.dtype == np.int32 for each in packed)
     owners, words, targets = unpack(packed._asdict(), packed.targets)
     lengths = np.count_nonzero(targets, axis=1)
     assert (np.diff(lengths) <= 0).all()
-    if padded:
-        assert packed.counts.tolist() == [len(rows)] * STEPS
-    else:
-        assert len(packed.words) == lengths.sum()
+    assert len(packed.words) == lengths.sum()
     seen = np.where(rows[:, 1:] != PAD, rows[:, :-1], PAD)
     wanted = np.column_stack([image, seen, rows[:, 1:]])
     found = np.column_stack([owners, words, targets])
@@ -137,23 +134,40 @@ def test_unpacking_gives_the_captions_back(captions, padded):
 
 # --- a batch --------------------------------------------------------------
 
+SOME = [[row(A)], [row(B), row(C, D)], [row(D)]]
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_batch_has_each_image_with_its_captions(monkeypatch, packed):
-    monkeypatch.setattr(batches, "PACKED", packed)
-    captions = [[row(A)], [row(B), row(C, D)], [row(D)]]
-    data = make(captions, 2)
-    inputs, targets, weights = data[0]
-    assert inputs["features"].dtype == np.float16
-    assert inputs["features"].shape == (2, 3, 2)
-    assert inputs["features"][:, 0, 0].tolist() == [20, 10]
+
+def check_features(features: np.ndarray) -> None:
+    """Of the first two images of SOME."""
+    assert features.dtype == np.float16
+    assert features.shape == (2, 3, 2)
+    assert features[:, 0, 0].tolist() == [20, 10]
+
+
+def test_a_batch_has_each_image_with_its_captions():
+    inputs, targets, weights = make(SOME, 2)[0]
+    check_features(inputs["features"])
     owners, _, wanted = unpack(inputs, targets)
     found = {
         (int(owner), *each[each != PAD])
         for owner, each in zip(owners, wanted, strict=True)
     }
-    captions = {(0, A, END), (1, B, END), (1, C, D, END)}
-    assert found - {(0,)} == captions  # (0,) is what fills up a batch
+    assert found == {(0, A, END), (1, B, END), (1, C, D, END)}
+    np.testing.assert_array_equal(weights, targets != PAD)
+    assert weights.dtype == np.float32
+
+
+def test_a_padded_batch_has_the_captions_of_an_image_in_its_row():
+    inputs, targets, weights = make(SOME, 2, padded=True)[0]
+    check_features(inputs["features"])
+    words = array([row(), row(A), row(B), row(C, D)])[:, :-1]
+    words[words == END] = PAD  # it is no word that another one follows
+    nothing, a, b, cd = words
+    nothing[:] = PAD
+    assert (inputs["words"] == [[a, nothing], [b, cd]]).all()
+    assert set(inputs) == {"features", "words"}
+    assert targets[0, 0].tolist() == [A, END, 0, 0, 0]
+    assert targets[1, 1].tolist() == [C, D, END, 0, 0]
     np.testing.assert_array_equal(weights, targets != PAD)
     assert weights.dtype == np.float32
 
@@ -163,20 +177,20 @@ def test_the_weights_count_each_word_and_each_end_once():
     assert sum(data[0][2]) == 2 + 3 + 5
 
 
-def test_padded_batches_are_all_of_one_size(monkeypatch):
-    monkeypatch.setattr(batches, "PACKED", False)
+def test_padded_batches_are_all_of_one_size():
     captions = [each[: 1 + n % 3] for n, each in enumerate(many(7, 3))]
     for number in (0, 2):
-        data = make(captions, 3, captions_per_image=number, seed=0)
-        shapes = []
-        for place in range(len(data)):
-            inputs, targets, weights = data[place]
-            arrays = [*inputs.values(), targets, weights]
-            shapes.append([each.shape for each in arrays])
-            assert sum(weights) == np.count_nonzero(targets)
-        assert len(shapes) == 3 and shapes.count(shapes[0]) == 3
-        assert shapes[0][0] == (3, 3, 2)
-        assert len(targets) == 3 * (number or 3) * STEPS
+        data = make(captions, 3, captions_per_image=number, seed=0, padded=True)
+        assert len(data) == 3
+        words = 0
+        for inputs, targets, weights in (data[n] for n in range(3)):
+            assert inputs["features"].shape == (3, 3, 2)
+            shape = (3, number or 3, STEPS)
+            assert inputs["words"].shape == targets.shape == shape
+            assert weights.sum() == np.count_nonzero(targets)
+            words += int(weights.sum())
+        packed = make(captions, 3, captions_per_image=number, seed=0)
+        assert words == sum(int(packed[n][2].sum()) for n in range(3))
 
 
 # --- the order ------------------------------------------------------------

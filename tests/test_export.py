@@ -12,6 +12,7 @@ import pytest
 import evaluate
 import model
 from captioning import prepared, runs, vocabulary
+from captioning.backend import TENSORFLOW
 from captioning.vocabulary import END, SPECIAL_WORDS, Vocabulary
 from config import Config, UserError
 
@@ -69,6 +70,7 @@ def run(tmp_path_factory):
     return config, place, pixels, features
 
 
+@pytest.mark.skipif(not TENSORFLOW, reason="a SavedModel is TensorFlow's")
 def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
     config, place, pixels, features = run
     cache = type("Cache", (), {"features": features})
@@ -103,6 +105,14 @@ def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("tmp*")), "temporary folders are left"
 
 
+@pytest.mark.skipif(TENSORFLOW, reason="TensorFlow can")
+def test_another_backend_refuses_to_export(run, tmp_path):
+    config, place, *_ = run
+    with pytest.raises(UserError, match="KERAS_BACKEND=tensorflow"):
+        evaluate.export_run([(config, place)], tmp_path / "program")
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="it refuses whatever is asked")
 def test_what_cannot_be_exported_is_told_in_one_line(run, tmp_path):
     config, place, *_ = run
     with pytest.raises(UserError, match="there already"):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from captioning.backend import PACKED
-from captioning.batches import CaptionBatches, pack
+from captioning.backend import PACKED, use_xla
+from captioning.batches import CaptionBatches, pack, pad
 from captioning.extraction import BATCH, encode
 from captioning.vocabulary import END, PAD, START, UNKNOWN
 from config import Config
@@ -48,17 +48,20 @@ def row(*words: int, steps: int = STEPS) -> list[int]:
     return made + [PAD] * (steps + 1 - len(made))
 
 
-def inputs(features, rows, image, padded=not PACKED) -> tuple:
-    packed = pack(np.array(rows, np.int32), np.array(image, np.int32), padded)
-    given = {
-        "features": features,
-        "words": packed.words,
-        "image": packed.image,
-        "caption": packed.caption,
-        "counts": packed.counts,
-    }
-    weights = (packed.targets != PAD).astype("float32")
-    return given, packed.targets, weights
+def inputs(features, captions, padded=not PACKED, images=None, number=3):
+    """A batch of captions, for each image a list of rows."""
+    captions = [np.array(each, np.int32) for each in captions]
+    if padded:
+        shape = (images or len(captions), number, captions[0].shape[1])
+        rows = pad(captions, shape)
+        targets = rows[..., 1:]
+        given = {"words": np.where(targets != PAD, rows[..., :-1], PAD)}
+    else:
+        owners = np.repeat(np.arange(len(captions)), [*map(len, captions)])
+        given = pack(np.concatenate(captions), owners)._asdict()
+        targets, _ = given.pop("targets"), given.pop("order")
+    weights = (targets != PAD).astype("float32")
+    return {"features": features, **given}, targets, weights
 
 
 def some_features(images: int = 2) -> np.ndarray:
@@ -66,13 +69,14 @@ def some_features(images: int = 2) -> np.ndarray:
     return np.random.normal(size=shape).astype("float16")
 
 
-def test_decoding_gives_logits_and_attention_for_every_word():
+@pytest.mark.parametrize("padded", [True, False] if PACKED else [True])
+def test_decoding_gives_logits_and_attention_for_every_word(padded):
     given, targets, _ = inputs(
-        some_features(), [row(5, 6), row(7), row(8, 9, 10)], [0, 0, 1]
+        some_features(), [[row(5, 6), row(7)], [row(8, 9, 10)]], padded
     )
     logits, attention = tiny().decode(given)
-    assert logits.shape == (len(targets), SIZE)
-    assert attention.shape == (len(targets), REGIONS)
+    assert logits.shape == (*targets.shape, SIZE)
+    assert attention.shape == (*targets.shape, REGIONS)
     np.testing.assert_allclose(ops.sum(attention, -1), 1, rtol=1e-5)
 
 
@@ -101,9 +105,9 @@ def test_attention_finds_the_region_whose_key_fits():
 def test_the_step_of_a_search_agrees_with_teacher_forcing():
     decoder, features = tiny(), some_features(1)
     words = [5, 6, 7]
-    given, _, _ = inputs(features, [row(*words)], [0])
+    given, _, _ = inputs(features, [[row(*words)]], number=1)
     forced, _ = decoder.decode(given)
-    forced = ops.log_softmax(forced)
+    forced = ops.reshape(ops.log_softmax(forced), (-1, SIZE))
     annotations, keys, hidden, cell = decoder.start(features)
     for place, word in enumerate([START, *words]):
         found, hidden, cell, _ = decoder.step(
@@ -117,8 +121,8 @@ def loss_and_gradients(decoder, batch, rate=1.0):
     decoder.compile(
         keras.optimizers.SGD(rate),
         SmoothedCrossEntropy(0.1),
-        # A program that runs once is not worth compiling.
-        run_eagerly=True,
+        # On TensorFlow a program that runs once is not worth compiling.
+        run_eagerly=PACKED,
     )
     given, targets, weights = batch
     loss = decoder.train_on_batch(given, targets, weights)
@@ -127,17 +131,22 @@ def loss_and_gradients(decoder, batch, rate=1.0):
 
 def test_padding_changes_neither_loss_nor_gradients():
     features = some_features()
-    rows = [(5, 6), (7,), (8, 9, 10)]
+    captions = [[(5, 6), (7,)], [(8, 9, 10)]]
+    # Longer captions, more of them an image, more images; and none of it.
+    kinds = [(STEPS, 2, 2), (STEPS + 3, 2, 2), (STEPS, 4, 2), (STEPS, 2, 3)]
     found = []
-    for steps, extra in ((STEPS, 0), (STEPS + 3, 0), (STEPS, 2)):
+    for steps, number, images in kinds:
         keras.utils.set_random_seed(3)
         decoder = tiny(steps, attention_regularisation=1.0)
-        padded = [row(*each, steps=steps) for each in rows]
-        padded += [[PAD] * (steps + 1)] * extra
-        image = [0, 0, 1] + [0] * extra
-        # On JAX, and for whoever wants it on TensorFlow, whole empty captions
-        # and images fill a batch up.
-        batch = inputs(features, padded, image, padded=not PACKED)
+        rows = [[row(*c, steps=steps) for c in each] for each in captions]
+        shown = np.pad(features, ((0, images - 2), (0, 0), (0, 0)))
+        batch = inputs(shown, rows, True, images, number)
+        found.append(loss_and_gradients(decoder, batch))
+    if PACKED:
+        keras.utils.set_random_seed(3)
+        decoder = tiny(attention_regularisation=1.0)
+        rows = [[row(*c) for c in each] for each in captions]
+        batch = inputs(features, rows, False)
         found.append(loss_and_gradients(decoder, batch))
     for loss, weights in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
@@ -148,11 +157,11 @@ def test_padding_changes_neither_loss_nor_gradients():
 def test_the_loss_is_the_mean_over_words_not_over_captions():
     features = some_features(1)
     decoder = tiny()
-    rows = [row(5), row(6, 7, 8, 9)]
-    given, targets, weights = inputs(features, rows, [0, 0])
+    captions = [[row(5), row(6, 7, 8, 9)]]
+    given, targets, weights = inputs(features, captions)
     logits, _ = decoder.decode(given)
     log_probabilities = np.asarray(ops.log_softmax(logits))
-    chosen = log_probabilities[np.arange(len(targets)), targets]
+    chosen = np.take_along_axis(log_probabilities, targets[..., None], -1)
     real = weights > 0
     loss = SmoothedCrossEntropy()(targets, logits, weights)
     assert real.sum() == 2 + 5
@@ -194,9 +203,14 @@ def test_even_attention_is_punished_less_than_staring():
     staring = np.zeros((REGIONS, REGIONS), "float32")
     staring[:, 0] = 1
     penalties = [
-        float(doubly_stochastic_penalty(each, caption, words, REGIONS))
+        float(doubly_stochastic_penalty(each, words, caption))
         for each in (even, staring)
     ]
+    padded = [
+        float(doubly_stochastic_penalty(each[None, None], words[None, None]))
+        for each in (even, staring)
+    ]
+    assert padded == pytest.approx(penalties, abs=1e-6)
     assert penalties[0] == pytest.approx(0, abs=1e-6)
     wanted = ((1 - REGIONS) ** 2 + REGIONS - 1) / REGIONS
     assert penalties[1] == pytest.approx(wanted, rel=1e-5)
@@ -215,7 +229,7 @@ def test_validation_changes_no_weight():
     decoder = tiny()
     decoder.compile(loss=SmoothedCrossEntropy(), jit_compile=False)
     before = [np.array(each) for each in decoder.get_weights()]
-    decoder.test_on_batch(*inputs(some_features(1), [row(5, 6)], [0]))
+    decoder.test_on_batch(*inputs(some_features(1), [[row(5, 6)]]))
     for one, other in zip(before, decoder.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -230,7 +244,7 @@ def test_a_tiny_set_is_learned_by_heart():
         keras.optimizers.Adam(0.02),
         SmoothedCrossEntropy(),
         weighted_metrics=[TokenAccuracy()],
-        jit_compile=False,
+        jit_compile=use_xla(),
     )
     decoder.fit(batches, epochs=4, verbose=0)
     figures = decoder.evaluate(batches, return_dict=True, verbose=0)

@@ -118,6 +118,7 @@ def make_batches():
         return CaptionBatches(
             *(array, np.arange(64), captions, 8, number, seed),
             *(mirrored, sided),
+            padded=False,
         )
 
     return make

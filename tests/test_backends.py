@@ -1,0 +1,100 @@
+"""The same runs on TensorFlow and on JAX."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+from captioning.sample import write_sample
+from tests.probe import probe
+from tests.scripts import ROOT, good
+
+HERE = keras.backend.backend()
+OTHER = "jax" if HERE == "tensorflow" else "tensorflow"
+FLAGS = [
+    *("--dataset", "tiny", "--image-size", "64", "--encoder", "mobilenetv2"),
+    *("--encoder-weights", "random", "--max-caption-length", "6"),
+    *("--precision", "float32"),
+]
+TRAINING = [
+    *("--epochs", "1", "--batch-images", "4", "--captions-per-image", "3"),
+    *("--decoder-units", "16", "--attention-units", "16"),
+    *("--embedding-units", "16", "--learning-rate", "0.01"),
+]
+RUN = "tiny-mobilenetv2"
+# Runs scripts one after the other, and ends with what they imported.
+MANY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tests.scripts import good
+for line in sys.argv[2:]:
+    good(*line.split("|"), folder=".")
+print("tensorflow" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a run on a tiny sample."""
+    folder = tmp_path_factory.mktemp("home")
+    write_sample(folder / "data" / "tiny", images=24)
+    good("preprocess.py", *FLAGS, folder=folder)
+    good("train.py", *FLAGS, *TRAINING, folder=folder)
+    return folder
+
+
+def python(backend: str, *arguments, folder: Path) -> str:
+    """Runs Python on a backend; gives what it printed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_run_says_the_same_on_the_other_backend(home, tmp_path):
+    file = tmp_path / "other.npz"
+    python(OTHER, "-m", "tests.probe", home, RUN, file, folder=home)
+    with contextlib.chdir(home):
+        here = probe(home, RUN)
+    with np.load(file) as there:
+        assert str(there["backend"]) == OTHER != str(here["backend"])
+        np.testing.assert_array_equal(there["words"], here["words"])
+        assert (here["log_probabilities"] < -0.5).any()
+        for name in ("log_probabilities", "scores"):
+            np.testing.assert_allclose(there[name], here[name], atol=1e-4)
+
+
+def test_a_run_goes_on_on_the_other_backend(home):
+    before = pd.read_csv(home / "checkpoints" / RUN / "history.csv")
+    flags = [*FLAGS, *TRAINING, "--epochs", "2"]
+    python(OTHER, ROOT / "train.py", *flags, folder=home)
+    table = pd.read_csv(home / "checkpoints" / RUN / "history.csv")
+    pd.testing.assert_frame_equal(table[:1], before)
+    assert table["val_loss"][1] < table["val_loss"][0]
+
+
+def test_on_jax_nothing_imports_tensorflow(home):
+    flags = [*FLAGS, "--run-name", "alone"]
+    photo = "data/tiny/images/scene_00000.jpg"
+    lines = [
+        ["preprocess.py", *FLAGS, "--min-word-count", "2"],
+        ["train.py", *flags, "--min-word-count", "2", *TRAINING],
+        ["evaluate.py", *flags, "--min-word-count", "2", "--split", "val"],
+        ["caption.py", *flags, photo],
+    ]
+    lines = ["|".join(each) for each in lines]
+    told = python("jax", "-c", MANY, ROOT, *lines, folder=home)
+    assert told.splitlines()[-1] == "False"
+    assert (home / "checkpoints" / "alone" / "model.weights.h5").exists()
+    assert not (home / "checkpoints" / "alone" / "tensorboard").exists()

@@ -1,0 +1,167 @@
+"""One run on several devices, and in several processes: the same run."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from captioning import job
+from captioning.backend import TENSORFLOW
+from captioning.sample import write_sample
+from config import UserError
+from tests.scripts import ROOT, good
+
+pytestmark = pytest.mark.skipif(
+    os.name == "nt", reason="needs fork, and signals"
+)
+on_jax = pytest.mark.skipif(TENSORFLOW, reason="processes join on JAX alone")
+DATA = [
+    *("--dataset", "tiny", "--image-size", "64", "--encoder", "mobilenetv2"),
+    *("--encoder-weights", "random", "--max-caption-length", "6"),
+    *("--precision", "float32"),
+]
+# Four images a batch: three devices get two, one and one of them.
+TRAINING = [
+    *("--epochs", "2", "--cider-every", "1", "--batch-images", "4"),
+    *("--decoder-units", "16", "--attention-units", "16"),
+    *("--embedding-units", "16", "--learning-rate", "0.01"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a run on one device, by the name of `one`."""
+    folder = tmp_path_factory.mktemp("home")
+    write_sample(folder / "data" / "tiny", images=26)
+    good("preprocess.py", *DATA, folder=folder)
+    end(start(folder, "one"))
+    return folder
+
+
+def start(folder: Path, run: str, *flags: str, **environment) -> subprocess:
+    """Starts train.py, with variables in its environment."""
+    words = [*DATA, *TRAINING, "--run-name", run, *flags]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        cwd=folder,
+        env={**os.environ, **{k: str(v) for k, v in environment.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(*processes: subprocess.Popen) -> list[str]:
+    """Waits for processes that have to succeed; gives what they printed."""
+    printed = []
+    for each in processes:
+        out, err = each.communicate(timeout=600)
+        assert each.returncode == 0, err[-3000:]
+        printed.append(out)
+    return printed
+
+
+def start_job(folder: Path, run: str, processes: int, *flags: str) -> list:
+    """Starts so many processes that train one run."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            *(folder, run, *flags),
+            **{job.ADDRESSES: f"127.0.0.1:{port}"},
+            **{job.PROCESSES: processes, job.PROCESS: process},
+        )
+        for process in range(processes)
+    ]
+
+
+def assert_same(home: Path, run: str) -> None:
+    """The same history and weights as on one device, to rounding."""
+    places = [home / "checkpoints" / name for name in ("one", run)]
+    columns = ["loss", "token_accuracy", "val_loss", "val_cider"]
+    one, other = (pd.read_csv(f / "history.csv")[columns] for f in places)
+    assert len(one) == 2
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    one, other = (np.load(f / "last" / "state.npz") for f in places)
+    for name in set(one.files) - {"progress"}:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-3)
+
+
+@on_jax
+def test_a_run_on_three_devices_is_the_run_on_one(home):
+    flags = "--xla_force_host_platform_device_count=3"
+    (printed,) = end(start(home, "three", XLA_FLAGS=flags))
+    assert "3 devices" in printed
+    assert_same(home, "three")
+
+
+@on_jax
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_run_of_several_processes_is_the_run_of_one(home, processes):
+    run = f"processes-{processes}"
+    printed, *others = end(*start_job(home, run, processes))
+    assert f"{processes} devices" in printed
+    for other in others:
+        assert not re.sub(r"\[Gloo\].*", "", other).strip()
+    assert_same(home, run)
+
+
+@on_jax
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_job_that_loses_a_process_ends_and_goes_on(home, lost):
+    """The others end with one line; all started again, they end the run."""
+    run = f"lost-{lost}"
+    started = start_job(home, run, 2, "--epochs", "900")
+    state = home / "checkpoints" / run / "last" / "state.npz"
+    while not state.exists():
+        assert all(each.poll() is None for each in started)
+        time.sleep(0.1)
+    started[lost].kill()
+    _, told = started[1 - lost].communicate(timeout=120)
+    assert started[1 - lost].returncode not in (0, None)
+    assert told == f"train.py: {job.LOST}\n"
+    started[lost].communicate()
+    done = json.loads(str(np.load(state)["progress"]))["epoch"]
+    flags = ["--epochs", str(done + 1)]
+    printed, _ = end(*start_job(home, run, 2, *flags))
+    assert f"Going on after {done} epochs" in printed
+    history = pd.read_csv(home / "checkpoints" / run / "history.csv")
+    assert len(history) == done + 1
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("processes", "process", "told"),
+    [
+        ("", "0", job.PROCESSES),
+        ("two", "0", job.PROCESSES),
+        ("2", "-1", job.PROCESS),
+        ("2", "2", "the last one is 1"),
+    ],
+)
+def test_a_job_that_is_described_wrongly_is_refused(
+    monkeypatch, processes, process, told
+):
+    monkeypatch.setenv(job.ADDRESSES, "127.0.0.1:1")
+    monkeypatch.setenv(job.PROCESSES, processes)
+    monkeypatch.setenv(job.PROCESS, process)
+    with pytest.raises(UserError, match=told), job.joined():
+        pass
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="JAX can")
+def test_processes_that_join_on_tensorflow_are_refused(home):
+    for each in start_job(home, "refused", 2):
+        _, told = each.communicate(timeout=60)
+        assert each.returncode == 1
+        assert "KERAS_BACKEND=jax" in told and told.count("\n") == 1
