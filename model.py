@@ -409,8 +409,8 @@ class AttentionLSTMCell(keras.layers.Layer):
         Returns:
             The next h, in the layers' arithmetic, and the next c, float32.
         """
-        gates = gates + self.recurrent(hidden) + self.visual(context)
-        gates = ops.cast(gates, "float32")
+        parts = (gates, self.recurrent(hidden), self.visual(context))
+        gates = sum(ops.cast(each, "float32") for each in parts)
         enter, forget, candidate, leave = ops.split(gates, 4, axis=-1)
         cell = ops.sigmoid(forget) * cell
         cell = cell + ops.sigmoid(enter) * ops.tanh(candidate)
@@ -461,7 +461,9 @@ class DeepOutput(keras.layers.Layer):
         self, word: Any, hidden: Any, context: Any, training: bool = False
     ) -> Any:
         """(..., units) each -> logits (..., vocabulary)."""
-        deep = word + self.state(hidden) + self.context(context)
+        parts = (word, self.state(hidden), self.context(context))
+        deep = sum(ops.cast(each, "float32") for each in parts)
+        deep = ops.cast(deep, self.compute_dtype)
         return self.logits(self.dropout(deep, training=training))
 
     def get_config(self) -> dict[str, Any]:

@@ -32,8 +32,8 @@ print(json.dumps([captions, found["scores"].numpy().tolist()]))
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=["float32", "mixed_bfloat16"])
+def run(tmp_path_factory, request):
     """An untrained run with features of its encoder: config, place, pixels."""
     home = tmp_path_factory.mktemp("home")
     config = Config(
@@ -46,9 +46,9 @@ def run(tmp_path_factory):
         attention_units=16,
         embedding_units=16,
         max_caption_length=5,
-        precision="float32",
+        precision=request.param,
     )
-    keras.config.set_dtype_policy("float32")
+    keras.config.set_dtype_policy(request.param)
     keras.utils.set_random_seed(1)
     words = Vocabulary((*SPECIAL_WORDS, *"abcdefgh", "é"))
     encoder = model.build_encoder(config, "random")
