@@ -120,8 +120,8 @@ def fit(
         return
     print(
         f"Training {place}: {len(rows):,} images, {len(words):,} words, "
-        f"{decoder.count_params():,} weights, {precision}, "
-        f"{devices.number} devices"
+        f"{decoder.count_params():,} weights, {precision}, devices: "
+        f"{devices.number}"
     )
     points.catch_signals()
     if not crossed:

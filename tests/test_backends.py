@@ -77,11 +77,12 @@ def test_a_run_says_the_same_on_the_other_backend(home, tmp_path):
 
 def test_a_run_goes_on_on_the_other_backend(home):
     before = pd.read_csv(home / "checkpoints" / RUN / "history.csv")
-    flags = [*FLAGS, *TRAINING, "--epochs", "2"]
+    flags = [*FLAGS, *TRAINING, "--epochs", "5"]
     python(OTHER, ROOT / "train.py", *flags, folder=home)
     table = pd.read_csv(home / "checkpoints" / RUN / "history.csv")
     pd.testing.assert_frame_equal(table[:1], before)
-    assert table["val_loss"][1] < table["val_loss"][0]
+    # Dropout draws something else there; after some epochs that is no matter.
+    assert table["val_loss"].iloc[-1] < table["val_loss"][0] - 0.1
 
 
 def test_on_jax_nothing_imports_tensorflow(home):

@@ -101,7 +101,7 @@ def assert_same(home: Path, run: str) -> None:
 def test_a_run_on_three_devices_is_the_run_on_one(home):
     flags = "--xla_force_host_platform_device_count=3"
     (printed,) = end(start(home, "three", XLA_FLAGS=flags))
-    assert "3 devices" in printed
+    assert "devices: 3" in printed
     assert_same(home, "three")
 
 
@@ -110,7 +110,7 @@ def test_a_run_on_three_devices_is_the_run_on_one(home):
 def test_a_run_of_several_processes_is_the_run_of_one(home, processes):
     run = f"processes-{processes}"
     printed, *others = end(*start_job(home, run, processes))
-    assert f"{processes} devices" in printed
+    assert f"devices: {processes}" in printed
     for other in others:
         assert not re.sub(r"\[Gloo\].*", "", other).strip()
     assert_same(home, run)
