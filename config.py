@@ -276,8 +276,8 @@ class Config:
         "training", 2, "epochs between measurements of CIDEr", least=1
     )
     # After cross-entropy, from its best epoch on: captions that are drawn and
-    # rewarded (Rennie et al. 2017). CIDEr rises by a tenth, and an epoch takes
-    # two to three times as long.
+    # rewarded (Rennie et al. 2017). None by default: Flickr8k's validation
+    # images gained nothing from it, see docs/experiments.md.
     scst_epochs: int = _setting(
         "training",
         0,
