@@ -3,8 +3,8 @@
     python tests/benchmarks/kills.py [--kills 20]
 
 Trains a small run undisturbed. Then gives the same command under another name
-and kills it (SIGKILL) at random moments, half of them while it trains with
-cross-entropy and half while it trains self-critically, and gives it again until
+and kills it (SIGKILL) at random moments, first while it trains with
+cross-entropy and then while it trains self-critically, and gives it again until
 it ends. Weights, optimizer, random state and history have to be equal bit for
 bit. Takes some ten minutes.
 """
@@ -26,10 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 from captioning.sample import write_sample  # noqa: E402
 
+EPOCHS, SCST_EPOCHS = 24, 12
 FLAGS = [
     *("--dataset", "tiny", "--image-size", "64", "--encoder", "mobilenetv2"),
     *("--encoder-weights", "random", "--batch-images", "4"),
-    *("--decoder-units", "64", "--scst-epochs", "4", "--epochs", "8"),
+    *("--decoder-units", "64", "--epochs", str(EPOCHS)),
+    *("--scst-epochs", str(SCST_EPOCHS)),
     *("--patience", "100"),
 ]
 TIMINGS = ["seconds"]
@@ -49,39 +51,51 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, told.decode()
 
 
-def progress(run: Path) -> dict:
-    """How far the saved point of a run is."""
+def progress(run: Path) -> tuple[int, int]:
+    """How far the saved state of a run is, as epoch and batch."""
     path = run / "last" / "state.npz"
     if not path.exists():
-        return {"epoch": 0, "batch": 0}
+        return 0, 0
     with np.load(path) as state:
-        return json.loads(str(state["progress"]))
+        found = json.loads(str(state["progress"]))
+    return found["epoch"], found["batch"]
 
 
-def kill_at_random(folder: Path, kills: int, seconds: float) -> int:
+def kill_at_random(
+    folder: Path, kills: int, starting: float, pace: float
+) -> int:
     """Kills a run so many times; then lets it end.
+
+    One kill in four comes before the run has done anything, the others at
+    random moments of the epochs that follow the first state it saves.
 
     Args:
         folder: the data are there, and the runs.
-        kills: how many times at most.
-        seconds: that a start takes before it trains.
+        kills: how many times.
+        starting: seconds until the first state is saved.
+        pace: seconds between one saved state and the next.
 
     Returns:
         How many times it was killed before it was done.
     """
     run = folder / "checkpoints" / "killed"
     for number in range(kills):
+        before = progress(run)
         process = start(folder, "train.py", "--run-name", run.name)
-        time.sleep(random.uniform(0.5, 1.5) * seconds)
+        if random.random() < 0.25:
+            time.sleep(random.uniform(0, starting))
+        else:
+            while progress(run) == before and process.poll() is None:
+                time.sleep(0.05)
+            time.sleep(random.uniform(0, 1.5 * pace))
         if process.poll() is not None:
             finish(process)
             return number
         process.kill()
         process.communicate()
-        there = progress(run)
+        epoch, batch = progress(run)
         print(
-            f"kill {number + 1}: saved at epoch {there['epoch']}, batch "
-            f"{there['batch']}",
+            f"kill {number + 1}: saved at epoch {epoch}, batch {batch}",
             flush=True,
         )
     finish(start(folder, "train.py", "--run-name", run.name))
@@ -116,11 +130,15 @@ def main() -> None:
         state = folder / "checkpoints" / "undisturbed" / "last" / "state.npz"
         while process.poll() is None and not state.exists():
             time.sleep(0.1)
-        seconds = time.monotonic() - begun
+        starting = time.monotonic() - begun
         finish(process)
         total = time.monotonic() - begun
-        print(f"undisturbed: {total:.0f} s, first saved after {seconds:.0f} s")
-        kills = kill_at_random(folder, arguments.kills, seconds)
+        pace = (total - starting) / (EPOCHS + SCST_EPOCHS)
+        print(
+            f"undisturbed: {total:.0f} s, first saved after {starting:.0f} s",
+            flush=True,
+        )
+        kills = kill_at_random(folder, arguments.kills, starting, pace)
         compare(folder)
     print(f"killed {kills} times: equal bit for bit")
 
