@@ -173,6 +173,15 @@ class Config:
         most=2048,
     )
 
+    # A network sees more in a photograph that is enlarged; averaged two by two,
+    # its regions are no more than those of a photograph half as large.
+    feature_pooling: int = _setting(
+        "encoder",
+        1,
+        "rows and columns of the feature map that are averaged to one region",
+        least=1,
+        most=16,
+    )
     # Mirrored views are rows more of the same feature folder. Captions that
     # name a side are never shown with one.
     feature_views: int = _setting(

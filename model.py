@@ -59,7 +59,7 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
     images = keras.Input(shape, dtype="uint8", name="images")
     pixels = module.preprocess_input(ops.cast(images, "float32"))
     truncated = keras.Model(
-        network.input, network.get_layer(entry.layer).output
+        network.input, _pooled(network.get_layer(entry.layer).output, config)
     )
     feature_map = truncated(pixels, training=False)  # (batch, h, w, channels)
     _, height, width, channels = feature_map.shape
@@ -74,13 +74,26 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
     return encoder
 
 
+def _pooled(feature_map: Any, config: Config) -> Any:
+    """Averages squares of a feature map (batch, height, width, channels).
+
+    Where the map does not divide, the last squares are what is left.
+    """
+    if config.feature_pooling == 1:
+        return feature_map
+    return keras.layers.AveragePooling2D(
+        config.feature_pooling, padding="same"
+    )(feature_map)
+
+
 def feature_shape(config: Config) -> tuple[int, int]:
     """(regions, channels) of an encoder, from the network without weights."""
     entry = ENCODERS[config.encoder]
     application = getattr(keras.applications, entry.application)
     shape = (config.image_size, config.image_size, 3)
     network = application(include_top=False, weights=None, input_shape=shape)
-    _, height, width, channels = network.get_layer(entry.layer).output.shape
+    feature_map = _pooled(network.get_layer(entry.layer).output, config)
+    _, height, width, channels = feature_map.shape
     return height * width, channels
 
 
@@ -96,6 +109,7 @@ def describe_features(config: Config, weights: str) -> dict[str, Any]:
         ENCODERS[config.encoder].layer,
         weights_fingerprint(weights),
         config.image_size,
+        config.feature_pooling,
     )
 
 

@@ -42,16 +42,17 @@ class Cache(NamedTuple):
 
 
 def describe(
-    encoder: str, layer: str, weights: str, image_size: int
+    encoder: str, layer: str, weights: str, image_size: int, pooling: int = 1
 ) -> dict[str, Any]:
     """What features depend on; another value means another cache folder."""
-    return {
+    description = {
         "encoder": encoder,
         "layer": layer,
         "weights": weights,
         "image_size": image_size,
         "preprocessing": PREPROCESSING,
     }
+    return description | ({"pooling": pooling} if pooling > 1 else {})
 
 
 def key(description: dict[str, Any]) -> str:

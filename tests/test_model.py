@@ -1,5 +1,7 @@
 """The decoder: shapes, attention, padding, loss, and that it can learn."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -352,6 +354,41 @@ def test_random_features_fit_into_float16(encoder):
 )
 def test_the_feature_maps_are_those_of_the_papers(encoder, size, shape):
     assert feature_shape(Config(encoder=encoder, image_size=size)) == shape
+
+
+def test_regions_are_averages_of_squares_of_the_feature_map(small_encoder):
+    config, _ = small_encoder
+    images = np.random.randint(0, 256, (2, 96, 96, 3), np.uint8)
+    plain = dataclasses.replace(config, image_size=96)
+    pooled = dataclasses.replace(plain, feature_pooling=2)
+    whole, averaged = (
+        np.asarray(build_encoder(each, "random").predict_on_batch(images))
+        for each in (plain, pooled)
+    )
+    channels = whole.shape[-1]
+    grid = whole.astype(np.float32).reshape(2, 3, 3, channels)
+    # Of three rows and columns one is left over.
+    wanted = np.stack(
+        [
+            grid[:, rows, columns].mean(axis=(1, 2))
+            for rows in (slice(0, 2), slice(2, 3))
+            for columns in (slice(0, 2), slice(2, 3))
+        ],
+        axis=1,
+    )
+    assert averaged.shape == (2, *feature_shape(pooled)) == wanted.shape
+    # The scale of random features depends on what they are.
+    scale = np.round(np.log2(wanted.std() / averaged.std()))
+    np.testing.assert_allclose(
+        2.0**scale * averaged.astype(np.float32), wanted, rtol=0.01, atol=0.01
+    )
+
+
+def test_features_that_are_not_pooled_keep_their_place():
+    one, other = Config(feature_pooling=1), Config(feature_pooling=2)
+    one, other = (describe_features(each, "random") for each in (one, other))
+    assert "pooling" not in one
+    assert other == {**one, "pooling": 2}
 
 
 def test_another_encoder_has_other_features():
