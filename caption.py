@@ -84,7 +84,7 @@ def main(arguments: command.Arguments) -> int:
     photos, failed = find_photos(actions.photos)
     config, run = runs.decoding_config(arguments)
     captioner = load_captioner(config, run)
-    reads = extraction.read_ahead(Path(), photos, config.image_size)
+    reads = extraction.read_ahead(Path(), photos, config.input_size)
     done, taken = 0, set()
     # The bar is on standard error and only for a person who waits.
     quiet = not sys.stderr.isatty() or sys.stdout.isatty()
@@ -119,7 +119,7 @@ def serve(arguments: command.Arguments) -> int:
     from captioning import serve as page
 
     app = page.application(
-        captioner, f"Captions by {run.name}", config.image_size
+        captioner, f"Captions by {run.name}", config.input_size
     )
     page.serve(app, arguments.actions.serve)
     return command.DONE

@@ -168,19 +168,20 @@ class Config:
     image_size: int = _setting(
         "encoder",
         224,
-        "side in pixels; images are resized to it whole",
+        "side in pixels, before magnification; images are resized to it whole",
         least=32,
         most=2048,
     )
 
-    # A network sees more in a photograph that is enlarged; averaged two by two,
-    # its regions are no more than those of a photograph half as large.
-    feature_pooling: int = _setting(
+    # The encoder sees more in a photograph that is enlarged. Its regions are
+    # averaged back to those of image_size, so that nothing after it is slower.
+    magnification: int = _setting(
         "encoder",
-        1,
-        "rows and columns of the feature map that are averaged to one region",
-        least=1,
-        most=16,
+        0,
+        "how many times image_size the encoder gets images in (0: 2, and 1 "
+        "for the sample)",
+        least=0,
+        most=8,
     )
     # Mirrored views are rows more of the same feature folder. Captions that
     # name a side are never shown with one.
@@ -341,6 +342,17 @@ class Config:
     split: str = _setting(
         "decoding", "test", "what evaluate.py scores", choices=SPLITS
     )
+
+    @property
+    def enlarged(self) -> int:
+        """How many times image_size the encoder gets images in."""
+        # Drawn shapes are large as they are, and the sample is to be quick.
+        return self.magnification or (1 if self.dataset == "sample" else 2)
+
+    @property
+    def input_size(self) -> int:
+        """Side in pixels of the images that the encoder gets."""
+        return self.image_size * self.enlarged
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):

@@ -125,10 +125,10 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
     encoder = captioning_model.build_encoder(config, weights)
     decoder, words = captioning_model.load_decoder(config, run)
     searcher = search.build(decoder, config)
-    export.save(encoder, searcher, words, config.image_size, folder)
+    export.save(encoder, searcher, words, config.input_size, folder)
     print(
-        f"Wrote {folder}: uint8 RGB images (batch, {config.image_size}, "
-        f"{config.image_size}, 3) -> word_ids, words, scores. "
+        f"Wrote {folder}: uint8 RGB images (batch, {config.input_size}, "
+        f"{config.input_size}, 3) -> word_ids, words, scores. "
         f"Next: program = tf.saved_model.load({str(folder)!r}); "
         "program.serve(images)"
     )

@@ -42,8 +42,9 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
         weights: `imagenet`, `random`, or the path of a weights file.
 
     Returns:
-        A model from uint8 RGB images (batch, size, size, 3) to annotation
-        vectors, float16 (batch, regions, channels).
+        A model from uint8 RGB images (batch, size, size, 3), where size is
+        `config.input_size`, to annotation vectors, float16 (batch, regions,
+        channels).
 
     Raises:
         UserError: if the weights cannot be had or do not fit.
@@ -51,7 +52,7 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
     entry = ENCODERS[config.encoder]
     application = getattr(keras.applications, entry.application)
     module = getattr(keras.applications, entry.module)
-    shape = (config.image_size, config.image_size, 3)
+    shape = (config.input_size, config.input_size, 3)
     network = application(include_top=False, weights=None, input_shape=shape)
     network.trainable = False
     _load_encoder_weights(network, application, config.encoder, weights)
@@ -77,20 +78,20 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
 def _pooled(feature_map: Any, config: Config) -> Any:
     """Averages squares of a feature map (batch, height, width, channels).
 
-    Where the map does not divide, the last squares are what is left.
+    An enlarged image has then no more regions than one that is not. Where the
+    map does not divide, the last squares are what is left.
     """
-    if config.feature_pooling == 1:
+    if config.enlarged == 1:
         return feature_map
-    return keras.layers.AveragePooling2D(
-        config.feature_pooling, padding="same"
-    )(feature_map)
+    pooling = keras.layers.AveragePooling2D(config.enlarged, padding="same")
+    return pooling(feature_map)
 
 
 def feature_shape(config: Config) -> tuple[int, int]:
     """(regions, channels) of an encoder, from the network without weights."""
     entry = ENCODERS[config.encoder]
     application = getattr(keras.applications, entry.application)
-    shape = (config.image_size, config.image_size, 3)
+    shape = (config.input_size, config.input_size, 3)
     network = application(include_top=False, weights=None, input_shape=shape)
     feature_map = _pooled(network.get_layer(entry.layer).output, config)
     _, height, width, channels = feature_map.shape
@@ -109,7 +110,7 @@ def describe_features(config: Config, weights: str) -> dict[str, Any]:
         ENCODERS[config.encoder].layer,
         weights_fingerprint(weights),
         config.image_size,
-        config.feature_pooling,
+        config.enlarged,
     )
 
 

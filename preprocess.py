@@ -159,7 +159,7 @@ def encode_part(config: Config, dataset: Any, number: int, of: int) -> bool:
         workers.begin_part(cache.folder, number, of)
         part = extraction.share(names, number, of)
         extraction.fill(
-            cache, dataset.images_dir, part, config.image_size, build
+            cache, dataset.images_dir, part, config.input_size, build
         )
         others = workers.end_part(place, cache.folder, number, of)
     if others:
@@ -186,7 +186,7 @@ def encode_images(config: Config, dataset: Any) -> tuple[Any, Any, Path]:
 
     cache, names, build = open_cache(config, dataset)
     notes = extraction.fill(
-        cache, dataset.images_dir, names, config.image_size, build
+        cache, dataset.images_dir, names, config.input_size, build
     )
     table = without(dataset.table, [image for image, _ in notes.skipped])
     skipped = dataset.skipped + notes.skipped

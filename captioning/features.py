@@ -42,7 +42,11 @@ class Cache(NamedTuple):
 
 
 def describe(
-    encoder: str, layer: str, weights: str, image_size: int, pooling: int = 1
+    encoder: str,
+    layer: str,
+    weights: str,
+    image_size: int,
+    magnification: int = 1,
 ) -> dict[str, Any]:
     """What features depend on; another value means another cache folder."""
     description = {
@@ -52,7 +56,9 @@ def describe(
         "image_size": image_size,
         "preprocessing": PREPROCESSING,
     }
-    return description | ({"pooling": pooling} if pooling > 1 else {})
+    if magnification > 1:
+        description["magnification"] = magnification
+    return description
 
 
 def key(description: dict[str, Any]) -> str:

@@ -359,8 +359,8 @@ def test_the_feature_maps_are_those_of_the_papers(encoder, size, shape):
 def test_regions_are_averages_of_squares_of_the_feature_map(small_encoder):
     config, _ = small_encoder
     images = np.random.randint(0, 256, (2, 96, 96, 3), np.uint8)
-    plain = dataclasses.replace(config, image_size=96)
-    pooled = dataclasses.replace(plain, feature_pooling=2)
+    plain = dataclasses.replace(config, image_size=96, magnification=1)
+    pooled = dataclasses.replace(config, image_size=48, magnification=2)
     whole, averaged = (
         np.asarray(build_encoder(each, "random").predict_on_batch(images))
         for each in (plain, pooled)
@@ -384,11 +384,20 @@ def test_regions_are_averages_of_squares_of_the_feature_map(small_encoder):
     )
 
 
-def test_features_that_are_not_pooled_keep_their_place():
-    one, other = Config(feature_pooling=1), Config(feature_pooling=2)
-    one, other = (describe_features(each, "random") for each in (one, other))
-    assert "pooling" not in one
-    assert other == {**one, "pooling": 2}
+def test_photographs_are_enlarged_and_the_sample_is_not():
+    assert Config().input_size == 224
+    assert Config(dataset="flickr8k").input_size == 448
+    assert Config(dataset="flickr8k", magnification=1).input_size == 224
+    assert Config(magnification=3, image_size=32).input_size == 96
+
+
+def test_magnification_makes_other_features_of_one_shape():
+    plain, enlarged = Config(magnification=1), Config(magnification=2)
+    one, other = (
+        describe_features(each, "random") for each in (plain, enlarged)
+    )
+    assert other == {**one, "magnification": 2}
+    assert feature_shape(plain) == feature_shape(enlarged) == (49, 2048)
 
 
 def test_another_encoder_has_other_features():
