@@ -1,4 +1,4 @@
-"""What a run says of its validation split, as arrays; on any backend.
+"""What a run says of its training split, as arrays; on any backend.
 
 python -m tests.probe FOLDER RUN FILE
 """
@@ -32,7 +32,7 @@ def probe(folder: Path, run: str) -> dict[str, np.ndarray]:
     place = folder / "checkpoints" / run
     config = load_config(place)
     backend.set_precision(config)
-    split = prepared.load_split(config, "val")
+    split = prepared.load_split(config, "train")
     decoder, words, features, rows = evaluate.open_run(
         config, place, split.images
     )

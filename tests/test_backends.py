@@ -1,6 +1,7 @@
 """The same runs on TensorFlow and on JAX."""
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from captioning import callbacks
 from captioning.sample import write_sample
+from config import UserError
 from tests.probe import probe
 from tests.scripts import ROOT, good
 
@@ -28,14 +31,14 @@ TRAINING = [
     *("--embedding-units", "16", "--learning-rate", "0.01"),
 ]
 RUN = "tiny-mobilenetv2"
-# Runs scripts one after the other, and ends with what they imported.
+# Runs scripts one after the other; none of them may import TensorFlow.
 MANY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from tests.scripts import good
 for line in sys.argv[2:]:
     good(*line.split("|"), folder=".")
-print("tensorflow" in sys.modules)
+    assert "tensorflow" not in sys.modules, line
 """
 
 
@@ -49,8 +52,8 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-def python(backend: str, *arguments, folder: Path) -> str:
-    """Runs Python on a backend; gives what it printed."""
+def python(backend: str, *arguments, folder: Path) -> None:
+    """Runs Python on a backend; it has to succeed."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
@@ -59,10 +62,10 @@ def python(backend: str, *arguments, folder: Path) -> str:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_a_run_says_the_same_on_the_other_backend(home, tmp_path):
+    """The other way round it is tested where the suite runs on the other."""
     file = tmp_path / "other.npz"
     python(OTHER, "-m", "tests.probe", home, RUN, file, folder=home)
     with contextlib.chdir(home):
@@ -70,16 +73,22 @@ def test_a_run_says_the_same_on_the_other_backend(home, tmp_path):
     with np.load(file) as there:
         assert str(there["backend"]) == OTHER != str(here["backend"])
         np.testing.assert_array_equal(there["words"], here["words"])
+        # There is something to differ in.
         assert (here["log_probabilities"] < -0.5).any()
+        assert len(set(here["captions"])) > 1
         for name in ("log_probabilities", "scores"):
             np.testing.assert_allclose(there[name], here[name], atol=1e-4)
 
 
 def test_a_run_goes_on_on_the_other_backend(home):
-    before = pd.read_csv(home / "checkpoints" / RUN / "history.csv")
-    flags = [*FLAGS, *TRAINING, "--epochs", "5"]
+    """And is logged for TensorBoard, which JAX does where it is asked to."""
+    place = home / "checkpoints" / RUN
+    before = pd.read_csv(place / "history.csv")
+    logs = set(place.rglob("events*"))
+    flags = [*FLAGS, *TRAINING, "--epochs", "5", "--tensorboard"]
     python(OTHER, ROOT / "train.py", *flags, folder=home)
-    table = pd.read_csv(home / "checkpoints" / RUN / "history.csv")
+    assert set(place.rglob("events*")) > logs
+    table = pd.read_csv(place / "history.csv")
     pd.testing.assert_frame_equal(table[:1], before)
     # Dropout draws something else there; after some epochs that is no matter.
     assert table["val_loss"].iloc[-1] < table["val_loss"][0] - 0.1
@@ -87,15 +96,24 @@ def test_a_run_goes_on_on_the_other_backend(home):
 
 def test_on_jax_nothing_imports_tensorflow(home):
     flags = [*FLAGS, "--run-name", "alone"]
+    data = ["--min-word-count", "2"]
     photo = "data/tiny/images/scene_00000.jpg"
     lines = [
-        ["preprocess.py", *FLAGS, "--min-word-count", "2"],
-        ["train.py", *flags, "--min-word-count", "2", *TRAINING],
-        ["evaluate.py", *flags, "--min-word-count", "2", "--split", "val"],
-        ["caption.py", *flags, photo],
+        ["preprocess.py", *FLAGS, *data],
+        ["train.py", *flags, *data, *TRAINING, "--scst-epochs", "1"],
+        ["evaluate.py", *flags, *data, "--split", "val"],
+        ["caption.py", *flags, "--json", "--attention", "maps", photo],
     ]
     lines = ["|".join(each) for each in lines]
-    told = python("jax", "-c", MANY, ROOT, *lines, folder=home)
-    assert told.splitlines()[-1] == "False"
-    assert (home / "checkpoints" / "alone" / "model.weights.h5").exists()
-    assert not (home / "checkpoints" / "alone" / "tensorboard").exists()
+    python("jax", "-c", MANY, ROOT, *lines, folder=home)
+    place = home / "checkpoints" / "alone"
+    assert pd.read_csv(place / "history.csv")["reward"].notna().any()
+    assert (place / "evaluation" / "val" / "report.html").exists()
+    assert len(list((home / "maps").glob("*.png"))) == 1
+    assert not (place / "tensorboard").exists()
+
+
+def test_tensorboard_without_tensorflow_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorflow"):
+        callbacks.boards(tmp_path, asked=True)
