@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from captioning.backend import ALONE, PACKED, TENSORFLOW, Devices
+from captioning.backend import ALONE, TENSORFLOW, Devices, use_xla
 from captioning.vocabulary import PAD
 
 # Batches of images with captions of like length have fewer steps. So many
@@ -101,7 +101,7 @@ class CaptionBatches(keras.utils.PyDataset):
             the batch, so that the sum of weighed losses is the loss. None
             gives every token the weight 1.
         padded: pad the captions instead of packing them, so that all batches
-            are of one size.
+            are of one size; None does so where XLA would compile for each.
         devices: what a batch is for. Several of them want it padded, and so
             many images that each has as many; of these a process gets its
             own alone.
@@ -118,7 +118,7 @@ class CaptionBatches(keras.utils.PyDataset):
         mirrored: np.ndarray | None = None,
         sided: Sequence[np.ndarray] = (),
         importance: Sequence[np.ndarray] | None = None,
-        padded: bool = not PACKED,
+        padded: bool | None = None,
         devices: Devices = ALONE,
     ) -> None:
         super().__init__(workers=WORKERS)
@@ -128,6 +128,7 @@ class CaptionBatches(keras.utils.PyDataset):
         self.seed = seed
         self.mirrored, self.sided = mirrored, sided
         self.importance = importance
+        padded = use_xla() if padded is None else padded
         self.padded = padded or devices.number > 1
         share = -(-batch_images // devices.number) * devices.number
         self.share = share // devices.processes  # images of this process
