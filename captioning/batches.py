@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from captioning.backend import ALONE, TENSORFLOW, Devices, use_xla
+from captioning.features import read_rows
 from captioning.vocabulary import PAD
 
 # Batches of images with captions of like length have fewer steps. So many
@@ -191,7 +192,7 @@ class CaptionBatches(keras.utils.PyDataset):
         images = self.order[place + self.skip]
         images = images[self.first : self.first + self.share]
         captions = [self.captions[image][self._up(image)] for image in images]
-        features = self.features[self.shown[images]]
+        features = read_rows(self.features, self.shown[images])
         weighs = [np.ones(len(each), np.float32) for each in captions]
         if self.importance is not None:
             weighs = [self.importance[n][self._up(n)] for n in images]
