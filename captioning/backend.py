@@ -11,9 +11,6 @@ import keras
 from config import Config
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
-# TensorFlow takes batches of any length, so that captions are packed without
-# padding. JAX compiles anew for each length and gets padded batches.
-PACKED = TENSORFLOW
 # The first generation of GPUs that multiplies bfloat16.
 AMPERE = (8, 0)
 
@@ -64,7 +61,7 @@ def one_device() -> Iterator[None]:
 
 
 def use_xla() -> bool:
-    """Whether to compile with XLA.
+    """Whether to compile with XLA, which does so anew for each length of batch.
 
     TensorFlow's own kernels are faster than XLA's on a CPU, and an unrolled
     loop takes XLA minutes to compile there.

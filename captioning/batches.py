@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from captioning.backend import ALONE, PACKED, TENSORFLOW, Devices
+from captioning.backend import ALONE, TENSORFLOW, Devices, use_xla
+from captioning.features import read_rows
 from captioning.vocabulary import PAD
 
 # Batches of images with captions of like length have fewer steps. So many
@@ -101,7 +102,7 @@ class CaptionBatches(keras.utils.PyDataset):
             the batch, so that the sum of weighed losses is the loss. None
             gives every token the weight 1.
         padded: pad the captions instead of packing them, so that all batches
-            are of one size.
+            are of one size; None does so where XLA would compile for each.
         devices: what a batch is for. Several of them want it padded, and so
             many images that each has as many; of these a process gets its
             own alone.
@@ -118,7 +119,7 @@ class CaptionBatches(keras.utils.PyDataset):
         mirrored: np.ndarray | None = None,
         sided: Sequence[np.ndarray] = (),
         importance: Sequence[np.ndarray] | None = None,
-        padded: bool = not PACKED,
+        padded: bool | None = None,
         devices: Devices = ALONE,
     ) -> None:
         super().__init__(workers=WORKERS)
@@ -128,6 +129,7 @@ class CaptionBatches(keras.utils.PyDataset):
         self.seed = seed
         self.mirrored, self.sided = mirrored, sided
         self.importance = importance
+        padded = use_xla() if padded is None else padded
         self.padded = padded or devices.number > 1
         share = -(-batch_images // devices.number) * devices.number
         self.share = share // devices.processes  # images of this process
@@ -190,7 +192,7 @@ class CaptionBatches(keras.utils.PyDataset):
         images = self.order[place + self.skip]
         images = images[self.first : self.first + self.share]
         captions = [self.captions[image][self._up(image)] for image in images]
-        features = self.features[self.shown[images]]
+        features = read_rows(self.features, self.shown[images])
         weighs = [np.ones(len(each), np.float32) for each in captions]
         if self.importance is not None:
             weighs = [self.importance[n][self._up(n)] for n in images]

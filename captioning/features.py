@@ -11,6 +11,7 @@ with its dataset and, by mirrored views, with `feature_views`.
 import hashlib
 import io
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -186,6 +187,29 @@ def load_digests(cache: Cache) -> np.ndarray:
     table = np.fromfile(path, np.uint8, DIGEST_BYTES * rows)
     table = table.reshape(rows, DIGEST_BYTES)
     return table * (cache.finished[:, None] != 0)
+
+
+def read_rows(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Reads rows of a cache, asking the disk for all of them at once.
+
+    Else the system reads what is not in memory piece by piece, each when the
+    one before has come: a fourth as fast, from a disk that seeks.
+
+    Args:
+        features: (all rows, regions, channels), memory-mapped or not.
+        rows: which of them, int (rows,).
+
+    Returns:
+        (rows, regions, channels).
+    """
+    file = features.base
+    if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+        width = features[0].nbytes
+        for row in rows:
+            start = features.offset + int(row) * width
+            page = start - start % mmap.PAGESIZE
+            file.madvise(mmap.MADV_WILLNEED, page, start + width - page)
+    return features[rows]
 
 
 def channel_statistics(

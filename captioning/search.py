@@ -13,6 +13,7 @@ from keras import ops
 from tqdm import tqdm
 
 from captioning.backend import use_xla
+from captioning.features import read_rows
 from captioning.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
 from config import Config
 
@@ -563,7 +564,7 @@ def caption_together(
             count = min(BATCH, images - start)
             # All batches have one size, so that the search is compiled once.
             batch = [
-                each[np.resize(row[start : start + BATCH], BATCH)]
+                read_rows(each, np.resize(row[start : start + BATCH], BATCH))
                 for each, row in zip(features, rows, strict=True)
             ]
             found = search.predict_on_batch(batch)

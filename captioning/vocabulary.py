@@ -6,8 +6,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,8 @@ def _bare(word: str) -> str:
     return word.strip("".join(marks - {"'"}))
 
 
-class Vocabulary(NamedTuple):
+@dataclass(frozen=True)
+class Vocabulary:
     """The words that the decoder knows; a word's place is its number."""
 
     words: tuple[str, ...]
@@ -66,9 +67,9 @@ class Vocabulary(NamedTuple):
         """How many words, special ones included."""
         return len(self.words)
 
-    @property
+    @functools.cached_property
     def numbers(self) -> dict[str, int]:
-        """Word -> number."""
+        """Word -> number; made once, as images are encoded one by one."""
         return {word: number for number, word in enumerate(self.words)}
 
     def decode(self, numbers: Iterable[int]) -> list[str]:

@@ -388,6 +388,22 @@ def test_keras_is_imported_without_its_noise(tmp_path):
     assert (out, told) == ("imported\n", "heard\n")
 
 
+@pytest.mark.parametrize("own", ["", "its own"])
+def test_gpu_memory_is_taken_as_it_is_needed(tmp_path, monkeypatch, own):
+    """TensorFlow and JAX take all of it, but for what the user may set."""
+    names = ["TF_FORCE_GPU_ALLOW_GROWTH", "XLA_PYTHON_CLIENT_PREALLOCATE"]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if own:
+            monkeypatch.setenv(name, own)
+    (tmp_path / "keras.py").write_text(
+        f"import os\nprint(*map(os.environ.get, {names}), sep='|')\n"
+    )
+    code = "from captioning.command import import_keras; import_keras()"
+    out, _ = start(code, tmp_path, cwd=tmp_path).communicate(timeout=30)
+    assert out.strip() == (f"{own}|{own}" if own else "true|false")
+
+
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc",
     reason="other C libraries have no mallopt",

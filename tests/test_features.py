@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -612,3 +613,35 @@ def test_a_channel_that_never_fires_is_not_blown_up():
         cache_of(np.zeros((10, *SHAPE))), np.arange(10)
     )
     np.testing.assert_allclose(deviation, 1e-6)
+
+
+# --- reading --------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_WILLNEED"), reason="the system takes no advice"
+)
+def test_the_disk_is_asked_for_all_rows_before_one_is_read(
+    tmp_path, monkeypatch
+):
+    asked = []
+
+    class Watched(mmap.mmap):
+        def madvise(self, option, start, length):
+            assert option == mmap.MADV_WILLNEED
+            asked.append((start, start + length))
+            super().madvise(option, start, length)
+
+    values = np.arange(20 * 49 * 64).reshape(20, 49, 64).astype(np.float16)
+    np.save(tmp_path / "features.npy", values)
+    monkeypatch.setattr(mmap, "mmap", Watched)
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    rows = np.array([17, 3, 3])
+    for each in (mapped, values):  # a plain array has no disk to ask
+        found = features.read_rows(each, rows)
+        np.testing.assert_array_equal(found, values[rows])
+    width = values[0].nbytes
+    for row, (start, end) in zip(rows, asked, strict=True):
+        first = mapped.offset + row * width
+        assert first - mmap.PAGESIZE < start <= first
+        assert end == first + width

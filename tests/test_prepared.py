@@ -113,6 +113,13 @@ def test_captions_come_back_by_image_in_the_order_of_the_dataset(config):
     assert prepared.load_split(config, "val").images == ["m.png"]
 
 
+def test_all_occurrences_of_a_word_are_one_string(config):
+    prepared.save(config, dataset(PLAIN))
+    (first, second), _ = prepared.load_split(config, "train").tokens
+    assert first[1] == "dog"
+    assert first[1] is second[1]
+
+
 def check_round_trip(config: Config, captions: list) -> None:
     prepared.save(config, dataset(captions))
     for name in {split for _, split, _ in captions}:

@@ -102,6 +102,10 @@ def test_the_special_words_have_their_numbers():
     }
 
 
+def test_the_numbers_are_made_once_and_not_for_every_image():
+    assert WORDS.numbers is WORDS.numbers
+
+
 def test_its_length_counts_the_special_words():
     assert len(WORDS) == 8
 

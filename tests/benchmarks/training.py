@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from captioning import command, datasets, vocabulary  # noqa: E402
 from config import Config, UserError  # noqa: E402
-from tests.benchmarks import yardsticks  # noqa: E402
+from tests.benchmarks import floors, yardsticks  # noqa: E402
 from tests.benchmarks.yardsticks import (  # noqa: E402
     CHANNELS,
     REGIONS,
@@ -43,7 +43,7 @@ from tests.benchmarks.yardsticks import (  # noqa: E402
 IMAGES = 480
 SAMPLE = 640  # captions that the yardsticks take of them; they need longer
 ROUNDS = 3
-SIDE, PRODUCTS = 2048, 10  # of the matrices that the peak is measured with
+SIDE = 2048  # of the matrices that the peak is measured with
 MANY_ROWS, MEMORY_STEPS = 31_783, 20
 
 
@@ -115,48 +115,6 @@ def ours(decoder: Any, batches: Any) -> Epoch:
     return epoch
 
 
-def count_operations(config: Config, images: int, tokens: int) -> int:
-    """Floating-point operations of training on so many images and words.
-
-    Matrix products alone, of real words alone. Backward takes two more for
-    each: the gradients of the weights and of the input.
-    """
-    units, keys = config.decoder_units, config.attention_units
-    words = config.embedding_units
-    regions = images * REGIONS
-    products = [
-        (regions, units, keys),  # keys
-        (images, units, 2 * units),  # first state
-        (tokens, words, 4 * units),  # the word's part of the gates
-        (tokens, units, keys),  # query
-        (tokens * REGIONS, keys, 1),  # scores
-        (tokens, REGIONS, units),  # context
-        (tokens, units, units),  # gate of the context
-        (tokens, units, 4 * units),  # the state's part of the gates
-        (tokens, units, 4 * units),  # the context's part of the gates
-        (tokens, units, words),  # deep output, from the state
-        (tokens, units, words),  # deep output, from the context
-        (tokens, words, WORDS),  # logits
-    ]
-    forward = sum(2 * rows * inner * out for rows, inner, out in products)
-    # The features need no gradient: one product less.
-    annotations = 2 * regions * CHANNELS * units
-    return 3 * forward + 2 * annotations
-
-
-def measure_peak(dtype: str) -> float:
-    """Operations a second of a large square matrix product."""
-    import tensorflow as tf
-
-    matrix = tf.cast(tf.random.normal((SIDE, SIDE)), dtype)
-    tf.matmul(matrix, matrix).numpy()
-    start = time.perf_counter()
-    for _ in range(PRODUCTS):
-        found = tf.matmul(matrix, matrix)
-    found.numpy()
-    return PRODUCTS * 2 * SIDE**3 / (time.perf_counter() - start)
-
-
 def own_memory() -> float:
     """Megabytes that the process has for itself, without files it maps."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -216,7 +174,7 @@ def measure_in_turns(epochs: dict[str, Epoch], dtypes: set[str]) -> Any:
         for name, epoch in epochs.items():
             rates[name].append(rate(epoch))
         for dtype in dtypes:
-            peaks[dtype].append(measure_peak(dtype))
+            peaks[dtype].append(floors.measure_peaks(dtype, SIDE, 1).operations)
     return rates, peaks
 
 
@@ -270,7 +228,9 @@ def main(arguments: command.Arguments) -> None:
     precision = backend.set_precision(config)
     dtype = keras.config.dtype_policy().compute_dtype
     tokens = np.count_nonzero(rows[:, 1:])
-    operations = count_operations(config, len(captions), tokens)
+    operations = floors.operations_of_training(
+        config, len(captions), tokens, WORDS
+    )
     print(
         f"{len(captions)} images, {len(rows):,} captions, {tokens:,} words "
         f"with <end>; ours in {precision}; {THREADS} threads",

@@ -1,0 +1,115 @@
+"""What is different where there is a GPU, on machines that have none."""
+
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+
+import train
+from captioning import backend, search
+from captioning.backend import TENSORFLOW
+from captioning.batches import CaptionBatches
+from captioning.vocabulary import END, PAD, START
+from config import Config
+from model import CaptioningModel, SmoothedCrossEntropy
+
+STEPS, REGIONS, CHANNELS, WORDS = 2, 3, 4, 9
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    keras.config.set_dtype_policy("float32")
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Has the backend find GPUs of some capabilities."""
+
+    def find(*capabilities: str) -> None:
+        devices = [SimpleNamespace(compute_capability=c) for c in capabilities]
+        monkeypatch.setattr(backend, "accelerators", lambda: devices)
+        if TENSORFLOW:
+            import tensorflow as tf
+
+            def details(device):
+                numbers = device.compute_capability.split(".")
+                return {"compute_capability": tuple(map(int, numbers))}
+
+            monkeypatch.setattr(
+                tf.config.experimental, "get_device_details", details
+            )
+
+    return find
+
+
+def make_batches(**options) -> CaptionBatches:
+    """Captions of one word and of two, that make batches of two lengths."""
+    short, long = [START, END, PAD], [START, 5, END]
+    captions = [np.array([each] * 2, np.int32) for each in (short, long) * 2]
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(4, REGIONS, CHANNELS)).astype(np.float16)
+    return CaptionBatches(features, np.arange(4), captions, 1, **options)
+
+
+def tiny() -> CaptioningModel:
+    keras.utils.set_random_seed(2)
+    decoder = CaptioningModel(WORDS, STEPS, 5, 5, 5)
+    decoder.build({"features": (None, None, CHANNELS)})
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "policy"),
+    [
+        (["7.5"], "float32"),
+        (["8.0"], "mixed_bfloat16"),
+        (["12.0"], "mixed_bfloat16"),
+        (["9.0", "7.5"], "float32"),
+    ],
+)
+def test_gpus_compute_in_bfloat16_if_all_of_them_can(
+    gpus, capabilities, policy
+):
+    gpus(*capabilities)
+    assert backend.set_precision(Config()) == policy
+    assert keras.config.dtype_policy().name == policy
+
+
+def test_on_gpus_xla_compiles_training_and_search(gpus):
+    gpus("9.0")
+    config, decoder = Config(ema_epochs=0), tiny()
+    train.compile_decoder(config, decoder, 1)
+    assert decoder.jit_compile
+    assert search.build(decoder, config).jit_compile
+
+
+def test_on_gpus_all_batches_are_of_one_size_and_compiled_once(gpus):
+    def shapes(batches):
+        return {
+            tuple(each.shape for each in keras.tree.flatten(batches[place]))
+            for place in range(len(batches))
+        }
+
+    assert len(shapes(make_batches(padded=False))) > 1
+    gpus("9.0")
+    assert len(shapes(make_batches())) == 1
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="JAX compiles with XLA alone")
+def test_a_step_that_xla_compiles_is_the_step_that_tensorflow_does():
+    found = []
+    for xla in (True, False):
+        decoder = tiny()
+        decoder.compile(
+            keras.optimizers.SGD(1.0),
+            SmoothedCrossEntropy(0.1),
+            jit_compile=xla,
+            run_eagerly=not xla,
+        )
+        decoder.train_on_batch(*make_batches(padded=True)[1])
+        found.append(decoder.get_weights())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
