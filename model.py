@@ -19,8 +19,8 @@ import numpy as np
 from keras import ops
 
 from captioning import features, runs, search, vocabulary
-from captioning.backend import scan, use_xla
-from captioning.vocabulary import PAD, UNKNOWN
+from captioning.backend import over_devices, scan, use_xla
+from captioning.vocabulary import PAD, START, UNKNOWN
 from config import ENCODERS, Config, UserError
 
 # Seeds of their own, so that --seed changes the training and neither the
@@ -491,8 +491,63 @@ class DeepOutput(keras.layers.Layer):
         }
 
 
+class TeacherForced(keras.Model):
+    """A model that scores the next word, given the true words before it.
+
+    Its loss is a mean over the words of a batch, and that of an epoch one
+    over the words of the epoch. Keras would take the mean of what each device
+    finds of its part of a batch, and of what it finds of each batch, whether
+    that has many words or few.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Takes the place of Keras's own figure of this name.
+        self.mean_loss = keras.metrics.Mean(name="loss")
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """This device's part of the loss of a batch.
+
+        Losses are sums over words, additional ones sums over captions; both
+        are divided by what all devices have of them.
+
+        Args:
+            x: inputs, see `CaptioningModel.call`.
+            y: targets, int32 (tokens,) or (images, captions, steps).
+            y_pred: logits, of one dimension more.
+            sample_weight: float32, of the shape of the targets.
+            training: has no effect.
+        """
+        # Before the devices are asked: each of them adds to the same list.
+        penalties = self.losses
+        loss = self.loss(y, y_pred, sample_weight)
+        counted = (y != PAD, x["words"] == START)
+        words, captions = over_devices(
+            [ops.sum(ops.cast(each, "float32")) for each in counted]
+        )
+        loss = loss / words
+        for penalty in penalties:
+            loss = loss + penalty / captions
+        self.mean_loss.update_state(over_devices(loss), words)
+        return loss
+
+    def _maybe_symbolic_build(self, **_: Any) -> None:
+        """Leaves out what Keras does before an epoch on several devices.
+
+        It reads a first batch to build the model by, and what was read ahead
+        of that one comes first in the epoch. This model is built.
+        """
+
+
 @keras.saving.register_keras_serializable("captioning")
-class CaptioningModel(keras.Model):
+class CaptioningModel(TeacherForced):
     """The decoder over cached features, for training and, by step, search.
 
     Args:
@@ -732,7 +787,7 @@ class CaptioningModel(keras.Model):
         return {**super().get_config(), **self.settings}
 
 
-class Ensemble(keras.Model):
+class Ensemble(TeacherForced):
     """Several decoders whose probabilities are averaged, teacher-forced.
 
     Args:
@@ -783,7 +838,7 @@ def doubly_stochastic_penalty(
             the captions are padded.
 
     Returns:
-        The mean over the captions.
+        The sum over the captions.
     """
     if caption is None:
         real = ops.cast(ops.expand_dims(words != PAD, -1), "float32")
@@ -794,7 +849,7 @@ def doubly_stochastic_penalty(
         received = ops.segment_sum(attention, caption, captions)
         there = ops.ones_like(received[:, :1])
     penalty = ops.mean(ops.square(1 - received), -1, keepdims=True)
-    return ops.sum(penalty * there) / ops.maximum(ops.sum(there), 1)
+    return ops.sum(penalty * there)
 
 
 def build_model(
@@ -845,19 +900,17 @@ def load_decoder(
 
 @keras.saving.register_keras_serializable("captioning")
 class SmoothedCrossEntropy(keras.losses.Loss):
-    """Cross-entropy with label smoothing, averaged over the real words.
+    """Cross-entropy with label smoothing, summed over the words.
 
-    Label smoothing is that of Szegedy et al. 2016, section 7.
+    Label smoothing is that of Szegedy et al. 2016, section 7. The sample
+    weights are 1 for a word and 0 for padding: padding changes nothing.
 
     Args:
         smoothing: share of the target that is spread over all words.
     """
 
     def __init__(self, smoothing: float = 0.0, **kwargs: Any) -> None:
-        # Divided by the sum of the sample weights, which are 1 for a word and
-        # 0 for padding: padding changes nothing.
-        kwargs.setdefault("reduction", "mean_with_sample_weight")
-        super().__init__(**kwargs)
+        super().__init__(**{"reduction": "sum", **kwargs})
         self.smoothing = smoothing
 
     def call(self, targets: Any, logits: Any) -> Any:

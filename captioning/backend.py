@@ -30,43 +30,97 @@ ALONE = Devices()
 def all_devices() -> Iterator[Devices]:
     """Has what is built and trained inside use every device there is.
 
-    Keras's data parallelism: each device has all weights, and its part of
-    every batch. The batch, and with it the result, stays what it is.
+    Data parallelism: each device has all weights, and its part of every
+    batch. The batch, and with it the result, stays what it is.
     """
     if TENSORFLOW:
-        yield ALONE
-        return
-    import jax
+        import tensorflow as tf
 
-    devices = Devices(
-        jax.device_count(), jax.process_index(), jax.process_count()
-    )
+        kind = "GPU" if accelerators() else "CPU"
+        names = [each.name for each in tf.config.list_logical_devices(kind)]
+        devices = Devices(len(names))
+    else:
+        import jax
+
+        devices = Devices(
+            jax.device_count(), jax.process_index(), jax.process_count()
+        )
     if devices == ALONE:
         yield devices
-        return
-    parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
-    with parallel.scope():
-        yield devices
+    elif TENSORFLOW:
+        with _distributed(tf.distribute.MirroredStrategy(names)):
+            yield devices
+    else:
+        parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
+        with _distributed(parallel):
+            yield devices
+
+
+def one_device() -> contextlib.AbstractContextManager[None]:
+    """Has what is built and run inside be this process's own."""
+    return _distributed(None)
 
 
 @contextlib.contextmanager
-def one_device() -> Iterator[None]:
-    """Has what is built and run inside be this process's own."""
-    before = keras.distribution.distribution()
-    keras.distribution.set_distribution(None)
+def _distributed(way: Any) -> Iterator[None]:
+    """Has what is inside be distributed in one way; None is not at all."""
+    if TENSORFLOW:
+        import tensorflow as tf
+
+        strategy = tf.distribute.get_strategy()
+        before = strategy if tf.distribute.has_strategy() else None
+        change = tf.distribute.experimental_set_strategy
+    else:
+        before = keras.distribution.distribution()
+        change = keras.distribution.set_distribution
+    change(way)
     try:
         yield
     finally:
-        keras.distribution.set_distribution(before)
+        change(before)
+
+
+def over_devices(amounts: Any) -> Any:
+    """Sums what each device has of a batch, within a step of training.
+
+    On JAX a step sees the whole batch, whatever devices it lies on.
+
+    Args:
+        amounts: tensors in any structure.
+    """
+    if TENSORFLOW:
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        if tf.distribute.has_strategy() and context:
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, amounts)
+    return amounts
+
+
+class AdamW(keras.optimizers.AdamW):
+    """AdamW that clips the gradient of the whole batch.
+
+    On TensorFlow Keras clips each device's part and sums them then.
+    """
+
+    def _clip_gradients(self, gradients: list[Any]) -> list[Any]:
+        return super()._clip_gradients(over_devices(gradients))
+
+    def _all_reduce_sum_gradients(self, pairs: list[Any]) -> list[Any]:
+        return pairs
 
 
 def use_xla() -> bool:
     """Whether to compile with XLA, which does so anew for each length of batch.
 
     TensorFlow's own kernels are faster than XLA's on a CPU, and an unrolled
-    loop takes XLA minutes to compile there.
+    loop takes XLA minutes to compile there. It compiles for one device.
     """
-    return not TENSORFLOW or bool(accelerators())
+    if not TENSORFLOW:
+        return True
+    import tensorflow as tf
+
+    return bool(accelerators()) and not tf.distribute.has_strategy()
 
 
 def set_seed(seed: int) -> None:

@@ -98,9 +98,7 @@ class CaptionBatches(keras.utils.PyDataset):
         sided: for each image bool (its captions,): which captions name a
             side, and are wrong of the mirrored view.
         importance: what the tokens of a caption weigh, for each image float
-            (its captions,); they are then divided by the number of tokens of
-            the batch, so that the sum of weighed losses is the loss. None
-            gives every token the weight 1.
+            (its captions,); None gives every token the weight 1.
         padded: pad the captions instead of packing them, so that all batches
             are of one size; None does so where XLA would compile for each.
         devices: what a batch is for. Several of them want it padded, and so
@@ -203,10 +201,7 @@ class CaptionBatches(keras.utils.PyDataset):
             features = np.pad(features, ((0, missing), (0, 0), (0, 0)))
         inputs["features"] = features  # (images, regions, channels)
         real = (targets != PAD).astype(np.float32)
-        weights = real * weighs.astype(np.float32)
-        if self.importance is not None:
-            weights /= real.sum()
-        return inputs, targets, weights
+        return inputs, targets, real * weighs.astype(np.float32)
 
     def _up(self, image: int) -> np.ndarray:
         """Which captions of an image are up in this epoch."""
