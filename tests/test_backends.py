@@ -85,7 +85,7 @@ def test_a_run_goes_on_on_the_other_backend(home):
     place = home / "checkpoints" / RUN
     before = pd.read_csv(place / "history.csv")
     logs = set(place.rglob("events*"))
-    flags = [*FLAGS, *TRAINING, "--epochs", "5", "--tensorboard"]
+    flags = [*FLAGS, *TRAINING, "--epochs", "8", "--tensorboard"]
     python(OTHER, ROOT / "train.py", *flags, folder=home)
     assert set(place.rglob("events*")) > logs
     table = pd.read_csv(place / "history.csv")

@@ -40,12 +40,14 @@ def main() -> None:
     )
     keras: Any = ModuleType("keras")
     keras.version = lambda: "none"
+    keras.optimizers = SimpleNamespace(AdamW=object)
     keras.backend = SimpleNamespace(backend=lambda: "none")
     keras.config = SimpleNamespace(set_dtype_policy=lambda policy: None)
     sys.modules |= {"model": model, "keras": keras}
     command.import_keras = lambda: None
     extraction.BATCH, extraction.COMMIT_SECONDS = 4, 0.0
     sys.argv += ["--precision", "float32", "--image-size", "32"]
+    sys.argv += ["--magnification", "1"]
     command.run(preprocess.main, preprocess.__doc__, preprocess.ACTIONS)
 
 
