@@ -5,6 +5,7 @@ images alone; what is spent on padding shows as distance from the floor. Bytes
 are those that no cache of a processor holds from one use to the next.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -110,8 +111,8 @@ def encoding(encoder: Any, images: int, batches: int, width: int) -> Work:
         if not hasattr(layer, "kernel"):
             continue
         _, height, across, out = layer.output.shape
-        entering = size(layer.input.shape[1:])
-        kernel = size(layer.kernel.shape)
+        entering = math.prod(layer.input.shape[1:])
+        kernel = math.prod(layer.kernel.shape)
         operations += images * 2 * height * across * kernel
         moved += images * width * (entering + height * across * out)
         moved += batches * width * kernel
@@ -158,13 +159,6 @@ def _layers(network: Any) -> Iterator[Any]:
         yield from _layers(layer)
 
 
-def size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for each in shape:
-        size *= each
-    return size
-
-
 def measure_peaks(dtype: str, side: int, rounds: int) -> Peaks:
     """Measures both on the device that Keras computes on.
 
@@ -179,7 +173,11 @@ def measure_peaks(dtype: str, side: int, rounds: int) -> Peaks:
     large = ops.cast(ops.full((8 * side, side), 0.5), dtype)
     product = _fastest(lambda: ops.matmul(matrix, matrix), rounds)
     copy = _fastest(lambda: ops.negative(large), rounds)
-    moved = 2 * size(large.shape) * (FLOAT32 if dtype == "float32" else 2)
+    moved = (
+        2
+        * math.prod(large.shape)
+        * (FLOAT32 if dtype == "float32" else FLOAT16)
+    )
     return Peaks(2 * side**3 / product, moved / copy)
 
 

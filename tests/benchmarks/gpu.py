@@ -17,6 +17,7 @@ above all, stands in a column of its own. Nothing here gates.
 """
 
 import dataclasses
+import math
 import sys
 import tempfile
 import time
@@ -174,7 +175,7 @@ def measure_training(
     once, took = clock[1] - clock[0], clock[3] - clock[2]
     tokens = sum(np.count_nonzero(each[:, 1:]) for each in captions)
     updated = actions.steps * sum(
-        floors.size(each.shape) for each in decoder.trainable_variables
+        math.prod(each.shape) for each in decoder.trainable_variables
     )
     work = floors.training(
         config, images, tokens, actions.words, updated, width
