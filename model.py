@@ -895,7 +895,20 @@ def load_decoder(
     return decoder, words
 
 
-# --- loss and accuracy -----------------------------------------------------
+# --- training --------------------------------------------------------------
+
+
+class AdamW(keras.optimizers.AdamW):
+    """AdamW that clips the gradient of the whole batch.
+
+    On TensorFlow Keras clips each device's part and sums them then.
+    """
+
+    def _clip_gradients(self, gradients: list[Any]) -> list[Any]:
+        return super()._clip_gradients(over_devices(gradients))
+
+    def _all_reduce_sum_gradients(self, pairs: list[Any]) -> list[Any]:
+        return pairs
 
 
 @keras.saving.register_keras_serializable("captioning")

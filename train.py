@@ -239,7 +239,7 @@ def compile_decoder(config: Config, decoder: Any, steps: int) -> Any:
         warmup_steps=warmup,
     )
     average = config.ema_epochs > 0
-    optimizer = backend.AdamW(
+    optimizer = captioning_model.AdamW(
         rate,
         weight_decay=config.weight_decay,
         global_clipnorm=config.clip_norm or None,

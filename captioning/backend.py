@@ -97,19 +97,6 @@ def over_devices(amounts: Any) -> Any:
     return amounts
 
 
-class AdamW(keras.optimizers.AdamW):
-    """AdamW that clips the gradient of the whole batch.
-
-    On TensorFlow Keras clips each device's part and sums them then.
-    """
-
-    def _clip_gradients(self, gradients: list[Any]) -> list[Any]:
-        return super()._clip_gradients(over_devices(gradients))
-
-    def _all_reduce_sum_gradients(self, pairs: list[Any]) -> list[Any]:
-        return pairs
-
-
 def use_xla() -> bool:
     """Whether to compile with XLA, which does so anew for each length of batch.
 

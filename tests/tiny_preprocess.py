@@ -40,7 +40,6 @@ def main() -> None:
     )
     keras: Any = ModuleType("keras")
     keras.version = lambda: "none"
-    keras.optimizers = SimpleNamespace(AdamW=object)
     keras.backend = SimpleNamespace(backend=lambda: "none")
     keras.config = SimpleNamespace(set_dtype_policy=lambda policy: None)
     sys.modules |= {"model": model, "keras": keras}
