@@ -49,19 +49,14 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
     Raises:
         UserError: if the weights cannot be had or do not fit.
     """
-    entry = ENCODERS[config.encoder]
-    application = getattr(keras.applications, entry.application)
-    module = getattr(keras.applications, entry.module)
-    shape = (config.input_size, config.input_size, 3)
-    network = application(include_top=False, weights=None, input_shape=shape)
+    application, network, truncated = _networks(config)
     network.trainable = False
     _load_encoder_weights(network, application, config.encoder, weights)
 
+    module = getattr(keras.applications, ENCODERS[config.encoder].module)
+    shape = network.input_shape[1:]
     images = keras.Input(shape, dtype="uint8", name="images")
     pixels = module.preprocess_input(ops.cast(images, "float32"))
-    truncated = keras.Model(
-        network.input, _pooled(network.get_layer(entry.layer).output, config)
-    )
     feature_map = truncated(pixels, training=False)  # (batch, h, w, channels)
     _, height, width, channels = feature_map.shape
     annotations = ops.reshape(feature_map, (-1, height * width, channels))
@@ -75,26 +70,31 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
     return encoder
 
 
-def _pooled(feature_map: Any, config: Config) -> Any:
-    """Averages squares of a feature map (batch, height, width, channels).
+def _networks(config: Config) -> tuple[Any, keras.Model, keras.Model]:
+    """A network of Keras Applications, its weights still to be loaded.
 
-    An enlarged image has then no more regions than one that is not. Where the
-    map does not divide, the last squares are what is left.
+    Returns:
+        What makes the network; the network; and the part of it that gives the
+        feature map (batch, height, width, channels). Squares of the map of an
+        enlarged image are averaged, so that it has no more regions than one
+        that is not; where it does not divide, the last squares are what is
+        left.
     """
-    if config.enlarged == 1:
-        return feature_map
-    pooling = keras.layers.AveragePooling2D(config.enlarged, padding="same")
-    return pooling(feature_map)
-
-
-def feature_shape(config: Config) -> tuple[int, int]:
-    """(regions, channels) of an encoder, from the network without weights."""
     entry = ENCODERS[config.encoder]
     application = getattr(keras.applications, entry.application)
     shape = (config.input_size, config.input_size, 3)
     network = application(include_top=False, weights=None, input_shape=shape)
-    feature_map = _pooled(network.get_layer(entry.layer).output, config)
-    _, height, width, channels = feature_map.shape
+    feature_map = network.get_layer(entry.layer).output
+    if config.enlarged > 1:
+        pooling = keras.layers.AveragePooling2D(config.enlarged, padding="same")
+        feature_map = pooling(feature_map)
+    return application, network, keras.Model(network.input, feature_map)
+
+
+def feature_shape(config: Config) -> tuple[int, int]:
+    """(regions, channels) of an encoder, from the network without weights."""
+    _, _, truncated = _networks(config)
+    _, height, width, channels = truncated.output_shape
     return height * width, channels
 
 
