@@ -35,8 +35,8 @@ ACTIONS = [
             "action": "store_true",
             "default": False,
             "help": "print a JSON object a line: photo, caption, its "
-            "log-probability, n_best (the whole beam) and words with their "
-            "attention",
+            "log-probability, n_best (the whole beam, what it agrees with "
+            "most first) and words with their attention",
         },
     ),
     command.Action(

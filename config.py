@@ -324,9 +324,11 @@ class Config:
     )
 
     # --- decoding ------------------------------------------------------
+    # Twenty give the consensus below something to choose from; a caption that
+    # is taken for its probability alone gets worse with more than five.
     beam_size: int = _setting(
         "decoding",
-        5,
+        20,
         "hypotheses kept at each step (1: greedy)",
         least=1,
         most=100,
@@ -336,6 +338,15 @@ class Config:
     # shorter and score less.
     length_exponent: float = _setting(
         "decoding", 1.0, "exponent of the length normalisation", least=0, most=5
+    )
+    # The likeliest caption is rarely the one that scores best: that is the one
+    # most like the others of its beam. See captioning/consensus.py.
+    consensus_temperature: float = _setting(
+        "decoding",
+        5.0,
+        "the beam's captions choose the one most like them, and count by "
+        "probability ^ (1 / temperature) (0: the likeliest is taken)",
+        least=0,
     )
     min_caption_length: int = _setting(
         "decoding", 1, "the shortest caption, in words", least=1

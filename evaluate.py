@@ -298,6 +298,9 @@ def all_metrics(
     return {
         "split": config.split,
         "beam_size": config.beam_size if figures else None,
+        "consensus_temperature": (
+            config.consensus_temperature if figures else None
+        ),
         **dict.fromkeys(unavailable),
         **figures,
         **scores.metrics,

@@ -597,10 +597,11 @@ def table(metrics: Mapping[str, Any], dataset: str) -> str:
     Returns:
         Lines of at most 100 columns of plain text.
     """
+    consensus = " by consensus" if metrics.get("consensus_temperature") else ""
     heading = (
         f"{dataset}, {metrics.get('split')} split: {metrics['images']:,} "
-        f"images, beam size {metrics.get('beam_size')}; words cut by "
-        f"{metrics['tokenizer']}"
+        f"images, beam size {metrics.get('beam_size')}{consensus}; words cut "
+        f"by {metrics['tokenizer']}"
     )
     lines = textwrap.wrap(heading, _WIDTH)
     for name, title, form, meaning in FIGURES:

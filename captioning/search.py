@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
+from captioning import consensus
 from captioning.backend import use_xla
 from captioning.features import read_rows
 from captioning.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
@@ -127,6 +128,8 @@ class BeamSearch(_Search):
         max_length: the longest caption, in words.
         no_repeat_ngram: so many words in a row do not come twice in a
             caption; 0 allows it.
+        consensus_temperature: of the hypotheses when the best is the one that
+            they agree with most; at 0 it is the one of the highest score.
     """
 
     def __init__(
@@ -137,10 +140,12 @@ class BeamSearch(_Search):
         min_length: int,
         max_length: int,
         no_repeat_ngram: int = 0,
+        consensus_temperature: float = 0.0,
     ) -> None:
         super().__init__(decoders, beam_size, min_length, max_length)
         self.length_exponent = length_exponent
         self.no_repeat_ngram = no_repeat_ngram
+        self.consensus_temperature = consensus_temperature
 
     def call(self, features: Any, training: bool = False) -> dict[str, Any]:
         """Captions a batch of images.
@@ -151,9 +156,9 @@ class BeamSearch(_Search):
             training: has no effect.
 
         Returns:
-            The beam's captions, the best first: `words`, int32 (images, beam,
-            max_length + 1), ended by `<end>` and padded; `scores`, float32
-            (images, beam), the normalised log-probabilities;
+            The beam's captions, the best first (see `_best_first`): `words`,
+            int32 (images, beam, max_length + 1), ended by `<end>` and padded;
+            `scores`, float32 (images, beam), normalised log-probabilities;
             `log_probabilities`, the same before; and of the best `attention`,
             float32 (images, max_length + 1, regions).
         """
@@ -195,8 +200,8 @@ class BeamSearch(_Search):
         length = self._divisor(float(self.max_length))
         scores = ops.where(none, scores / length, ended)
         places = ops.where(ops.expand_dims(none, 2), places, final)
+        scores, places = self._best_first(scores, places)
         words = places % self.size
-        length = ops.sum(ops.cast(words != PAD, "float32"), axis=2)
         best = ops.transpose(places[:, 0] // self.size)  # (steps, images)
         best = ops.take_along_axis(attention, best[:, :, None, None], axis=2)
         best = ops.transpose(best[:, :, 0], (1, 0, 2))
@@ -204,9 +209,39 @@ class BeamSearch(_Search):
         return {
             "words": words,
             "scores": scores,
-            "log_probabilities": scores * self._divisor(length),
+            "log_probabilities": self._log_probabilities(scores, words),
             "attention": ops.where(there, best, 0.0),
         }
+
+    def _best_first(self, scores: Any, places: Any) -> tuple[Any, Any]:
+        """Puts what the beam agrees with most first, where that is asked for.
+
+        Args:
+            scores: float32 (images, beam), the highest first.
+            places: int32 (images, beam, steps), see `call`.
+
+        Returns:
+            Both in their order.
+        """
+        if not self.consensus_temperature or self.hypotheses == 1:
+            return scores, places
+        words = places % self.size
+        agreement = consensus.agreement(
+            words,
+            self._log_probabilities(scores, words),
+            self.consensus_temperature,
+        )
+        # Last where the beam found fewer captions than it is wide.
+        agreement = ops.where(scores <= IMPOSSIBLE / 2, -1.0, agreement)
+        _, order = ops.top_k(agreement, self.hypotheses)
+        order = ops.cast(order, "int32")
+        scores = ops.take_along_axis(scores, order, axis=1)
+        return scores, _gather(places, order)
+
+    def _log_probabilities(self, scores: Any, words: Any) -> Any:
+        """Scores (images, beam) of words (images, beam, steps) as they were."""
+        length = ops.sum(ops.cast(words != PAD, "float32"), axis=2)
+        return scores * self._divisor(length)
 
     def _divisor(self, length: Any) -> Any:
         """GNMT's length penalty (Wu et al. 2016, equation 14)."""
@@ -512,6 +547,7 @@ def build(
         config.min_caption_length,
         config.max_caption_length,
         config.no_repeat_ngram,
+        config.consensus_temperature,
     )
     search.compile(jit_compile=use_xla())
     return search

@@ -20,7 +20,9 @@ SMALL = [
     *("--min-word-count", "2", "--max-caption-length", "12"),
 ]
 TRAINING = [
-    *("--epochs", "12", "--cider-every", "6", "--batch-images", "8"),
+    # CIDEr of the 18 validation images would choose the sixth epoch or the last
+    # by chance, and two runs are compared at the same one.
+    *("--epochs", "12", "--cider-every", "12", "--batch-images", "8"),
     *("--decoder-units", "64", "--attention-units", "64"),
     *("--embedding-units", "64", "--learning-rate", "0.004"),
 ]
@@ -169,9 +171,9 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     assert done.returncode == 0
     assert entry["caption"].split() == [w["word"] for w in entry["words"]]
     n_best = entry["n_best"]
-    assert len({each["caption"] for each in n_best}) == len(n_best) == 5
+    assert len({each["caption"] for each in n_best}) == len(n_best) == 20
     assert n_best[0]["caption"] == entry["caption"]
-    assert n_best[0]["score"] >= n_best[1]["score"]
+    assert n_best[0]["score"] == entry["score"]
     assert n_best[0]["log_probability"] == entry["log_probability"] < 0
 
 

@@ -19,6 +19,7 @@ METRICS = {
     "split": "test",
     "images": 60,
     "beam_size": 5,
+    "consensus_temperature": 5.0,
     "tokenizer": "PTB",
     "token_accuracy": 0.4312,
     "token_accuracy_top5": 0.7,

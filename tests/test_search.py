@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from captioning import consensus
 from captioning.backend import TENSORFLOW, use_xla
 from captioning.search import (
     IMPOSSIBLE,
@@ -50,8 +51,19 @@ def tiny(seed: int, words: int, scale: float = 3.0) -> CaptioningModel:
     return decoder
 
 
-def search(decoder, features, beam, exponent=0.7, least=1, most=3, ngram=0):
-    searcher = BeamSearch(decoder, beam, exponent, least, most, ngram)
+def search(
+    decoder,
+    features,
+    beam,
+    exponent=0.7,
+    least=1,
+    most=3,
+    ngram=0,
+    temperature=0.0,
+):
+    searcher = BeamSearch(
+        decoder, beam, exponent, least, most, ngram, temperature
+    )
     return predict(compiled(searcher, once=True), features)
 
 
@@ -169,10 +181,10 @@ def test_a_beam_of_one_is_greedy(seed):
     assert [w for w in found if w not in (END, PAD)] == words
 
 
-@pytest.mark.parametrize("beam", [1, 4])
-def test_a_batch_gives_what_its_images_give_alone(beam):
+@pytest.mark.parametrize(("beam", "temperature"), [(1, 0), (4, 0), (4, 5)])
+def test_a_batch_gives_what_its_images_give_alone(beam, temperature):
     decoder, features = tiny(7, 8), some_features(7, 32)
-    searcher = compiled(BeamSearch(decoder, beam, 0.7, 1, 6))
+    searcher = compiled(BeamSearch(decoder, beam, 0.7, 1, 6, 0, temperature))
     together = predict(searcher, features)
     for image in range(32):
         alone = predict(searcher, features[image : image + 1])
@@ -234,9 +246,49 @@ def test_captions_are_sorted_by_score_and_differ():
         assert len({tuple(each) for each in words}) == 4
 
 
-def test_the_attention_is_that_of_the_best_caption():
+def test_consensus_changes_the_order_of_the_beam_and_nothing_else():
+    decoder, features = tiny(5, 6), some_features(5, 24)
+    likeliest = search(decoder, features, 6, most=5)
+    agreed = search(decoder, features, 6, most=5, temperature=5.0)
+    cold = search(decoder, features, 6, 0.0, most=5, temperature=1e-3)
+    first = search(decoder, features, 6, 0.0, most=5)
+    for image in range(24):
+        captions = [
+            {
+                tuple(words): (score, log)
+                for words, score, log in zip(
+                    found["words"][image],
+                    found["scores"][image],
+                    found["log_probabilities"][image],
+                    strict=True,
+                )
+                if score > IMPOSSIBLE / 2
+            }
+            for found in (likeliest, agreed)
+        ]
+        assert captions[0] == captions[1]
+        number = len(captions[0])
+        assert (agreed["scores"][image, :number] > IMPOSSIBLE / 2).all()
+        # Where the likeliest alone counts, it is most like itself.
+        np.testing.assert_array_equal(
+            cold["words"][image, 0], first["words"][image, 0]
+        )
+        if number > 1:
+            expected = consensus.agreement(
+                agreed["words"][image : image + 1, :number],
+                agreed["log_probabilities"][image : image + 1, :number],
+                5.0,
+            )
+            assert (np.diff(np.array(expected)) <= 1e-6).all()
+    moved = likeliest["words"][:, 0] != agreed["words"][:, 0]
+    assert 0 < moved.any(axis=1).sum() < 24
+    assert (likeliest["scores"] < IMPOSSIBLE / 2).any(), "no beam was short"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_the_attention_is_that_of_the_best_caption(temperature):
     decoder, features = tiny(11, 6), some_features(11, 1)
-    found = search(decoder, features, 4, most=5)
+    found = search(decoder, features, 4, most=5, temperature=temperature)
     annotations, keys, hidden, cell = decoder.start(features)
     last = START
     for step, word in enumerate(found["words"][0, 0]):

@@ -1,0 +1,77 @@
+"""Consensus against CIDEr-D, counted n-gram by n-gram."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioning import consensus
+from captioning.self_critical import END_WORD, CiderD
+from captioning.vocabulary import END, PAD
+
+STEPS = 9
+
+
+def padded(captions) -> np.ndarray:
+    """Captions, lists of word numbers, as a search gives them."""
+    words = np.full((len(captions), STEPS), PAD, np.int32)
+    for row, caption in zip(words, captions, strict=True):
+        row[: len(caption) + 1] = [*caption, END]
+    return words
+
+
+class Even(CiderD):
+    """CIDEr-D in which all n-grams weigh the same."""
+
+    def __init__(self, captions) -> None:
+        self.references = [[each] for each in captions]
+        self.frequency = Counter()
+        self.log_images = 1.0
+
+
+# Few words, so that many n-grams are shared and some come twice.
+CAPTIONS = st.lists(
+    st.lists(st.integers(10, 13), min_size=1, max_size=STEPS - 1),
+    min_size=2,
+    max_size=5,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(captions=CAPTIONS)
+def test_likeness_is_cider_d_without_document_frequencies(captions):
+    texts = [[str(word) for word in each] for each in captions]
+    assert END_WORD not in texts[0]
+    judge = Even(texts)
+    expected = [
+        [judge(image, each) / 10 for image in range(len(texts))]
+        for each in texts
+    ]
+    found = np.array(consensus.likeness(padded(captions)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_caption_that_the_others_agree_with_is_not_the_likeliest():
+    lonely, common = [30, 31, 32, 33], [10, 11, 12, 13]
+    words = padded([lonely, common, [*common[:3], 14], [15, *common[1:]]])
+    likely = np.log(np.array([[0.3, 0.25, 0.25, 0.2]], np.float32))
+    found = np.array(consensus.agreement(words[None], likely, 1.0))
+    assert found.argmax() == 1
+    # A caption that is all but certain has nobody to ask.
+    found = np.array(consensus.agreement(words[None], 100 * likely, 1.0))
+    assert found.argmax() == 0 and found[0, 0] == pytest.approx(1)
+
+
+def test_images_have_nothing_to_do_with_each_other():
+    words = np.stack(
+        [padded([[10, 11], [10, 12]]), padded([[20, 21, 22], [23]])]
+    )
+    likely = np.array([[-1.0, -2.0], [-3.0, -1.0]], np.float32)
+    together = np.array(consensus.agreement(words, likely, 5.0))
+    for image in range(2):
+        alone = consensus.agreement(
+            words[image : image + 1], likely[image : image + 1], 5.0
+        )
+        np.testing.assert_allclose(together[image], alone[0], atol=1e-6)
