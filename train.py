@@ -295,8 +295,9 @@ def cider_on(
                 captioner.set_weights(decoder.get_weights())
             mine = rows[devices.process :: devices.processes]
             found = search.caption_rows(searcher, cache.features, mine, words)
-        captions = {}
-        shares = job.gather([each.caption for each in found])
+        captions, shares = {}, [[each.caption for each in found]]
+        if devices.processes > 1:
+            shares = job.gather(shares[0])
         for process, share in enumerate(shares):
             images = split.images[process :: devices.processes]
             captions |= zip(images, share, strict=True)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,7 +36,7 @@ TRAINING = [
     *("--epochs", "2", "--cider-every", "1", "--batch-images", "5"),
     *("--decoder-units", "16", "--attention-units", "16"),
     *("--embedding-units", "16", "--learning-rate", "0.01"),
-    *("--clip-norm", "0.1"),
+    *("--clip-norm", "0.1", "--scst-learning-rate", "0.01"),
 ]
 if TENSORFLOW:  # where each device drops out on its own
     TRAINING += ["--word-dropout", "0", "--output-dropout", "0"]
@@ -148,6 +149,38 @@ def test_a_run_of_several_processes_is_the_run_of_one(home, processes):
     for other in others:
         assert not re.sub(r"\[Gloo\].*", "", other).strip()
     assert_same(home, run)
+
+
+@on_jax
+@pytest.mark.parametrize("number", [1, 2])
+def test_self_critical_training_of_a_job_is_that_of_one_device(home, number):
+    """Of two devices of a process, and of two processes."""
+    runs = ["drawn-alone", f"drawn-{number}"]
+    for run in runs:
+        place = home / "checkpoints" / run
+        if not place.exists():
+            shutil.copytree(home / "checkpoints" / "one", place)
+    flags = ("--scst-epochs", "1")
+    end(start(home, runs[0], *flags))
+    if number == 1:
+        two = "--xla_force_host_platform_device_count=2"
+        printed, *_ = end(start(home, runs[1], *flags, XLA_FLAGS=two))
+    else:
+        printed, *_ = end(*start_job(home, runs[1], number, *flags))
+    assert "devices: 2" in printed and "reward" in printed
+    histories, states = [], []
+    for run in runs:
+        place = home / "checkpoints" / run
+        histories.append(pd.read_csv(place / "history.csv"))
+        states.append(np.load(place / "last" / "state.npz"))
+    columns = ["val_cider", "reward"]
+    one, other = (each[columns].iloc[-1] for each in histories)
+    assert len(histories[1]) == 3
+    np.testing.assert_allclose(one, other, rtol=1e-4)
+    for name in set(states[0].files) - {"progress"}:
+        if states[0][name].dtype.kind == "f":  # dropout, off, has its seeds
+            one, other = (each[name] for each in states)
+            np.testing.assert_allclose(one, other, atol=1e-3)
 
 
 @on_jax
