@@ -132,6 +132,9 @@ def fit(
         run_epochs(
             decoder, batches, val_batches, watching, points, config.epochs
         )
+    elif not points.self_critical:
+        # The state of dropout is part of what has to be as if undisturbed.
+        runs.load_state(place, points.variables())
     if config.scst_epochs:
         job.wait("criticise")  # the first process may still be writing
         with backend.one_device():

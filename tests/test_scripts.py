@@ -119,13 +119,12 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(home, monkeypatch):
 
 
 def test_self_critical_training_goes_on_between_two_rounds(home, monkeypatch):
-    """After a run of cross-entropy that is trained already."""
+    """Or after cross-entropy that is done: as if it had never been ended."""
     from captioning import callbacks, self_critical
 
     flags = [*FLAGS, *TRAINING, "--scst-epochs", "2", "--run-name"]
     places = [home / "checkpoints" / name for name in ("drawn", "broken")]
-    for place in places:
-        shutil.copytree(home / "checkpoints" / RUN, place)
+    shutil.copytree(home / "checkpoints" / RUN, places[1])
     # Two rounds an epoch.
     monkeypatch.setattr(self_critical, "ROUND_IMAGES", 13)
     save = callbacks.SavePoints.save
