@@ -12,8 +12,10 @@ from keras import ops
 
 from captioning.vocabulary import PAD
 
-ORDERS = 4  # n-grams of up to so many words
-SIGMA = 6.0  # of the penalty on another length
+# CIDEr-D's: n-grams of up to so many words, and how wide the penalty on
+# another length is.
+ORDERS = 4
+SIGMA = 6.0
 
 
 def agreement(words: Any, log_probabilities: Any, temperature: float) -> Any:

@@ -19,13 +19,12 @@ from keras import ops
 
 from captioning import search, vocabulary
 from captioning.batches import CaptionBatches
+from captioning.consensus import ORDERS, SIGMA
 from captioning.vocabulary import SPECIAL_WORDS
 from config import Config
 
 # Images whose captions are drawn at a time, with the weights as they are then.
 ROUND_IMAGES = 4 * search.BATCH
-ORDERS = 4  # n-grams of up to so many words
-SIGMA = 6.0  # of the penalty on another length than the reference's
 
 END_WORD = SPECIAL_WORDS[vocabulary.END]
 
