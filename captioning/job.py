@@ -135,9 +135,7 @@ def wait(name: str) -> None:
 
 
 def gather(texts: list[str]) -> list[list[str]]:
-    """Gives every process the texts that each of them has."""
-    if not described():
-        return [texts]
+    """Gives every process of a job the texts that each of them has."""
     import numpy as np
     from jax.experimental import multihost_utils
 
