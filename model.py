@@ -10,7 +10,7 @@ Only `keras` is imported, so that every backend runs the same code.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from captioning import features, runs, search, vocabulary
-from captioning.backend import over_devices, scan, use_xla
+from captioning import features, gradients, runs, search, vocabulary
+from captioning.backend import (
+    over_devices,
+    scan,
+    split_steps,
+    use_xla,
+)
 from captioning.vocabulary import PAD, START, UNKNOWN
 from config import ENCODERS, Config, UserError
 
@@ -235,6 +240,11 @@ def _draw_weights(network: keras.Model) -> None:
 # --- decoder ---------------------------------------------------------------
 
 
+def _sum(parts: Iterable[Any]) -> Any:
+    """Sums products in float32: bfloat16 would round at every addition."""
+    return sum(ops.cast(each, "float32") for each in parts)
+
+
 @keras.saving.register_keras_serializable("captioning")
 class FeatureStandardisation(keras.layers.Layer):
     """Shifts and scales features to mean 0 and variance 1 a channel.
@@ -305,9 +315,13 @@ class BahdanauAttention(keras.layers.Layer):
             alpha, float32 (..., regions). Leading dimensions are captions, or
             images and hypotheses, and are broadcast.
         """
+        return self.attend(self.query(state), keys, annotations)
+
+    def attend(self, query: Any, keys: Any, annotations: Any) -> Any:
+        """Like `call`, by a query (..., units)."""
         # Sum and tanh in float32: no slower on a CPU, and a softmax over
         # bfloat16 scores loses what tells regions apart.
-        query = ops.cast(self.query(state), "float32")
+        query = ops.cast(query, "float32")
         energy = ops.cast(keys, "float32") + ops.expand_dims(query, -2)
         score = ops.cast(self.score, "float32")
         scores = ops.matmul(ops.tanh(energy), score)  # (..., regions, 1)
@@ -424,13 +438,16 @@ class AttentionLSTMCell(keras.layers.Layer):
         Returns:
             The next h, in the layers' arithmetic, and the next c, float32.
         """
-        parts = (gates, self.recurrent(hidden), self.visual(context))
-        gates = sum(ops.cast(each, "float32") for each in parts)
+        gates = _sum((gates, self.recurrent(hidden), self.visual(context)))
+        hidden_next, cell = self.advance(gates, cell)
+        return ops.cast(hidden_next, hidden.dtype), cell
+
+    def advance(self, gates: Any, cell: Any) -> Any:
+        """Like `call`, by all parts of the gates, float32; so are h and c."""
         enter, forget, candidate, leave = ops.split(gates, 4, axis=-1)
         cell = ops.sigmoid(forget) * cell
         cell = cell + ops.sigmoid(enter) * ops.tanh(candidate)
-        hidden_next = ops.sigmoid(leave) * ops.tanh(cell)
-        return ops.cast(hidden_next, hidden.dtype), cell
+        return ops.sigmoid(leave) * ops.tanh(cell), cell
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` takes."""
@@ -476,8 +493,7 @@ class DeepOutput(keras.layers.Layer):
         self, word: Any, hidden: Any, context: Any, training: bool = False
     ) -> Any:
         """(..., units) each -> logits (..., vocabulary)."""
-        parts = (word, self.state(hidden), self.context(context))
-        deep = sum(ops.cast(each, "float32") for each in parts)
+        deep = _sum((word, self.state(hidden), self.context(context)))
         deep = ops.cast(deep, self.compute_dtype)
         return self.logits(self.dropout(deep, training=training))
 
@@ -659,28 +675,32 @@ class CaptioningModel(TeacherForced):
         embedded = self.embedding(words)  # (tokens, embedding)
         embedded = self.word_dropout(embedded, training=training)
         word_gates = self.cell.word_gates(embedded)  # (tokens, 4 * units)
+        given, of_state, of_context = self.loop_kernels(word_gates)
         first = image[: counts[0]]
         hidden = ops.take(hidden, first, axis=0)  # (captions, units)
         cell = ops.take(cell, first, axis=0)
         # Once an image, not once a word: the attention adds in float32.
         keys = ops.cast(keys, "float32")
+        owner = image[:, None] == ops.arange(ops.shape(keys)[0])
+        widths = (self.attention.units, hidden.shape[-1])
+        ends = np.cumsum(widths).tolist()  # of query and context gate
         hiddens, contexts, weights = [], [], []
-        start = 0
-        for step in range(self.steps):
+        packed = (given, image, owner)
+        steps = (split_steps(each, counts, self.steps) for each in packed)
+        for step, (given, shown, owned) in enumerate(zip(*steps, strict=True)):
             # The captions that have not ended stand first.
-            count = counts[step]
-            tokens = ops.arange(count) + start
-            start = start + count
-            shown = ops.take(image, tokens, axis=0)
-            hidden, cell = hidden[:count], cell[:count]
-            context, alpha = self.attention(
-                hidden,
-                ops.take(keys, shown, axis=0),
-                ops.take(annotations, shown, axis=0),
+            hidden, cell = (each[: counts[step]] for each in (hidden, cell))
+            from_state = _sum((given, of_state(hidden)))
+            query, beta, gates = ops.split(from_state, ends, axis=-1)
+            context, alpha = self.attention.attend(
+                query,
+                gradients.of_image(keys, shown, owned),
+                gradients.of_image(annotations, shown, owned),
             )
-            context = self.gate(hidden, context)
-            gates = ops.take(word_gates, tokens, axis=0)
-            hidden, cell = self.cell(gates, hidden, cell, context)
+            context = ops.cast(ops.sigmoid(beta), context.dtype) * context
+            gates = _sum((gates, of_context(context)))
+            hidden, cell = self.cell.advance(gates, cell)
+            hidden = ops.cast(hidden, context.dtype)
             hiddens.append(hidden)
             contexts.append(context)
             weights.append(alpha)
@@ -691,6 +711,37 @@ class CaptioningModel(TeacherForced):
             training=training,
         )
         return logits, ops.concatenate(weights)
+
+    def loop_kernels(self, word_gates: Any) -> tuple[Any, Any, Any]:
+        """The layers' kernels as the loop over packed captions takes them.
+
+        Args:
+            word_gates: (tokens, 4 * units).
+
+        Returns:
+            What each step adds to the products of its state, (tokens,
+            attention units + 5 * units): nothing for the query, the bias for
+            the context gate, and the word gates; and the kernels of the state
+            and of the context.
+        """
+        tokens, dtype = ops.shape(word_gates)[0], word_gates.dtype
+        bias = ops.cast(self.gate.beta.bias, dtype)
+        given = ops.concatenate(
+            [
+                ops.zeros((tokens, self.attention.units), dtype),
+                ops.broadcast_to(bias, (tokens, bias.shape[0])),
+                word_gates,
+            ],
+            axis=-1,
+        )
+        state = (self.attention.query, self.gate.beta, self.cell.recurrent)
+        kernels = [ops.cast(each.kernel, dtype) for each in state]
+        of_state = gradients.LoopKernel(ops.concatenate(kernels, axis=-1))
+        of_context = gradients.LoopKernel(
+            ops.cast(self.cell.visual.kernel, dtype)
+        )
+        given = of_context.before(of_state.before(given))
+        return given, of_state, of_context
 
     def decode_padded(
         self, inputs: dict[str, Any], training: bool = False
@@ -928,16 +979,10 @@ class SmoothedCrossEntropy(keras.losses.Loss):
 
     def call(self, targets: Any, logits: Any) -> Any:
         """Targets (..., steps) and logits (..., vocabulary) -> (..., steps)."""
-        size = logits.shape[-1]
-        # Whole smoothed targets: they take memory, but TensorFlow has one
-        # fused operation for them, and a dozen passes over the logits else.
-        targets = ops.expand_dims(ops.cast(targets, "int32"), -1)
-        chosen = targets == ops.arange(size)
-        spread = self.smoothing / size
-        smoothed = ops.where(chosen, 1 - self.smoothing + spread, spread)
-        return ops.categorical_crossentropy(
-            smoothed, ops.cast(logits, "float32"), from_logits=True
-        )
+        rows = ops.reshape(logits, (-1, logits.shape[-1]))
+        flat = ops.reshape(ops.cast(targets, "int32"), (-1,))
+        found = gradients.cross_entropy(rows, flat, self.smoothing)
+        return ops.reshape(found, ops.shape(targets))
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` takes."""

@@ -148,6 +148,22 @@ def scan(
     return keras.tree.map_structure(lambda *each: stack(each), *wanted)
 
 
+def split_steps(rows: Any, counts: Any, number: int) -> list[Any]:
+    """Splits what is packed, on TensorFlow, where captions are packed.
+
+    Args:
+        rows: (tokens, ...), packed as `captioning.batches.pack` does.
+        counts: tokens of each step, int32 (steps,).
+        number: of steps.
+
+    Returns:
+        For each step (its tokens, ...).
+    """
+    import tensorflow as tf
+
+    return tf.split(rows, counts, num=number)
+
+
 def set_precision(config: Config) -> str:
     """Sets the arithmetic of all layers that are built from now on.
 

@@ -13,6 +13,7 @@ from captioning.extraction import BATCH, encode
 from captioning.vocabulary import END, PAD, START, UNKNOWN
 from config import Config
 from model import (
+    AdamW,
     BahdanauAttention,
     CaptioningModel,
     SmoothedCrossEntropy,
@@ -184,6 +185,29 @@ def test_label_smoothing_equals_cross_entropy_with_smoothed_targets():
     )
     found = SmoothedCrossEntropy(0.2)(targets, logits, np.ones(4))
     assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_steps_of_training_are_those_of_kerass_own_loss_and_optimizer():
+    # As large as this, most words have no share that float32 could hold.
+    given = 30 * np.random.normal(size=(3, 4, CHANNELS)).astype("float32")
+    targets = np.random.randint(SIZE, size=(3, 4))
+    ours = AdamW, SmoothedCrossEntropy(0.2), targets
+    loss = keras.losses.CategoricalCrossentropy(
+        True, label_smoothing=0.2, reduction="sum"
+    )
+    plain = keras.optimizers.AdamW, loss, np.eye(SIZE)[targets]
+    found = []
+    for optimizer, loss, wanted in ours, plain:
+        keras.utils.set_random_seed(3)
+        network = keras.Sequential([keras.layers.Dense(SIZE)])
+        network.build((None, CHANNELS))
+        settings = {"weight_decay": 0.1, "global_clipnorm": 50.0}
+        network.compile(optimizer(0.1, **settings), loss)
+        for one, other in zip(given, wanted, strict=True):
+            network.train_on_batch(one, other)
+        found.append(network.get_weights())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_an_unknown_word_counts_and_is_never_right():
