@@ -20,6 +20,8 @@ from keras import ops
 
 from captioning import features, gradients, runs, search, vocabulary
 from captioning.backend import (
+    TENSORFLOW,
+    adam_step,
     over_devices,
     scan,
     split_steps,
@@ -952,7 +954,8 @@ def load_decoder(
 class AdamW(keras.optimizers.AdamW):
     """AdamW that clips the gradient of the whole batch.
 
-    On TensorFlow Keras clips each device's part and sums them then.
+    On TensorFlow Keras clips each device's part and sums them then. There it
+    also goes over the weights a dozen times, where one operation will do.
     """
 
     def _clip_gradients(self, gradients: list[Any]) -> list[Any]:
@@ -960,6 +963,17 @@ class AdamW(keras.optimizers.AdamW):
 
     def _all_reduce_sum_gradients(self, pairs: list[Any]) -> list[Any]:
         return pairs
+
+    def update_step(
+        self, gradient: Any, variable: Any, learning_rate: Any
+    ) -> None:
+        """Adam's step, of Kingma and Ba 2015, before section 2.1."""
+        if not TENSORFLOW:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        place = self._get_variable_index(variable)
+        moments = (self._momentums[place], self._velocities[place])
+        adam_step(self, variable, moments, gradient, learning_rate)
 
 
 @keras.saving.register_keras_serializable("captioning")

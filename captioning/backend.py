@@ -164,6 +164,36 @@ def split_steps(rows: Any, counts: Any, number: int) -> list[Any]:
     return tf.split(rows, counts, num=number)
 
 
+def adam_step(
+    optimizer: Any, variable: Any, moments: Any, gradient: Any, rate: Any
+) -> None:
+    """Adam's step of one TensorFlow variable, in one pass over it.
+
+    Args:
+        optimizer: Keras's Adam.
+        variable: the weights.
+        moments: the optimizer's first and second moments of their gradients.
+        gradient: of the weights.
+        rate: the learning rate.
+    """
+    import tensorflow as tf
+
+    step = tf.cast(optimizer.iterations + 1, "float32")
+    first, second = optimizer.beta_1, optimizer.beta_2
+    tf.raw_ops.ResourceApplyAdam(
+        var=variable.handle,
+        m=moments[0].value.handle,
+        v=moments[1].value.handle,
+        beta1_power=first**step,
+        beta2_power=second**step,
+        lr=tf.cast(rate, "float32"),
+        beta1=first,
+        beta2=second,
+        epsilon=optimizer.epsilon,
+        grad=tf.convert_to_tensor(gradient),
+    )
+
+
 def set_precision(config: Config) -> str:
     """Sets the arithmetic of all layers that are built from now on.
 
