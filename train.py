@@ -376,6 +376,8 @@ def criticise(
     else:
         runs.load_weights(decoder, points.place)
         points.cross_entropy_epochs = points.epoch
+        # With fewer epochs than before, one may have been left half-way.
+        points.batch, points.seconds = 0, 0.0
         # A run that is killed shall not begin from weights that became the
         # best ones meanwhile.
         points.start(points.epoch)

@@ -150,6 +150,36 @@ def test_self_critical_training_goes_on_between_two_rounds(home, monkeypatch):
     assert "trained" in good("train.py", *flags, "drawn", folder=home)
 
 
+def test_self_critical_training_does_not_take_up_a_half_epoch(
+    home, monkeypatch
+):
+    """One of cross-entropy, that fewer epochs have left behind."""
+    from captioning import callbacks, self_critical
+
+    flags = [*FLAGS, *TRAINING, "--cider-every", "1", "--run-name", "half"]
+    save, draw = callbacks.SavePoints.save, self_critical.Rounds.draw
+    drawn = []
+
+    def end_in_the_second_epoch(points):
+        save(points)
+        if (points.epoch, points.batch) == (1, 1):
+            raise KeyboardInterrupt
+
+    def watched(rounds, epoch, number):
+        drawn.append(number)
+        return draw(rounds, epoch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "SAVE_SECONDS", 0)
+        patch.setattr(callbacks.SavePoints, "save", end_in_the_second_epoch)
+        assert run("train.py", *flags, folder=home).returncode == 130
+    monkeypatch.setattr(self_critical, "ROUND_IMAGES", 13)
+    monkeypatch.setattr(self_critical.Rounds, "draw", watched)
+    flags += ["--epochs", "1", "--scst-epochs", "1"]
+    good("train.py", *flags, folder=home)
+    assert drawn == [0, 1]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
 def test_a_run_that_is_asked_to_end_saves_and_can_go_on(home):
     flags = [*FLAGS, *TRAINING, "--run-name", "asked", "--epochs"]
