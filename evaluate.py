@@ -298,8 +298,11 @@ def all_metrics(
     return {
         "split": config.split,
         "beam_size": config.beam_size if figures else None,
+        # A single hypothesis has no others to agree with.
         "consensus_temperature": (
-            config.consensus_temperature if figures else None
+            config.consensus_temperature
+            if figures and config.beam_size > 1
+            else None
         ),
         **dict.fromkeys(unavailable),
         **figures,

@@ -18,8 +18,9 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+import evaluate
 from captioning import metrics
-from config import UserError
+from config import Config, UserError
 
 FREE = ["bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider"]
 REFERENCES = {
@@ -497,3 +498,11 @@ def test_the_table_stands_without_what_needs_the_model(no_java):
     found = metrics.score(CAPTIONS, REFERENCES).metrics
     text = metrics.table({**found, "split": "test"}, "flickr30k")
     assert "not computed: not measured" in text
+
+
+@pytest.mark.parametrize("beam, told", [(1, False), (5, True)])
+def test_a_single_hypothesis_is_no_consensus(no_java, beam, told):
+    scores = metrics.score(CAPTIONS, REFERENCES)
+    config = Config(beam_size=beam)
+    found = evaluate.all_metrics(config, {"perplexity": 14.2}, scores)
+    assert ("by consensus" in metrics.table(found, "flickr8k")) == told
