@@ -68,7 +68,7 @@ def of_image(regions: Any, image: Any, owner: Any) -> Any:
     Args:
         regions: (images, regions, units).
         image: of each caption, int32 (captions,).
-        owner: the same, 1 at the image and 0 elsewhere (captions, images).
+        owner: the same, true at the image (captions, images).
 
     Returns:
         (captions, regions, units).
