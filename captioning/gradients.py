@@ -11,6 +11,8 @@ from typing import Any
 
 from keras import ops
 
+from captioning.backend import largest
+
 
 class LoopKernel:
     """Weights that every step of a loop multiplies by.
@@ -107,18 +109,20 @@ def cross_entropy(logits: Any, targets: Any, smoothing: float) -> Any:
     def loss(logits: Any) -> Any:
         logits = ops.cast(logits, "float32")
         share = ops.softmax(logits)  # (tokens, vocabulary)
+        likeliest = ops.expand_dims(largest(logits), -1)
+        both = ops.concatenate([column, likeliest], -1)  # (tokens, 2)
+        logits_of_both = ops.take_along_axis(logits, both, -1)
+        share_of_both = ops.take_along_axis(share, both, -1)
         # The logarithm of the sum of exponentials, by the likeliest word,
         # whose share is never too small to have one.
-        total = ops.max(logits, -1) - ops.log(ops.max(share, -1))
-        chosen = ops.squeeze(ops.take_along_axis(logits, column, -1), -1)
-        wanted = (1 - smoothing) * chosen + smoothing * ops.mean(logits, -1)
+        total = logits_of_both[:, 1] - ops.log(share_of_both[:, 1])
+        wanted = (1 - smoothing) * logits_of_both[:, 0]
+        wanted += smoothing * ops.mean(logits, -1)
 
         def gradient(upstream: Any) -> Any:
-            upstream = ops.expand_dims(upstream, -1)
-            found = (share - spread) * upstream
-            chosen = ops.take_along_axis(share, column, -1)
-            chosen = (chosen - spread - (1 - smoothing)) * upstream
-            found = ops.scatter_update(found, places, chosen[:, 0])
+            chosen = share_of_both[:, 0] - spread - (1 - smoothing)
+            found = (share - spread) * ops.expand_dims(upstream, -1)
+            found = ops.scatter_update(found, places, chosen * upstream)
             return ops.cast(found, dtype)
 
         return total - wanted, gradient
