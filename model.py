@@ -692,8 +692,11 @@ class CaptioningModel(TeacherForced):
         packed = (given, image, owner)
         steps = (split_steps(each, counts, self.steps) for each in packed)
         for step, (given, shown, owned) in enumerate(zip(*steps, strict=True)):
-            # The captions that have not ended stand first.
-            hidden, cell = (each[: counts[step]] for each in (hidden, cell))
+            # The captions that have not ended stand first. (The gradient of
+            # an index would be the slower one.)
+            going = (counts[step], hidden.shape[-1])
+            hidden = ops.slice(hidden, (0, 0), going)
+            cell = ops.slice(cell, (0, 0), going)
             from_state = _sum((given, of_state(hidden)))
             query, beta, gates = ops.split(from_state, ends, axis=-1)
             context, alpha = self.attention.attend(
@@ -728,16 +731,12 @@ class CaptioningModel(TeacherForced):
             the context gate, and the word gates; and the kernels of the state
             and of the context.
         """
-        tokens, dtype = ops.shape(word_gates)[0], word_gates.dtype
+        dtype = word_gates.dtype
         bias = ops.cast(self.gate.beta.bias, dtype)
-        given = ops.concatenate(
-            [
-                ops.zeros((tokens, self.attention.units), dtype),
-                ops.broadcast_to(bias, (tokens, bias.shape[0])),
-                word_gates,
-            ],
-            axis=-1,
-        )
+        before, after = self.attention.units, word_gates.shape[-1]
+        left = before + bias.shape[0]
+        given = ops.pad(word_gates, ((0, 0), (left, 0)))
+        given = given + ops.pad(bias, (before, after))
         state = (self.attention.query, self.gate.beta, self.cell.recurrent)
         kernels = [ops.cast(each.kernel, dtype) for each in state]
         of_state = gradients.LoopKernel(ops.concatenate(kernels, axis=-1))
