@@ -112,9 +112,14 @@ class _Search(keras.Model):
         return found, states_next, ops.reshape(attention[0], shape)
 
     def mask(self, step: Any) -> Any:
-        """What is added to log-probabilities: which words may not come."""
+        """What is added to log-probabilities: which words may not come.
+
+        After the longest caption only `<end>` may.
+        """
         early = ops.cast(step < self.min_length, "float32")
-        return self.never + early * self.ends  # (vocabulary,)
+        late = ops.cast(step == self.max_length, "float32")
+        late = late * (IMPOSSIBLE - self.ends)
+        return self.never + early * self.ends + late  # (vocabulary,)
 
 
 class BeamSearch(_Search):
@@ -194,13 +199,8 @@ class BeamSearch(_Search):
             return self._advance(step, state, fixed)
 
         state = ops.while_loop(unfinished, advance, state)
-        _, places, scores, _, attention, final, ended = state
-        # Only where no hypothesis has ended do the others count.
-        none = ops.max(ended, axis=1, keepdims=True) <= IMPOSSIBLE / 2
-        length = self._divisor(float(self.max_length))
-        scores = ops.where(none, scores / length, ended)
-        places = ops.where(ops.expand_dims(none, 2), places, final)
-        scores, places = self._best_first(scores, places)
+        *_, attention, final, ended = state
+        scores, places = self._best_first(ended, final)
         words = places % self.size
         best = ops.transpose(places[:, 0] // self.size)  # (steps, images)
         best = ops.take_along_axis(attention, best[:, :, None, None], axis=2)
@@ -290,16 +290,14 @@ class BeamSearch(_Search):
         ended, chosen = ops.top_k(ops.concatenate([ended, complete], 1), beam)
         final = _gather(ops.concatenate([final, longer], 1), chosen)
 
-        # In the last step only `<end>` was of interest.
         open_ = ops.where(ends, IMPOSSIBLE, best)
         scores_next, chosen = ops.top_k(open_, beam)
         parent = ops.take_along_axis(place // size, chosen, axis=1)
         parent = ops.reshape(_rows(parent, beam), (-1,))
-        going = step < self.max_length
         return (
             step + 1,
-            ops.where(going, _gather(longer, chosen), places),
-            ops.where(going, scores_next, scores),
+            _gather(longer, chosen),
+            scores_next,
             keras.tree.map_structure(
                 lambda each: ops.take(each, parent, axis=0), states
             ),
@@ -416,8 +414,6 @@ class Sample(_Search):
             open_ = ops.logical_and(last != END, last != PAD)
             found, states, alpha = self.step(last, states, fixed)
             word = self._draw(found + self.mask(step), chance[step])
-            # After the longest caption only `<end>` may come.
-            word = ops.where(step < self.max_length, word, END)
             word = ops.where(open_, word, PAD)
             gain = ops.take_along_axis(found, ops.expand_dims(word, 2), axis=2)
             total = total + ops.where(open_, gain[:, :, 0], 0.0)
