@@ -21,7 +21,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,11 +212,22 @@ def measure_search(
     return Measured(f"beam {config.beam_size}", once, took, work, len(rows))
 
 
-def show(measured: list[Measured], peaks: floors.Peaks) -> None:
-    """Prints the table, and what is far from its floor."""
+def measure(
+    config: Config, folder: Path, features: np.ndarray, actions: Any, width: int
+) -> Iterator[Measured]:
+    """Measures one thing after the other."""
+    yield from measure_extraction(config, folder, actions.images, width)
+    for batch in actions.batches:
+        yield measure_training(config, features, batch, actions, width)
+    yield measure_search(config, features, actions)
+
+
+def show(measured: Iterable[Measured], peaks: floors.Peaks) -> None:
+    """Prints the table as it is measured, and what is far from its floor."""
     print(
         f"{'':14}{'once':>9}{'took':>9}{'floor':>9}{'of compute':>12}"
-        f"{'of memory':>11}{'ratio':>8}{'images/s':>10}"
+        f"{'of memory':>11}{'ratio':>8}{'images/s':>10}",
+        flush=True,
     )
     far = []
     for each in measured:
@@ -229,7 +240,8 @@ def show(measured: list[Measured], peaks: floors.Peaks) -> None:
         print(
             f"{each.name:14}{each.once:8.1f}s{each.took:8.2f}s{floor:8.3f}s"
             f"{compute:11.3f}s{memory:10.3f}s{ratio:8.1f}"
-            f"{each.images / each.took:10.1f}"
+            f"{each.images / each.took:10.1f}",
+            flush=True,
         )
     print(f"over {FAR:.0f} times the floor: {', '.join(far) or 'none'}")
 
@@ -264,13 +276,7 @@ def main(arguments: command.Arguments) -> None:
             np.float16,
             (actions.rows, REGIONS, CHANNELS),
         )
-        measured = measure_extraction(config, folder, actions.images, width)
-        for batch in actions.batches:
-            measured.append(
-                measure_training(config, features, batch, actions, width)
-            )
-        measured.append(measure_search(config, features, actions))
-    show(measured, peaks)
+        show(measure(config, folder, features, actions, width), peaks)
 
 
 if __name__ == "__main__":
