@@ -223,7 +223,7 @@ def teacher_forced(
         for tokens in split.tokens
     ]
     batches = [
-        CaptionBatches(*each, captions, config.batch_images)
+        CaptionBatches(*each, captions, config.step_images)
         for each in zip(features, rows, strict=True)
     ]
     scored, batches = (

@@ -957,7 +957,17 @@ class AdamW(keras.optimizers.AdamW):
 
     On TensorFlow Keras clips each device's part and sums them then. There it
     also goes over the weights two dozen times, where three operations will do.
+
+    Args:
+        embedding_rate: times the learning rate, for word embeddings; their
+            weight decay is that of the other weights.
     """
+
+    def __init__(
+        self, *args: Any, embedding_rate: float = 1.0, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.embedding_rate = embedding_rate
 
     def _clip_gradients(self, gradients: list[Any]) -> list[Any]:
         gradients = over_devices(gradients)
@@ -982,15 +992,18 @@ class AdamW(keras.optimizers.AdamW):
         self, gradient: Any, variable: Any, learning_rate: Any
     ) -> None:
         """The step of Loshchilov and Hutter 2019, algorithm 2."""
+        place, decay = self._get_variable_index(variable), learning_rate
+        if "embedding/" in self._trainable_variables[place].path:
+            learning_rate = learning_rate * self.embedding_rate
         if not TENSORFLOW:
             super().update_step(gradient, variable, learning_rate)
             return
-        place = self._get_variable_index(variable)
         moments = (self._momentums[place], self._velocities[place])
         average = None
         if self.use_ema:
             average = self._model_variables_moving_average[place]
-        adamw_step(self, variable, moments, average, gradient, learning_rate)
+        rates = (learning_rate, decay * (self.weight_decay or 0.0))
+        adamw_step(self, variable, moments, average, gradient, rates)
 
 
 @keras.saving.register_keras_serializable("captioning")

@@ -196,7 +196,7 @@ def make_batches(
                 cache.features,
                 split_rows,
                 captions,
-                config.batch_images,
+                config.step_images,
                 number,
                 seed,
                 other_views,
@@ -244,6 +244,7 @@ def compile_decoder(config: Config, decoder: Any, steps: int) -> Any:
     average = config.ema_epochs > 0
     optimizer = captioning_model.AdamW(
         rate,
+        embedding_rate=config.embedding_rate,
         weight_decay=config.weight_decay,
         global_clipnorm=config.clip_norm or None,
         use_ema=average,

@@ -205,7 +205,7 @@ def adamw_step(
     moments: Any,
     average: Any,
     gradient: Any,
-    rate: Any,
+    rates: tuple[Any, Any],
 ) -> None:
     """AdamW's step of one TensorFlow variable, in few passes over it.
 
@@ -215,15 +215,15 @@ def adamw_step(
         moments: the optimizer's first and second moments of their gradients.
         average: the moving average of the weights, or None.
         gradient: of the weights.
-        rate: the learning rate.
+        rates: the learning rate, and by how much of itself a weight decays.
     """
     import tensorflow as tf
 
     step = tf.cast(optimizer.iterations + 1, "float32")
     first, second = optimizer.beta_1, optimizer.beta_2
-    rate = tf.cast(rate, "float32")
+    rate, decay = (tf.cast(each, "float32") for each in rates)
     if optimizer.weight_decay:
-        variable.assign(variable * (1 - optimizer.weight_decay * rate))
+        variable.assign(variable * (1 - decay))
     tf.raw_ops.ResourceApplyAdam(
         var=variable.handle,
         m=moments[0].value.handle,

@@ -194,7 +194,7 @@ class Rounds:
             self.features,
             self.rows[images],
             [vocabulary.encode(each, self.words, longest) for each in drawn],
-            self.config.batch_images,
+            self.config.step_images,
             importance=advantages(rewards),
         )
         return batches, float(rewards.mean())

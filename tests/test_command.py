@@ -218,7 +218,7 @@ def test_a_wrong_name_is_told_with_the_nearest_one(
     ("words", "told"),
     [
         (["--epochs", "0"], "epochs 0 is below 1"),
-        (["--batch-images", "-5"], "batch_images -5 is below 1"),
+        (["--batch-images", "-5"], "batch_images -5 is below 0"),
         (["--beam-size", "101"], "beam_size 101 is above 100"),
         (["--learning-rate", "nan"], "learning_rate nan"),
         (["--min-caption-length", "21"], "above max_caption_length 20"),

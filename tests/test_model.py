@@ -226,6 +226,40 @@ def test_steps_of_training_are_those_of_kerass_own_loss_and_optimizer():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_embeddings_have_a_learning_rate_of_their_own(decay):
+    words = np.arange(6).reshape(3, 2)
+    found = []
+    for rate in (1.0, 16.0):
+        keras.utils.set_random_seed(3)
+        layers = keras.layers
+        network = keras.Sequential(
+            [
+                layers.Embedding(SIZE, 8, name="embedding"),
+                layers.Flatten(),
+                layers.Dense(4),
+            ]
+        )
+        network.build((None, 2))
+        before = network.get_weights()
+        optimizer = AdamW(0.01, embedding_rate=rate, weight_decay=decay)
+        network.compile(optimizer, "mse")
+        network.train_on_batch(words, np.ones((3, 4)))
+        after = network.get_weights()
+        found.append(
+            [new - old for new, old in zip(after, before, strict=True)]
+        )
+    (embedding, *others), (faster, *same) = found
+    for one, other in zip(others, same, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # Adam's first step is the rate; what the weight decays by is not it.
+    decayed = -0.01 * decay * before[0]
+    np.testing.assert_allclose(
+        faster[:6] - decayed[:6], 16 * (embedding - decayed)[:6], atol=1e-4
+    )
+    np.testing.assert_allclose(faster[6:], decayed[6:], atol=1e-6)
+
+
 def test_an_unknown_word_counts_and_is_never_right():
     logits = np.eye(SIZE, dtype="float32")[[UNKNOWN, 5, 6, 7]]
     targets = np.array([UNKNOWN, 5, 6, 8])
@@ -433,6 +467,12 @@ def test_photographs_are_enlarged_and_the_sample_is_not():
     assert Config(dataset="flickr8k").input_size == 448
     assert Config(dataset="flickr8k", magnification=1).input_size == 224
     assert Config(magnification=3, image_size=32).input_size == 96
+
+
+def test_the_sample_is_learnt_in_smaller_steps():
+    assert Config().step_images < Config(dataset="flickr8k").step_images
+    assert Config(batch_images=3).step_images == 3
+    assert Config(dataset="flickr8k", batch_images=3).step_images == 3
 
 
 def test_magnification_makes_other_features_of_one_shape():

@@ -109,7 +109,7 @@ def test_places_and_decoding_are_those_of_now(place):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--batch-images", "8"], "batch_images is 16"),
+        (["--batch-images", "8"], "batch_images is 0"),
         (["--seed", "1"], "seed is 0"),
         (["--image-size", "64"], "image_size is 224"),
         (["--max-caption-length", "9"], "max_caption_length is 20"),
@@ -172,7 +172,7 @@ def test_decoding_takes_the_run_and_the_decoding_fields_of_now(place):
 
 def test_decoding_ignores_the_training_fields_of_now(place):
     config, _ = decoding_config("--epochs", "50", "--batch-images", "3")
-    assert config.epochs == 6 and config.batch_images == 16
+    assert config.epochs == 6 and config.batch_images == 0
 
 
 def test_decoding_may_look_at_another_dataset(place):
