@@ -992,7 +992,7 @@ class AdamW(keras.optimizers.AdamW):
         self, gradient: Any, variable: Any, learning_rate: Any
     ) -> None:
         """The step of Loshchilov and Hutter 2019, algorithm 2."""
-        place, decay = self._get_variable_index(variable), learning_rate
+        place, decay_rate = self._get_variable_index(variable), learning_rate
         if "embedding/" in self._trainable_variables[place].path:
             learning_rate = learning_rate * self.embedding_rate
         if not TENSORFLOW:
@@ -1002,7 +1002,7 @@ class AdamW(keras.optimizers.AdamW):
         average = None
         if self.use_ema:
             average = self._model_variables_moving_average[place]
-        rates = (learning_rate, decay * (self.weight_decay or 0.0))
+        rates = (learning_rate, decay_rate)
         adamw_step(self, variable, moments, average, gradient, rates)
 
 

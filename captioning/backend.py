@@ -215,15 +215,15 @@ def adamw_step(
         moments: the optimizer's first and second moments of their gradients.
         average: the moving average of the weights, or None.
         gradient: of the weights.
-        rates: the learning rate, and by how much of itself a weight decays.
+        rates: the learning rate, and the one that the weight decay goes by.
     """
     import tensorflow as tf
 
     step = tf.cast(optimizer.iterations + 1, "float32")
     first, second = optimizer.beta_1, optimizer.beta_2
-    rate, decay = (tf.cast(each, "float32") for each in rates)
+    rate, decay_rate = (tf.cast(each, "float32") for each in rates)
     if optimizer.weight_decay:
-        variable.assign(variable * (1 - decay))
+        variable.assign(variable * (1 - optimizer.weight_decay * decay_rate))
     tf.raw_ops.ResourceApplyAdam(
         var=variable.handle,
         m=moments[0].value.handle,
