@@ -70,7 +70,8 @@ def main(arguments: command.Arguments) -> int:
     """Captions photographs; returns 1 if some could not be read."""
     from tqdm import tqdm
 
-    from captioning import extraction, runs
+    from captioning import runs
+    from captioning.features import extraction
 
     actions = arguments.actions
     if actions.serve is not None:
@@ -116,7 +117,7 @@ def serve(arguments: command.Arguments) -> int:
     config, run = runs.decoding_config(arguments)
     captioner = load_captioner(config, run)
     # It imports Keras, which has been imported quietly by now.
-    from captioning import serve as page
+    from captioning.decoding import serve as page
 
     app = page.application(
         captioner, f"Captions by {run.name}", config.input_size
@@ -169,7 +170,9 @@ def load_captioner(config: Config, run: Path) -> Any:
     import numpy as np
 
     import model as captioning_model
-    from captioning import backend, extraction, runs, search
+    from captioning import backend, runs
+    from captioning.decoding import search
+    from captioning.features import extraction
 
     backend.set_precision(config)
     description, _ = runs.load_features(run)
@@ -235,7 +238,9 @@ def figure_name(photo: str, taken: set[str]) -> str:
 
 def draw(path: Path, photo: str, found: Any) -> None:
     """Writes the attention figure of a photograph."""
-    from captioning import images, report, search
+    from captioning.data import images
+    from captioning.decoding import search
+    from captioning.scoring import report
 
     pixels, _ = images.read_image(Path(photo), PHOTO_SIDE)
     maps = search.square(found.attention)

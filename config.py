@@ -354,7 +354,7 @@ class Config:
         "decoding", 1.0, "exponent of the length normalisation", least=0, most=5
     )
     # The likeliest caption is rarely the one that scores best: that is the one
-    # most like the others of its beam. See captioning/consensus.py.
+    # most like the others of its beam. See captioning/decoding/consensus.py.
     consensus_temperature: float = _setting(
         "decoding",
         5.0,

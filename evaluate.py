@@ -60,8 +60,10 @@ PHOTO_SIDE = 448  # pixels, of the photograph in such a figure
 
 def main(arguments: command.Arguments) -> None:
     """Evaluates a run on a split."""
-    from captioning import metrics, prepared, runs
+    from captioning import runs
+    from captioning.data import prepared
     from captioning.files import lock
+    from captioning.scoring import metrics
 
     members = runs.members(arguments, arguments.actions.runs)
     config, run = members[0][0], runs.together(members)
@@ -77,7 +79,7 @@ def main(arguments: command.Arguments) -> None:
             figures, attention = {}, None
         else:
             command.import_keras()
-            from captioning import search
+            from captioning.decoding import search
 
             found, figures = caption_split(members, split)
             captions = {
@@ -116,7 +118,8 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
         raise UserError("--export takes one run: give --run-name, not --runs")
     command.import_keras()
     import model as captioning_model
-    from captioning import backend, export, runs, search
+    from captioning import backend, runs
+    from captioning.decoding import export, search
 
     config, run = members[0]
     backend.set_precision(config)
@@ -143,7 +146,7 @@ def limit(split: Any, images: int) -> Any:
 
 def training_captions(config: Config) -> list[str]:
     """What people wrote of the training images."""
-    from captioning import prepared
+    from captioning.data import prepared
 
     captions = prepared.load_split(config, "train").captions
     return [caption for each in captions for caption in each]
@@ -162,7 +165,8 @@ def caption_split(
         What the search found for each image, and the figures that need the
         model: teacher-forced ones and the speed.
     """
-    from captioning import backend, search
+    from captioning import backend
+    from captioning.decoding import search
 
     config = members[0][0]
     backend.set_precision(config)
@@ -191,7 +195,8 @@ def open_run(
 ) -> tuple[Any, Any, Any, Any]:
     """Opens a run: decoder, vocabulary, features and the images' rows."""
     import model as captioning_model
-    from captioning import prepared, runs
+    from captioning import runs
+    from captioning.data import prepared
 
     description, _ = runs.load_features(run)
     # The features are cached: weights that are not at hand are not needed.
@@ -215,8 +220,8 @@ def teacher_forced(
 
     import model as captioning_model
     from captioning import backend
-    from captioning.batches import CaptionBatches, JointBatches
-    from captioning.vocabulary import encode
+    from captioning.data.vocabulary import encode
+    from captioning.training.batches import CaptionBatches, JointBatches
 
     captions = [
         encode(tokens, words, config.max_caption_length)
@@ -349,7 +354,8 @@ def write_report(
     """Writes report.html and some attention figures."""
     import pandas as pd
 
-    from captioning import images, prepared, report
+    from captioning.data import images, prepared
+    from captioning.scoring import report
 
     directory = prepared.images_dir(config)
     # Images without a usable reference have no score and no place here.

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from captioning import features, gradients, runs, search, vocabulary
+from captioning import runs
 from captioning.backend import (
     TENSORFLOW,
     adamw_step,
@@ -29,7 +29,11 @@ from captioning.backend import (
     split_steps,
     use_xla,
 )
-from captioning.vocabulary import PAD, START, UNKNOWN
+from captioning.data import vocabulary
+from captioning.data.vocabulary import PAD, START, UNKNOWN
+from captioning.decoding import search
+from captioning.features import cache as features
+from captioning.training import gradients
 from config import ENCODERS, Config, UserError
 
 # Seeds of their own, so that --seed changes the training and neither the
@@ -108,7 +112,7 @@ def feature_shape(config: Config) -> tuple[int, int]:
 
 
 def describe_features(config: Config, weights: str) -> dict[str, Any]:
-    """What the features of a config depend on, for `captioning.features`.
+    """What the features of a config depend on, for `captioning.features.cache`.
 
     Args:
         config: its encoder fields.
@@ -644,7 +648,7 @@ class CaptioningModel(TeacherForced):
 
         Args:
             inputs: `features` (images, regions, channels) and packed
-                captions, see `captioning.batches.pack`: `words`, `image` and
+                captions (`captioning.training.batches.pack`): `words`, `image`,
                 `caption`, int32 (tokens,), and `counts`, int32 (steps,); or
                 padded ones, `words`, int32 (images, captions, steps), alone.
             training: whether to drop out.

@@ -47,7 +47,8 @@ ACTIONS = [
 
 def main(arguments: command.Arguments) -> None:
     """Preprocesses a dataset."""
-    from captioning import datasets, prepared, workers
+    from captioning.data import datasets, prepared
+    from captioning.features import workers
 
     config = arguments.config
     directory = dataset_directory(config)
@@ -77,7 +78,7 @@ def dataset_directory(config: Config) -> Path:
         return Path(config.dataset_dir)
     directory = Path(config.data_dir) / config.dataset
     if config.dataset == "sample":
-        from captioning.sample import write_sample
+        from captioning.data.sample import write_sample
 
         write_sample(directory)
     return directory
@@ -121,7 +122,7 @@ def check_skipped(config: Config, table: Any, skipped: Any) -> None:
         table: of the images that can be used.
         skipped: pairs of an image and the reason.
     """
-    from captioning.datasets import UNSPLIT
+    from captioning.data.datasets import UNSPLIT
 
     there = set(table["image"])
     lost = {i for i, reason in skipped if reason not in UNSPLIT}
@@ -151,7 +152,8 @@ def encode_part(config: Config, dataset: Any, number: int, of: int) -> bool:
     Returns:
         Whether it was the last, and shall complete the cache.
     """
-    from captioning import extraction, prepared, workers
+    from captioning.data import prepared
+    from captioning.features import extraction, workers
 
     place = prepared.folder(config)
     with workers.worker(place, number):
@@ -182,7 +184,8 @@ def encode_images(config: Config, dataset: Any) -> tuple[Any, Any, Path]:
     Raises:
         UserError: if too many images cannot be used.
     """
-    from captioning import datasets, extraction
+    from captioning.data import datasets
+    from captioning.features import extraction
 
     cache, names, build = open_cache(config, dataset)
     notes = extraction.fill(
@@ -217,7 +220,10 @@ def open_cache(config: Config, dataset: Any) -> tuple[Any, list[str], Any]:
     import keras
 
     import model
-    from captioning import backend, extraction, features, prepared
+    from captioning import backend
+    from captioning.data import prepared
+    from captioning.features import cache as features
+    from captioning.features import extraction
 
     weights = model.encoder_weights(config)
     description = model.describe_features(config, weights)

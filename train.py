@@ -40,7 +40,8 @@ ACTIONS = [
 
 def main(arguments: command.Arguments) -> None:
     """Trains a run, or goes on with it."""
-    from captioning import prepared, runs
+    from captioning import runs
+    from captioning.data import prepared
     from captioning.files import lock
 
     place = runs.folder(arguments.config)
@@ -77,8 +78,10 @@ def fit(
 ) -> None:
     """Trains on the training split, watched on the validation split."""
     import model as captioning_model
-    from captioning import backend, callbacks, prepared, runs
-    from captioning.features import MIRRORED
+    from captioning import backend, runs
+    from captioning.data import prepared
+    from captioning.features.cache import MIRRORED
+    from captioning.training import callbacks
 
     backend.set_seed(config.seed)
     precision = backend.set_precision(config)
@@ -175,8 +178,8 @@ def make_batches(
     """
     import numpy as np
 
-    from captioning.batches import CaptionBatches
-    from captioning.vocabulary import encode, names_a_side
+    from captioning.data.vocabulary import encode, names_a_side
+    from captioning.training.batches import CaptionBatches
 
     made = []
     for split_rows, split, seed, number, other_views in zip(
@@ -212,7 +215,7 @@ def make_batches(
 
 def standardise(decoder: Any, cache: Any, rows: Any) -> None:
     """Gives the decoder the statistics of the training features."""
-    from captioning.features import channel_statistics
+    from captioning.features.cache import channel_statistics
 
     mean, deviation = channel_statistics(cache, rows)
     decoder.standardisation.mean.assign(mean)
@@ -231,7 +234,7 @@ def compile_decoder(config: Config, decoder: Any, steps: int) -> Any:
 
     import model as captioning_model
     from captioning import backend
-    from captioning.callbacks import Averaged
+    from captioning.training.callbacks import Averaged
 
     total = steps * config.epochs
     warmup = max(1, round(total * config.warmup_share))
@@ -279,7 +282,9 @@ def cider_on(
     Each process captions its share of the images, on one device.
     """
     import model as captioning_model
-    from captioning import backend, metrics, search
+    from captioning import backend
+    from captioning.decoding import search
+    from captioning.scoring import metrics
 
     captioner = decoder
     with backend.one_device():
@@ -365,7 +370,8 @@ def criticise(
     words: Any,
 ) -> None:
     """Self-critical training, from the best epoch of cross-entropy on."""
-    from captioning import runs, self_critical
+    from captioning import runs
+    from captioning.training import self_critical
 
     decoder, cider = points.model, points.cider
     self_critical.compile_decoder(config, decoder)

@@ -152,7 +152,7 @@ def split_steps(rows: Any, counts: Any, number: int) -> list[Any]:
     """Splits what is packed, on TensorFlow, where captions are packed.
 
     Args:
-        rows: (tokens, ...), packed as `captioning.batches.pack` does.
+        rows: (tokens, ...), packed as `captioning.training.batches.pack` does.
         counts: tokens of each step, int32 (steps,).
         number: of steps.
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from captioning import vocabulary
 from captioning.command import Arguments
+from captioning.data import vocabulary
 from captioning.files import atomic_path, write_text
 from config import Config, UserError, group
 

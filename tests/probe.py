@@ -24,10 +24,12 @@ def probe(folder: Path, run: str) -> dict[str, np.ndarray]:
     from keras import ops
 
     import evaluate
-    from captioning import backend, prepared, search
-    from captioning.batches import CaptionBatches
+    from captioning import backend
+    from captioning.data import prepared
+    from captioning.data.vocabulary import encode
+    from captioning.decoding import search
     from captioning.runs import load_config
-    from captioning.vocabulary import encode
+    from captioning.training.batches import CaptionBatches
 
     place = folder / "checkpoints" / run
     config = load_config(place)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import train
-from captioning import backend, search
+from captioning import backend
 from captioning.backend import TENSORFLOW
-from captioning.batches import CaptionBatches
-from captioning.vocabulary import END, PAD, START
+from captioning.data.vocabulary import END, PAD, START
+from captioning.decoding import search
+from captioning.training.batches import CaptionBatches
 from config import Config
 from model import CaptioningModel, SmoothedCrossEntropy
 

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from captioning import callbacks
-from captioning.sample import write_sample
+from captioning.data.sample import write_sample
+from captioning.training import callbacks
 from config import UserError
 from tests.probe import probe
 from tests.scripts import ROOT, good

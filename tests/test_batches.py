@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning.batches import CaptionBatches, pack
-from captioning.vocabulary import END, PAD, START
+from captioning.data.vocabulary import END, PAD, START
+from captioning.training.batches import CaptionBatches, pack
 
 STEPS = 5  # captions of up to four words
 A, B, C, D = 4, 5, 6, 7

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning import consensus
-from captioning.self_critical import END_WORD, CiderD
-from captioning.vocabulary import END, PAD
+from captioning.data.vocabulary import END, PAD
+from captioning.decoding import consensus
+from captioning.training.self_critical import END_WORD, CiderD
 
 STEPS = 9
 

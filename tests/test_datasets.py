@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from captioning.datasets import (
+from captioning.data.datasets import (
     Dataset,
     equal_pixels_across_splits,
     find_dataset,

@@ -17,7 +17,7 @@ import pytest
 
 from captioning import job
 from captioning.backend import TENSORFLOW
-from captioning.sample import write_sample
+from captioning.data.sample import write_sample
 from config import UserError
 from tests.scripts import ROOT, good
 

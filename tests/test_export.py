@@ -11,9 +11,10 @@ import pytest
 
 import evaluate
 import model
-from captioning import prepared, runs, vocabulary
+from captioning import runs
 from captioning.backend import TENSORFLOW
-from captioning.vocabulary import END, SPECIAL_WORDS, Vocabulary
+from captioning.data import prepared, vocabulary
+from captioning.data.vocabulary import END, SPECIAL_WORDS, Vocabulary
 from config import Config, UserError
 
 # Prints the captions and scores of the images in a file.

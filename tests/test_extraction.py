@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from captioning import extraction, features
+from captioning.features import cache as features
+from captioning.features import extraction
 from config import UserError
 from tests.processes import end, make_photos, start
 

@@ -16,8 +16,9 @@ import cv2
 import numpy as np
 import pytest
 
-from captioning import extraction, features
-from captioning.images import read_image
+from captioning.data.images import read_image
+from captioning.features import cache as features
+from captioning.features import extraction
 from config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -197,7 +198,7 @@ def test_images_are_read_in_order_and_only_some_batches_ahead(monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from captioning import extraction, features
+from captioning.features import cache as features, extraction
 from tests.test_features import Encoder, fill
 
 def kill(*_):

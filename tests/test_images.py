@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from captioning.images import UnusableImage, _webp_size, read_image
+from captioning.data.images import UnusableImage, _webp_size, read_image
 
 SIZE = 32
 NOBODY = 65534
@@ -202,7 +202,7 @@ def test_damaged_jpegs_are_used_without_a_warning_of_python(
     (tmp_path / "x.jpg").write_bytes(data)
     # In a process of its own, because pytest has filters for warnings too.
     code = (
-        "import pathlib, sys, captioning.images as images\n"
+        "import pathlib, sys, captioning.data.images as images\n"
         "pixels, _ = images.read_image(pathlib.Path(sys.argv[1]), 32)\n"
         "print(pixels.shape)"
     )
@@ -277,7 +277,7 @@ RED = bytes.fromhex(
 )
 LIMITED = """
 import pathlib, resource, sys
-from captioning.images import UnusableImage, _webp_size, read_image
+from captioning.data.images import UnusableImage, _webp_size, read_image
 status = pathlib.Path("/proc/self/status").read_text()
 (here,) = (int(l.split()[1]) for l in status.splitlines() if "VmSize" in l)
 most = here * 1024 + 150_000_000

@@ -19,7 +19,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 import evaluate
-from captioning import metrics
+from captioning.scoring import metrics
 from config import Config, UserError
 
 FREE = ["bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider"]

@@ -8,9 +8,9 @@ import pytest
 from keras import ops
 
 from captioning.backend import use_xla
-from captioning.batches import CaptionBatches, pack, pad
-from captioning.extraction import BATCH, encode
-from captioning.vocabulary import END, PAD, START, UNKNOWN
+from captioning.data.vocabulary import END, PAD, START, UNKNOWN
+from captioning.features.extraction import BATCH, encode
+from captioning.training.batches import CaptionBatches, pack, pad
 from config import Config
 from model import (
     AdamW,

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from captioning.backend import TENSORFLOW
-from captioning.sample import write_sample
+from captioning.data.sample import write_sample
 from tests.benchmarks.blind import exchange_images
 from tests.scripts import bad, good, good_process, run
 

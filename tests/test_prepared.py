@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning import features, prepared
-from captioning.datasets import Dataset
-from captioning.vocabulary import SPECIAL_WORDS, tokenise
+from captioning.data import prepared
+from captioning.data.datasets import Dataset
+from captioning.data.vocabulary import SPECIAL_WORDS, tokenise
+from captioning.features import cache as features
 from config import Config, UserError, group
 
 DESCRIPTION = features.describe("resnet50", "conv5", "random-0", 8)

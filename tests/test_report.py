@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from captioning import metrics as scores
-from captioning import report
+from captioning.scoring import metrics as scores
+from captioning.scoring import report
 from tests.browser import chromium, find, phone, press, wait
 
 SIDE = 7

@@ -8,8 +8,9 @@ import keras
 import numpy as np
 import pytest
 
-from captioning import command, features, runs
-from captioning.vocabulary import SPECIAL_WORDS, Vocabulary
+from captioning import command, runs
+from captioning.data.vocabulary import SPECIAL_WORDS, Vocabulary
+from captioning.features import cache as features
 from config import Config, UserError, group
 
 WORDS = Vocabulary((*SPECIAL_WORDS, "dog"))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from captioning import sample
+from captioning.data import sample
 from config import UserError
 
 

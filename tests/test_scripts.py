@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from captioning import metrics, runs
-from captioning.sample import write_sample
+from captioning import runs
+from captioning.data.sample import write_sample
+from captioning.scoring import metrics
 from config import UserError
 from tests.scripts import bad, good, process, run
 
@@ -99,7 +100,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch(home, monkeypatch):
     """Ended at a saved point between two batches, and given again."""
-    from captioning import callbacks
+    from captioning.training import callbacks
 
     flags = [*FLAGS, *TRAINING, "--run-name", "middle"]
     save = callbacks.SavePoints.save
@@ -120,7 +121,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(home, monkeypatch):
 
 def test_self_critical_training_goes_on_between_two_rounds(home, monkeypatch):
     """Or after cross-entropy that is done: as if it had never been ended."""
-    from captioning import callbacks, self_critical
+    from captioning.training import callbacks, self_critical
 
     flags = [*FLAGS, *TRAINING, "--scst-epochs", "2", "--run-name"]
     places = [home / "checkpoints" / name for name in ("drawn", "broken")]
@@ -154,7 +155,7 @@ def test_self_critical_training_does_not_take_up_a_half_epoch(
     home, monkeypatch
 ):
     """One of cross-entropy, that fewer epochs have left behind."""
-    from captioning import callbacks, self_critical
+    from captioning.training import callbacks, self_critical
 
     flags = [*FLAGS, *TRAINING, "--cider-every", "1", "--run-name", "half"]
     save, draw = callbacks.SavePoints.save, self_critical.Rounds.draw
@@ -361,7 +362,7 @@ def test_weights_that_cannot_be_downloaded_are_told_in_one_line(
 @pytest.mark.real_data
 def test_the_real_encoder_tells_photographs_apart(real_data, tmp_path):
     """Trained ResNet50: two crops of a photograph are alike, others not."""
-    from captioning.images import read_image
+    from captioning.data.images import read_image
     from config import Config
     from model import build_encoder
 

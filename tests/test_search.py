@@ -8,22 +8,22 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from captioning import consensus
 from captioning.backend import TENSORFLOW, use_xla
-from captioning.search import (
-    IMPOSSIBLE,
-    BeamSearch,
-    Sample,
-    average,
-    caption_rows,
-)
-from captioning.vocabulary import (
+from captioning.data.vocabulary import (
     END,
     PAD,
     SPECIAL_WORDS,
     START,
     UNKNOWN,
     Vocabulary,
+)
+from captioning.decoding import consensus
+from captioning.decoding.search import (
+    IMPOSSIBLE,
+    BeamSearch,
+    Sample,
+    average,
+    caption_rows,
 )
 from model import CaptioningModel
 

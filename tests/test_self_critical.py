@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider
 
-from captioning import search, self_critical
-from captioning.batches import CaptionBatches
-from captioning.vocabulary import (
+from captioning.data.vocabulary import (
     PAD,
     SPECIAL_WORDS,
     START,
@@ -17,6 +15,9 @@ from captioning.vocabulary import (
     Vocabulary,
     encode,
 )
+from captioning.decoding import search
+from captioning.training import self_critical
+from captioning.training.batches import CaptionBatches
 from config import Config
 from model import build_model
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from werkzeug.serving import make_server
 
-from captioning import search, serve
+from captioning.decoding import search, serve
 from config import UserError
 from tests.browser import chromium, find, phone, press, wait
 

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from captioning import vocabulary
-from captioning.features import MIRRORED
+from captioning.data import vocabulary
+from captioning.features.cache import MIRRORED
 from tests.processes import end, make_photos, start
 
 
@@ -103,7 +103,7 @@ def make_batches():
 
     Image n has three captions; the second one of every fourth names a side.
     """
-    from captioning.batches import CaptionBatches
+    from captioning.training.batches import CaptionBatches
 
     plain = np.arange(1, 65)
     array = np.concatenate([plain, -plain]).astype(np.float16)[:, None, None]
@@ -194,7 +194,7 @@ def test_without_mirrored_rows_every_image_is_shown_as_it_is(make_batches):
 
 
 def test_no_image_can_have_the_name_of_a_mirrored_view(tmp_path):
-    from captioning import datasets
+    from captioning.data import datasets
 
     pixels = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
     (tmp_path / "b.png").write_bytes(pixels)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioning import vocabulary
-from captioning.vocabulary import (
+from captioning.data import vocabulary
+from captioning.data.vocabulary import (
     END,
     PAD,
     SPECIAL_WORDS,

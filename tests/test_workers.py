@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from captioning import extraction, workers
+from captioning.features import extraction, workers
 from config import UserError
 from tests.processes import end, make_photos, start
 

@@ -16,7 +16,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import preprocess
-from captioning import command, extraction, features
+from captioning import command
+from captioning.features import cache as features
+from captioning.features import extraction
 
 
 def encode(images: np.ndarray) -> np.ndarray:

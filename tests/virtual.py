@@ -31,7 +31,7 @@ def main(flags: list[str]) -> None:
 
 def train_runs(flags: list[str]) -> None:
     """Trains the three runs."""
-    from captioning import callbacks
+    from captioning.training import callbacks
     from tests.scripts import good, run
 
     save = callbacks.SavePoints.save

@@ -20,7 +20,8 @@ import pandas as pd
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from captioning import command, prepared  # noqa: E402
+from captioning import command  # noqa: E402
+from captioning.data import prepared  # noqa: E402
 from captioning.files import write_csv  # noqa: E402
 from config import Config  # noqa: E402
 

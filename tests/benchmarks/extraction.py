@@ -37,7 +37,9 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from captioning import command, extraction, features  # noqa: E402
+from captioning import command  # noqa: E402
+from captioning.features import cache as features  # noqa: E402
+from captioning.features import extraction  # noqa: E402
 from config import Config  # noqa: E402
 
 SIZES = {"224x224": (224, 224), "500x375": (500, 375)}  # width, height

@@ -99,7 +99,8 @@ def measure_extraction(
 ) -> list[Measured]:
     """The encoder alone, on the same batch again and again, and the whole."""
     import model
-    from captioning import extraction, features
+    from captioning.features import cache as features
+    from captioning.features import extraction
 
     encoder = model.build_encoder(config, "random")
     encode = encoder.predict_on_batch
@@ -129,7 +130,7 @@ def draw_captions(config: Config, images: int, words: int) -> list[np.ndarray]:
     Returns:
         For each image int32 (captions, max_caption_length + 2).
     """
-    from captioning.vocabulary import END, PAD, SPECIAL_WORDS, START
+    from captioning.data.vocabulary import END, PAD, SPECIAL_WORDS, START
 
     random = np.random.default_rng(0)
     longest = config.max_caption_length
@@ -152,7 +153,7 @@ def measure_training(
 
     import model
     import train
-    from captioning.batches import CaptionBatches
+    from captioning.training.batches import CaptionBatches
 
     images = batch * actions.steps
     random = np.random.default_rng(0)
@@ -190,8 +191,8 @@ def measure_search(
 ) -> Measured:
     """Captions as `evaluate.py` makes them, all of the longest length."""
     import model
-    from captioning import search
-    from captioning.vocabulary import END, SPECIAL_WORDS, Vocabulary
+    from captioning.data.vocabulary import END, SPECIAL_WORDS, Vocabulary
+    from captioning.decoding import search
 
     words = map(str, range(actions.words - len(SPECIAL_WORDS)))
     vocabulary = Vocabulary((*SPECIAL_WORDS, *words))

@@ -24,7 +24,7 @@ import pandas as pd
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from captioning.sample import write_sample  # noqa: E402
+from captioning.data.sample import write_sample  # noqa: E402
 
 EPOCHS, SCST_EPOCHS = 24, 12
 FLAGS = [

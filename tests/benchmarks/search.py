@@ -33,7 +33,7 @@ def plain(decoder: Any, features: Any) -> list[int]:
     """
     import numpy as np
 
-    from captioning.vocabulary import END, PAD, START, UNKNOWN
+    from captioning.data.vocabulary import END, PAD, START, UNKNOWN
 
     annotations, keys, hidden, cell = decoder.start(features[None])
     beam = [(0.0, [START])]
@@ -95,8 +95,9 @@ def main(arguments: command.Arguments) -> None:
     import keras
     import numpy as np
 
-    from captioning import backend, search
-    from captioning.vocabulary import END, PAD
+    from captioning import backend
+    from captioning.data.vocabulary import END, PAD
+    from captioning.decoding import search
     from model import CaptioningModel
 
     precision = backend.set_precision(arguments.config)

@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from captioning import command, datasets, vocabulary  # noqa: E402
+from captioning import command  # noqa: E402
+from captioning.data import datasets, vocabulary  # noqa: E402
 from config import Config, UserError  # noqa: E402
 from tests.benchmarks import floors, yardsticks  # noqa: E402
 from tests.benchmarks.yardsticks import (  # noqa: E402
@@ -97,7 +98,7 @@ def make_batches(
     config: Config, features: np.ndarray, rows: np.ndarray, captions: Any
 ) -> Any:
     """Training batches as train.py makes them, with all captions."""
-    from captioning.batches import CaptionBatches
+    from captioning.training.batches import CaptionBatches
 
     images = config.step_images
     return CaptionBatches(features, rows, captions, images, seed=config.seed)

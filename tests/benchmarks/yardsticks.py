@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from captioning.vocabulary import PAD
+from captioning.data.vocabulary import PAD
 
 REGIONS, CHANNELS, WORDS, UNITS = 49, 2048, 8000, 512
 THREADS = os.cpu_count()

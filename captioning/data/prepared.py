@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from captioning import features, vocabulary
-from captioning.datasets import Dataset
+from captioning.data import vocabulary
+from captioning.data.datasets import Dataset
+from captioning.data.vocabulary import Vocabulary
+from captioning.features import cache as features
 from captioning.files import write_csv, write_text
-from captioning.vocabulary import Vocabulary
 from config import SPLITS, Config, UserError, group
 
 TABLE = ["image", "split", "caption", "tokens"]

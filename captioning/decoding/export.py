@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from captioning.search import BeamSearch
-from captioning.vocabulary import END, Vocabulary
+from captioning.data.vocabulary import END, Vocabulary
+from captioning.decoding.search import BeamSearch
 from config import UserError
 
 

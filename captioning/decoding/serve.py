@@ -5,7 +5,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from captioning import extraction, images, report, search
+from captioning.data import images
+from captioning.decoding import search
+from captioning.features import extraction
+from captioning.scoring import report
 from config import UserError
 
 HOST = "127.0.0.1"
@@ -35,7 +38,7 @@ def application(
         raise UserError(
             "--serve needs Flask: pip install -r requirements-serve.txt"
         ) from None
-    page = report.template("serve.html.jinja").render(title=title)
+    page = report.template("decoding/serve.html.jinja").render(title=title)
     one_at_a_time = threading.Lock()
     app = flask.Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES

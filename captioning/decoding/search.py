@@ -12,10 +12,10 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
-from captioning import consensus
 from captioning.backend import use_xla
-from captioning.features import read_rows
-from captioning.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
+from captioning.data.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
+from captioning.decoding import consensus
+from captioning.features.cache import read_rows
 from config import Config
 
 BATCH = 50  # images searched at a time

@@ -13,9 +13,9 @@ import pandas as pd
 
 from captioning import runs
 from captioning.backend import TENSORFLOW, one_device
-from captioning.batches import CaptionBatches
 from captioning.files import write_csv
-from captioning.report import write_curves
+from captioning.scoring.report import write_curves
+from captioning.training.batches import CaptionBatches
 from config import UserError
 
 SAVE_SECONDS = 180  # between two saved points within an epoch

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from captioning import features
-from captioning.images import UnusableImage, read_image
+from captioning.data.images import UnusableImage, read_image
+from captioning.features import cache as features
 
 BATCH = 32  # images a forward pass
 # Threads; OpenCV and Pillow decode outside of Python's lock. The largest images

@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from captioning import images
-from captioning import metrics as scores
+from captioning.data import images
 from captioning.files import atomic_path, write_text
+from captioning.scoring import metrics as scores
 
 # title, column of the training split, column of the validation split
 _PANELS = (
@@ -237,7 +237,7 @@ def write_report(
     ]
     has_history = history is not None and len(history) > 0
     notes, published = scores.comparison(metrics, dataset)
-    text = template("report.html.jinja").render(
+    text = template("scoring/report.html.jinja").render(
         title=title,
         metrics=metrics,
         figures=list(_figures(metrics)),
@@ -253,7 +253,7 @@ def write_report(
 def template(name: str) -> jinja2.Template:
     """A page's template; what is put into it is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.PackageLoader("captioning", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

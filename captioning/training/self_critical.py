@@ -17,10 +17,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from captioning import search, vocabulary
-from captioning.batches import CaptionBatches
-from captioning.consensus import ORDERS, SIGMA
-from captioning.vocabulary import SPECIAL_WORDS
+from captioning.data import vocabulary
+from captioning.data.vocabulary import SPECIAL_WORDS
+from captioning.decoding import search
+from captioning.decoding.consensus import ORDERS, SIGMA
+from captioning.training.batches import CaptionBatches
 from config import Config
 
 # Images whose captions are drawn at a time, with the weights as they are then.

@@ -10,7 +10,7 @@ from typing import Any
 
 from keras import ops
 
-from captioning.vocabulary import PAD
+from captioning.data.vocabulary import PAD
 
 # CIDEr-D's: n-grams of up to so many words, and how wide the penalty on
 # another length is.

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 
 from captioning.backend import ALONE, TENSORFLOW, Devices, use_xla
-from captioning.features import read_rows
-from captioning.vocabulary import PAD
+from captioning.data.vocabulary import PAD
+from captioning.features.cache import read_rows
 
 # Batches of images with captions of like length have fewer steps. So many
 # batches are sorted by length at a time: enough to be alike, few enough to

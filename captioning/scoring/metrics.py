@@ -31,7 +31,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import (
     STANFORD_CORENLP_3_4_1_JAR,
 )
 
-from captioning import vocabulary
+from captioning.data import vocabulary
 from config import UserError
 
 Key = TypeVar("Key", bound=Hashable)

@@ -1,0 +1,1 @@
+"""Caption files, photographs and words."""

@@ -1,0 +1,1 @@
+"""Beam search, and what captions photographs with it."""

@@ -1,0 +1,1 @@
+"""The cache of encoder features on disk, and what fills it."""

@@ -1,0 +1,1 @@
+"""Batches, callbacks and self-critical training."""
