@@ -10,38 +10,21 @@ Only `keras` is imported, so that every backend runs the same code.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from captioning import runs
-from captioning.backend import (
-    TENSORFLOW,
-    adamw_step,
-    clip_by_global_norm,
-    largest,
-    over_devices,
-    scan,
-    split_steps,
-    use_xla,
-)
-from captioning.data import vocabulary
-from captioning.data.vocabulary import PAD, START, UNKNOWN
-from captioning.decoding import search
+from captioning.backend import scan, use_xla
+from captioning.data.vocabulary import PAD
 from captioning.features import cache as features
-from captioning.training import gradients
 from config import ENCODERS, Config, UserError
 
 # Seeds of their own, so that --seed changes the training and neither the
 # encoder nor, with it, the feature cache.
 RANDOM_ENCODER_SEED = 0
-
-# What each step of the unrolled loop hands to the output layer.
-Steps = list[Any]
 
 
 # --- encoder ---------------------------------------------------------------
@@ -248,826 +231,476 @@ def _draw_weights(network: keras.Model) -> None:
 # --- decoder ---------------------------------------------------------------
 
 
-def _sum(parts: Iterable[Any]) -> Any:
-    """Sums products in float32: bfloat16 would round at every addition."""
-    return sum(ops.cast(each, "float32") for each in parts)
-
-
-@keras.saving.register_keras_serializable("captioning")
 class FeatureStandardisation(keras.layers.Layer):
-    """Shifts and scales features to mean 0 and variance 1 a channel.
+    """Shifts and scales features to mean 0 and variance 1 per channel.
 
     Encoders differ in scale by a factor of twenty. The statistics are those
-    of the training split; they are weights that no gradient changes, so that
-    they travel with the run.
+    of the training split, set before training; as weights, they are saved
+    with the run.
     """
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+
     def build(self, shape: tuple[int | None, ...]) -> None:
-        """Makes the statistics for (batch, regions, channels)."""
-        statistic = {"shape": (shape[-1],), "trainable": False}
-        self.mean = self.add_weight(
-            name="mean", initializer="zeros", dtype="float32", **statistic
-        )
+        """Creates the statistics for features (images, regions, channels)."""
+        options = {"shape": shape[-1:], "trainable": False}
+        self.mean = self.add_weight(name="mean", initializer="zeros", **options)
         self.deviation = self.add_weight(
-            name="deviation", initializer="ones", dtype="float32", **statistic
+            name="deviation", initializer="ones", **options
         )
 
     def call(self, features: Any) -> Any:
-        """Standardises (batch, regions, channels)."""
+        """Standardises (images, regions, channels)."""
         features = ops.cast(features, "float32")
         standardised = (features - self.mean) / self.deviation
         return ops.cast(standardised, self.compute_dtype)
 
 
-@keras.saving.register_keras_serializable("captioning")
-class BahdanauAttention(keras.layers.Layer):
-    """Additive attention: which regions matter for the next word.
+class StepWeights(NamedTuple):
+    """What one step of the decoder multiplies by, in compute precision."""
 
-    e_i = v . tanh(W_h h + W_a a_i), alpha = softmax(e), z = sum alpha_i a_i
-    (Bahdanau et al. 2015, appendix A.1.2; Xu et al. 2015, equations 4-6 and
-    13). W_a a_i, the key of region i, does not depend on the state h.
+    query: Any  # W_h of the attention (units, attention units)
+    score: Any  # v of the attention, float32 (attention units, 1)
+    gate: Any  # W_beta (units, units)
+    gate_bias: Any  # float32 (units,)
+    recurrent: Any  # of the LSTM, for the state (units, 4 * units)
+    visual: Any  # of the LSTM, for the context (units, 4 * units)
+
+
+class AttentionLSTM(keras.layers.Layer):
+    """One step of the decoder: attend, gate the context, advance the LSTM.
+
+    Bahdanau attention (Bahdanau et al. 2015, appendix A.1.2; Xu et al. 2015,
+    equations 4-6 and 13), the gate beta (Xu et al., section 4.2.1, where beta
+    is one number; here it has one per channel), and the LSTM (Xu et al.,
+    equations 1-3).
 
     Args:
-        units: width of keys and queries.
+        units: size of the state, of the annotation vectors and of the context.
+        attention_units: size of the attention's keys and queries.
     """
 
-    def __init__(self, units: int, **kwargs: Any) -> None:
+    def __init__(self, units: int, attention_units: int, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
-        self.units = units
-        self.key = keras.layers.Dense(units, name="key")
-        self.query = keras.layers.Dense(units, use_bias=False, name="query")
+        self.units, self.attention_units = units, attention_units
 
-    def build(
-        self,
-        state: tuple[int | None, ...],
-        keys: tuple[int | None, ...],
-        annotations: tuple[int | None, ...],
-    ) -> None:
-        """Makes the weights."""
-        self.key.build(annotations)
-        self.query.build(state)
-        self.score = self.add_weight(
-            name="score", shape=(self.units, 1), initializer="glorot_uniform"
+    def build(self, shape: tuple[int | None, ...] | None = None) -> None:
+        """Creates the weights."""
+        units, attention = self.units, self.attention_units
+        shapes = {
+            "query": (units, attention),
+            "score": (attention, 1),
+            "gate": (units, units),
+            "gate_bias": (units,),
+            "recurrent": (units, 4 * units),
+            "visual": (units, 4 * units),
+        }
+        initializers = {"gate_bias": "zeros", "recurrent": "orthogonal"}
+        self.step_weights = [
+            self.add_weight(
+                name=name,
+                shape=shapes[name],
+                initializer=initializers.get(name, "glorot_uniform"),
+            )
+            for name in StepWeights._fields
+        ]
+        self.built = True
+
+    def cast_weights(self) -> StepWeights:
+        """The weights as `call` takes them: cast once, not at every step."""
+        named = {each.name: each for each in self.step_weights}
+        exact = {"score": "float32", "gate_bias": "float32"}
+        return StepWeights(
+            **{
+                name: ops.cast(each, exact.get(name, self.compute_dtype))
+                for name, each in named.items()
+            }
         )
 
-    def call(self, state: Any, keys: Any, annotations: Any) -> Any:
-        """Attends.
+    def call(
+        self,
+        weights: StepWeights,
+        word_gates: Any,
+        hidden: Any,
+        cell: Any,
+        keys: Any,
+        annotations: Any,
+    ) -> tuple[Any, Any, Any, Any]:
+        """Advances by one word.
+
+        Sums, softmax and cell state are float32, products are in compute
+        precision: a softmax over bfloat16 loses what tells regions apart.
 
         Args:
-            state: h, (..., decoder units).
-            keys: (..., regions, units), from `key`.
-            annotations: (..., regions, decoder units).
-
-        Returns:
-            The context z (..., decoder units) and the attention weights
-            alpha, float32 (..., regions). Leading dimensions are captions, or
-            images and hypotheses, and are broadcast.
-        """
-        return self.attend(self.query(state), keys, annotations)
-
-    def attend(self, query: Any, keys: Any, annotations: Any) -> Any:
-        """Like `call`, by a query (..., units)."""
-        # Sum and tanh in float32: no slower on a CPU, and a softmax over
-        # bfloat16 scores loses what tells regions apart.
-        query = ops.cast(query, "float32")
-        energy = ops.cast(keys, "float32") + ops.expand_dims(query, -2)
-        score = ops.cast(self.score, "float32")
-        scores = ops.matmul(ops.tanh(energy), score)  # (..., regions, 1)
-        weights = ops.softmax(ops.squeeze(scores, -1))
-        row = ops.expand_dims(ops.cast(weights, annotations.dtype), -2)
-        return ops.squeeze(ops.matmul(row, annotations), -2), weights
-
-    def get_config(self) -> dict[str, Any]:
-        """What `from_config` takes."""
-        return {**super().get_config(), "units": self.units}
-
-
-@keras.saving.register_keras_serializable("captioning")
-class ContextGate(keras.layers.Layer):
-    """The gate beta = sigmoid(W_b h) by which the decoder weighs the image.
-
-    Words like "of" need no look at the image (Xu et al. 2015, section 4.2.1,
-    where beta is one number; here it is one a channel).
-    """
-
-    def build(
-        self, state: tuple[int | None, ...], context: tuple[int | None, ...]
-    ) -> None:
-        """Makes the weights."""
-        self.beta = keras.layers.Dense(
-            context[-1], activation="sigmoid", name="beta"
-        )
-        self.beta.build(state)
-
-    def call(self, state: Any, context: Any) -> Any:
-        """Gates a context (..., units) by a state (..., units)."""
-        return self.beta(state) * context
-
-
-@keras.saving.register_keras_serializable("captioning")
-class InitialState(keras.layers.Layer):
-    """h_0 and c_0 from the mean annotation vector (Xu et al. 2015, 3.1.2).
-
-    Args:
-        units: width of the decoder's state.
-    """
-
-    def __init__(self, units: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.units = units
-        self.hidden = keras.layers.Dense(units, "tanh", name="hidden")
-        self.cell = keras.layers.Dense(units, "tanh", name="cell")
-
-    def build(self, shape: tuple[int | None, ...]) -> None:
-        """Makes the weights."""
-        self.hidden.build((shape[0], shape[-1]))
-        self.cell.build((shape[0], shape[-1]))
-
-    def call(self, annotations: Any) -> Any:
-        """Annotations (images, regions, units) -> h, c (images, units)."""
-        mean = ops.mean(annotations, axis=1)
-        return self.hidden(mean), ops.cast(self.cell(mean), "float32")
-
-    def get_config(self) -> dict[str, Any]:
-        """What `from_config` takes."""
-        return {**super().get_config(), "units": self.units}
-
-
-@keras.saving.register_keras_serializable("captioning")
-class AttentionLSTMCell(keras.layers.Layer):
-    """An LSTM step over word, state and context (Xu et al. 2015, eq. 1-3).
-
-    The word's part of the gates comes ready-made, because all words of a
-    caption are known in training and one large product is faster than many
-    small ones.
-
-    Args:
-        units: width of the state.
-    """
-
-    def __init__(self, units: int, **kwargs: Any) -> None:
-        super().__init__(autocast=False, **kwargs)
-        self.units = units
-        self.word_gates = keras.layers.Dense(4 * units, name="word_gates")
-        self.recurrent = keras.layers.Dense(
-            4 * units,
-            use_bias=False,
-            kernel_initializer="orthogonal",
-            name="recurrent",
-        )
-        self.visual = keras.layers.Dense(
-            4 * units, use_bias=False, name="visual"
-        )
-
-    def build(
-        self,
-        word: tuple[int | None, ...],
-        hidden: tuple[int | None, ...],
-    ) -> None:
-        """Makes the weights."""
-        self.word_gates.build(word)
-        self.recurrent.build(hidden)
-        self.visual.build(hidden)
-        # An open forget gate lets gradients through from the first step
-        # (Jozefowicz et al. 2015).
-        bias = np.zeros(4 * self.units, np.float32)
-        bias[self.units : 2 * self.units] = 1
-        self.word_gates.bias.assign(bias)
-
-    def call(self, gates: Any, hidden: Any, cell: Any, context: Any) -> Any:
-        """One step.
-
-        Args:
-            gates: the word's part, from `word_gates` (..., 4 * units).
+            weights: from `cast_weights`.
+            word_gates: what the previous word adds to the gates of the LSTM
+                (..., 4 * units).
             hidden: h (..., units).
             cell: c, float32 (..., units).
-            context: the gated context (..., units).
+            keys: float32 (..., regions, attention units).
+            annotations: annotation vectors a (..., regions, units).
 
         Returns:
-            The next h, in the layers' arithmetic, and the next c, float32.
+            The next h (..., units) and c, float32 (..., units); the gated
+            context z (..., units); the attention weights alpha, float32
+            (..., regions). Leading dimensions are captions, or images and
+            hypotheses, and broadcast.
         """
-        gates = _sum((gates, self.recurrent(hidden), self.visual(context)))
-        hidden_next, cell = self.advance(gates, cell)
-        return ops.cast(hidden_next, hidden.dtype), cell
+        query = _product(hidden, weights.query)  # (..., attention units)
+        energy = ops.tanh(keys + ops.expand_dims(query, -2))
+        scores = ops.matmul(energy, weights.score)  # (..., regions, 1)
+        alpha = ops.softmax(ops.squeeze(scores, -1))  # (..., regions)
+        row = ops.expand_dims(ops.cast(alpha, annotations.dtype), -2)
+        context = ops.squeeze(ops.matmul(row, annotations), -2)  # (..., units)
 
-    def advance(self, gates: Any, cell: Any) -> Any:
-        """Like `call`, by all parts of the gates, float32; so are h and c."""
+        beta = _product(hidden, weights.gate) + weights.gate_bias
+        beta = ops.cast(ops.sigmoid(beta), context.dtype)
+        context = beta * context  # (..., units)
+
+        gates = ops.cast(word_gates, "float32")  # (..., 4 * units)
+        gates = gates + _product(hidden, weights.recurrent)
+        gates = gates + _product(context, weights.visual)
         enter, forget, candidate, leave = ops.split(gates, 4, axis=-1)
         cell = ops.sigmoid(forget) * cell
         cell = cell + ops.sigmoid(enter) * ops.tanh(candidate)
-        return ops.sigmoid(leave) * ops.tanh(cell), cell
-
-    def get_config(self) -> dict[str, Any]:
-        """What `from_config` takes."""
-        return {**super().get_config(), "units": self.units}
+        state = ops.sigmoid(leave) * ops.tanh(cell)
+        return ops.cast(state, hidden.dtype), cell, context, alpha
 
 
-@keras.saving.register_keras_serializable("captioning")
-class DeepOutput(keras.layers.Layer):
-    """Scores of the next word from word, state and context.
+def _product(rows: Any, kernel: Any) -> Any:
+    """A matrix product in compute precision, as float32 for what adds to it."""
+    return ops.cast(ops.matmul(rows, kernel), "float32")
 
-    L_o (E y + L_h h + L_z z) (Xu et al. 2015, equation 7), with dropout
-    before L_o.
+
+class CaptioningModel(keras.Model):
+    """The decoder over cached features: Show, Attend and Tell (Xu et al. 2015).
 
     Args:
-        vocabulary_size: how many words there are.
-        units: width of the word embedding.
-        dropout: rate.
-    """
-
-    def __init__(
-        self, vocabulary_size: int, units: int, dropout: float, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.vocabulary_size, self.units = vocabulary_size, units
-        self.rate = dropout
-        self.state = keras.layers.Dense(units, name="state")
-        self.context = keras.layers.Dense(units, use_bias=False, name="context")
-        self.dropout = keras.layers.Dropout(dropout)
-        self.logits = keras.layers.Dense(vocabulary_size, name="logits")
-
-    def build(
-        self,
-        word: tuple[int | None, ...],
-        hidden: tuple[int | None, ...],
-        context: tuple[int | None, ...],
-    ) -> None:
-        """Makes the weights."""
-        self.state.build(hidden)
-        self.context.build(context)
-        self.logits.build(word)
-
-    def call(
-        self, word: Any, hidden: Any, context: Any, training: bool = False
-    ) -> Any:
-        """(..., units) each -> logits (..., vocabulary)."""
-        deep = _sum((word, self.state(hidden), self.context(context)))
-        deep = ops.cast(deep, self.compute_dtype)
-        return self.logits(self.dropout(deep, training=training))
-
-    def get_config(self) -> dict[str, Any]:
-        """What `from_config` takes."""
-        return {
-            **super().get_config(),
-            "vocabulary_size": self.vocabulary_size,
-            "units": self.units,
-            "dropout": self.rate,
-        }
-
-
-class TeacherForced(keras.Model):
-    """A model that scores the next word, given the true words before it.
-
-    Its loss is a mean over the words of a batch, and that of an epoch one
-    over the words of the epoch. Keras would take the mean of what each device
-    finds of its part of a batch, and of what it finds of each batch, whether
-    that has many words or few.
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        # Takes the place of Keras's own figure of this name.
-        self.mean_loss = keras.metrics.Mean(name="loss")
-
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> Any:
-        """This device's part of the loss of a batch.
-
-        Losses are sums over words, additional ones sums over captions; both
-        are divided by what all devices have of them.
-
-        Args:
-            x: inputs, see `CaptioningModel.call`.
-            y: targets, int32 (tokens,) or (images, captions, steps).
-            y_pred: logits, of one dimension more.
-            sample_weight: float32, of the shape of the targets.
-            training: has no effect.
-        """
-        # Before the devices are asked: each of them adds to the same list.
-        penalties = self.losses
-        loss = self.loss(y, y_pred, sample_weight)
-        counted = (y != PAD, x["words"] == START)
-        words, captions = over_devices(
-            [ops.sum(ops.cast(each, "float32")) for each in counted]
-        )
-        loss = loss / words
-        for penalty in penalties:
-            loss = loss + penalty / captions
-        self.mean_loss.update_state(over_devices(loss), words)
-        return loss
-
-    def _maybe_symbolic_build(self, **_: Any) -> None:
-        """Leaves out what Keras does before an epoch on several devices.
-
-        It reads a first batch to build the model by, and what was read ahead
-        of that one comes first in the epoch. This model is built.
-        """
-
-
-@keras.saving.register_keras_serializable("captioning")
-class CaptioningModel(TeacherForced):
-    """The decoder over cached features, for training and, by step, search.
-
-    Args:
-        vocabulary_size: how many words there are, special ones included.
-        steps: the longest caption, in words with its `<end>`.
-        decoder_units: width of the state and of the annotation vectors.
-        attention_units: width of keys and queries.
-        embedding_units: width of the word embedding.
-        word_dropout: rate on embeddings and annotation vectors.
-        output_dropout: rate before the output layer.
+        vocabulary_size: words, special ones included.
+        decoder_units: size of the state and of the annotation vectors.
+        attention_units: size of the attention's keys and queries.
+        embedding_units: size of a word embedding.
+        embedding_rate: how many times the learning rate word embeddings learn
+            at. They are multiplied by it: under Adam, whose steps do not
+            depend on the scale of a gradient, that is the same.
+        word_dropout: dropout rate of embeddings and annotation vectors.
+        output_dropout: dropout rate before the output layer.
         attention_regularisation: weight of the doubly stochastic penalty.
     """
 
     def __init__(
         self,
         vocabulary_size: int,
-        steps: int,
         decoder_units: int,
         attention_units: int,
         embedding_units: int,
+        embedding_rate: float = 1.0,
         word_dropout: float = 0.0,
         output_dropout: float = 0.0,
         attention_regularisation: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.settings = {
-            "vocabulary_size": vocabulary_size,
-            "steps": steps,
-            "decoder_units": decoder_units,
-            "attention_units": attention_units,
-            "embedding_units": embedding_units,
-            "word_dropout": word_dropout,
-            "output_dropout": output_dropout,
-            "attention_regularisation": attention_regularisation,
-        }
-        self.steps = steps
-        self.penalty = attention_regularisation
+        super().__init__(autocast=False, **kwargs)
+        dense, dropout = keras.layers.Dense, keras.layers.Dropout
+        self.vocabulary_size = vocabulary_size
+        self.embedding_rate = embedding_rate
+        self.attention_regularisation = attention_regularisation
         self.standardisation = FeatureStandardisation()
-        self.annotation = keras.layers.Dense(
-            decoder_units, "relu", name="annotation"
-        )
-        self.annotation_dropout = keras.layers.Dropout(word_dropout)
+        self.annotation = dense(decoder_units, "relu", name="annotation")
+        self.annotation_dropout = dropout(word_dropout)
+        self.key = dense(attention_units, name="key")
+        self.initial_hidden = dense(decoder_units, "tanh", name="hidden")
+        self.initial_cell = dense(decoder_units, "tanh", name="cell")
         self.embedding = keras.layers.Embedding(
-            vocabulary_size, embedding_units, name="embedding"
+            vocabulary_size,
+            embedding_units,
+            keras.initializers.RandomUniform(
+                -0.05 / embedding_rate, 0.05 / embedding_rate
+            ),
+            name="embedding",
         )
-        self.word_dropout = keras.layers.Dropout(word_dropout)
-        self.initial_state = InitialState(decoder_units)
-        self.attention = BahdanauAttention(attention_units)
-        self.gate = ContextGate()
-        self.cell = AttentionLSTMCell(decoder_units)
-        self.deep_output = DeepOutput(
-            vocabulary_size, embedding_units, output_dropout
+        self.word_dropout = dropout(word_dropout)
+        self.word_gates = dense(
+            4 * decoder_units,
+            bias_initializer=_open_forget_gate,
+            name="word_gates",
         )
+        self.step = AttentionLSTM(decoder_units, attention_units, name="step")
+        self.output_state = dense(embedding_units, name="output_state")
+        self.output_context = dense(
+            embedding_units, use_bias=False, name="output_context"
+        )
+        self.output_dropout = dropout(output_dropout)
+        self.logits = dense(vocabulary_size, name="logits")
 
-    def build(self, shapes: dict[str, tuple[int | None, ...]]) -> None:
-        """Makes all weights, for features of so many channels."""
-        features = shapes["features"]
-        units = self.settings["decoder_units"]
-        embedding = (None, self.settings["embedding_units"])
-        state, annotations = (None, units), (*features[:2], units)
+    def build(self, features: tuple[int | None, ...]) -> None:
+        """Creates all weights, for features (images, regions, channels)."""
+        state = (None, self.step.units)
+        word = (None, self.embedding.output_dim)
         self.standardisation.build(features)
         self.annotation.build(features)
+        for layer in (self.key, self.initial_hidden, self.initial_cell):
+            layer.build(state)
         self.embedding.build((None,))
-        self.initial_state.build(annotations)
-        self.attention.build(state, annotations, annotations)
-        self.gate.build(state, state)
-        self.cell.build(embedding, state)
-        self.deep_output.build(embedding, state, state)
+        self.word_gates.build(word)
+        self.step.build()
+        self.output_state.build(state)
+        self.output_context.build(state)
+        self.logits.build(word)
         self.built = True
 
     def call(self, inputs: dict[str, Any], training: bool = False) -> Any:
         """Scores every next word, given the true words before it.
 
         Args:
-            inputs: `features` (images, regions, channels) and packed
-                captions (`captioning.training.batches.pack`): `words`, `image`,
-                `caption`, int32 (tokens,), and `counts`, int32 (steps,); or
-                padded ones, `words`, int32 (images, captions, steps), alone.
-            training: whether to drop out.
+            inputs: a batch of `captioning.training.batches.CaptionBatches`.
+            training: whether to apply dropout, and to add the penalty.
 
         Returns:
-            Logits (tokens, vocabulary), or (images, captions, steps,
-            vocabulary).
+            Logits (tokens, vocabulary).
         """
-        logits, attention = self.decode(inputs, training)
-        if training and self.penalty:
-            penalty = doubly_stochastic_penalty(
-                attention, inputs["words"], inputs.get("caption")
-            )
-            self.add_loss(self.penalty * penalty)
+        logits, attention = self.teacher_force(inputs, training)
+        if training and self.attention_regularisation:
+            penalty = doubly_stochastic_penalty(attention, inputs["words"])
+            self.add_loss(self.attention_regularisation * penalty)
         return logits
 
-    def decode(self, inputs: dict[str, Any], training: bool = False) -> Any:
-        """Like `call`; also gives the attention weights.
-
-        Returns:
-            Logits, see `call`, and attention weights, float32 (tokens,
-            regions) or (images, captions, steps, regions).
-        """
-        if "caption" not in inputs:
-            return self.decode_padded(inputs, training)
-        words, image, counts = (
-            inputs[name] for name in ("words", "image", "counts")
-        )
-        annotations, keys, hidden, cell = self.start(
-            inputs["features"], training
-        )
-        embedded = self.embedding(words)  # (tokens, embedding)
-        embedded = self.word_dropout(embedded, training=training)
-        word_gates = self.cell.word_gates(embedded)  # (tokens, 4 * units)
-        given, of_state, of_context = self.loop_kernels(word_gates)
-        first = image[: counts[0]]
-        hidden = ops.take(hidden, first, axis=0)  # (captions, units)
-        cell = ops.take(cell, first, axis=0)
-        # Once an image, not once a word: the attention adds in float32.
-        keys = ops.cast(keys, "float32")
-        owner = image[:, None] == ops.arange(ops.shape(keys)[0])
-        widths = (self.attention.units, hidden.shape[-1])
-        ends = np.cumsum(widths).tolist()  # of query and context gate
-        hiddens, contexts, weights = [], [], []
-        packed = (given, image, owner)
-        steps = (split_steps(each, counts, self.steps) for each in packed)
-        for step, (given, shown, owned) in enumerate(zip(*steps, strict=True)):
-            # The captions that have not ended stand first. (The gradient of
-            # an index would be the slower one.)
-            going = (counts[step], hidden.shape[-1])
-            hidden = ops.slice(hidden, (0, 0), going)
-            cell = ops.slice(cell, (0, 0), going)
-            from_state = _sum((given, of_state(hidden)))
-            query, beta, gates = ops.split(from_state, ends, axis=-1)
-            context, alpha = self.attention.attend(
-                query,
-                gradients.of_image(keys, shown, owned),
-                gradients.of_image(annotations, shown, owned),
-            )
-            context = ops.cast(ops.sigmoid(beta), context.dtype) * context
-            gates = _sum((gates, of_context(context)))
-            hidden, cell = self.cell.advance(gates, cell)
-            hidden = ops.cast(hidden, context.dtype)
-            hiddens.append(hidden)
-            contexts.append(context)
-            weights.append(alpha)
-        logits = self.deep_output(
-            embedded,
-            ops.concatenate(hiddens),  # (tokens, units)
-            ops.concatenate(contexts),
-            training=training,
-        )
-        return logits, ops.concatenate(weights)
-
-    def loop_kernels(self, word_gates: Any) -> tuple[Any, Any, Any]:
-        """The layers' kernels as the loop over packed captions takes them.
+    def teacher_force(
+        self, inputs: dict[str, Any], training: bool = False
+    ) -> tuple[Any, list[Any]]:
+        """The forward pass; `call` without the penalty.
 
         Args:
-            word_gates: (tokens, 4 * units).
+            inputs: `features` (images, regions, channels); `image`, the image
+                that each caption belongs to, int32 (captions,); and `words`,
+                the words before those to predict, in terraces: int32 (captions,
+                steps) for the first few steps, for the next few, and so on.
+                Captions are sorted, the longest first: those of a terrace are
+                the first ones of the terrace before.
+            training: whether to apply dropout.
 
         Returns:
-            What each step adds to the products of its state, (tokens,
-            attention units + 5 * units): nothing for the query, the bias for
-            the context gate, and the word gates; and the kernels of the state
-            and of the context.
+            Logits (tokens, vocabulary), terrace after terrace and in each
+            caption after caption; and the attention weights of each terrace,
+            float32 (captions, steps, regions).
         """
-        dtype = word_gates.dtype
-        bias = ops.cast(self.gate.beta.bias, dtype)
-        before, after = self.attention.units, word_gates.shape[-1]
-        left = before + bias.shape[0]
-        given = ops.pad(word_gates, ((0, 0), (left, 0)))
-        given = given + ops.pad(bias, (before, after))
-        state = (self.attention.query, self.gate.beta, self.cell.recurrent)
-        kernels = [ops.cast(each.kernel, dtype) for each in state]
-        of_state = gradients.LoopKernel(ops.concatenate(kernels, axis=-1))
-        of_context = gradients.LoopKernel(
-            ops.cast(self.cell.visual.kernel, dtype)
-        )
-        given = of_context.before(of_state.before(given))
-        return given, of_state, of_context
-
-    def decode_padded(
-        self, inputs: dict[str, Any], training: bool = False
-    ) -> Any:
-        """Like `decode`, of padded captions.
-
-        All batches have one size, and an image's part of the batch is its
-        own, so that devices can share the images.
-        """
-        words = inputs["words"]  # (images, captions, steps)
         annotations, keys, hidden, cell = self.start(
             inputs["features"], training
         )
-        # The regions of an image are there once for all of its captions.
-        annotations = ops.expand_dims(annotations, 1)
-        keys = ops.cast(ops.expand_dims(keys, 1), "float32")
-        embedded = self.embedding(words)  # (images, captions, steps, units)
+        owner = ops.one_hot(inputs["image"], ops.shape(keys)[0])
+        hidden = ops.take(hidden, inputs["image"], axis=0)  # (captions, units)
+        cell = ops.take(cell, inputs["image"], axis=0)  # (captions, units)
+
+        # What depends on the words alone is one product, outside of the loop.
+        words = [ops.reshape(each, (-1,)) for each in inputs["words"]]
+        embedded = self.embed(ops.concatenate(words))  # (tokens, embedding)
         embedded = self.word_dropout(embedded, training=training)
-        word_gates = self.cell.word_gates(embedded)
-        hidden, cell = (
-            ops.repeat(ops.expand_dims(each, 1), words.shape[1], axis=1)
-            for each in (hidden, cell)
-        )  # (images, captions, units)
+        word_gates = self.word_gates(embedded)  # (tokens, 4 * units)
 
-        def step(state: Any, gates: Any) -> Any:
-            hidden, cell = state
-            context, alpha = self.attention(hidden, keys, annotations)
-            context = self.gate(hidden, context)
-            hidden, cell = self.cell(gates, hidden, cell, context)
-            return (hidden, cell), (hidden, context, alpha)
+        weights, first = self.step.cast_weights(), 0
+        states, contexts, attention = [], [], []
+        for terrace in inputs["words"]:
+            captions, steps = ops.shape(terrace)[0], terrace.shape[1]
+            hidden, cell = hidden[:captions], cell[:captions]
+            here = owner[:captions]  # (captions, images)
+            shown = of_image(keys, here), of_image(annotations, here)
+            gates = word_gates[first : first + steps * captions]
+            gates = ops.reshape(gates, (captions, steps, gates.shape[-1]))
+            first = first + steps * captions
 
-        gates = ops.moveaxis(word_gates, 2, 0)
-        found = scan(step, (hidden, cell), gates)
-        hiddens, contexts, weights = (
-            ops.moveaxis(each, 0, 2) for each in found
-        )  # (images, captions, steps, units or regions)
+            def advance(state: Any, gates: Any, shown: Any = shown) -> Any:
+                hidden, cell, context, alpha = self.step(
+                    weights, gates, *state, *shown
+                )
+                return (hidden, cell), (hidden, context, alpha)
+
+            (hidden, cell), found = scan(advance, (hidden, cell), gates)
+            states.append(ops.reshape(found[0], (-1, hidden.shape[-1])))
+            contexts.append(ops.reshape(found[1], (-1, hidden.shape[-1])))
+            attention.append(found[2])  # (captions, steps, regions)
         logits = self.deep_output(
-            embedded, hiddens, contexts, training=training
+            embedded,
+            ops.concatenate(states),  # (tokens, units)
+            ops.concatenate(contexts),  # (tokens, units)
+            training,
         )
-        return logits, weights
+        return logits, attention
 
     def start(self, features: Any, training: bool = False) -> Any:
         """What decoding starts from.
 
+        h_0 and c_0 are made of the mean annotation vector (Xu et al. 2015,
+        section 3.1.2). The keys W_a a do not depend on the state, so that an
+        image has them once, however many captions it has.
+
         Args:
             features: (images, regions, channels).
-            training: whether to drop out.
+            training: whether to apply dropout.
 
         Returns:
-            Annotations (images, regions, units), keys (images, regions,
-            attention units), h and c (images, units).
+            Annotation vectors (images, regions, units); keys, float32 (images,
+            regions, attention units); h (images, units); c, float32 (images,
+            units).
         """
         annotations = self.annotation(self.standardisation(features))
         annotations = self.annotation_dropout(annotations, training=training)
-        keys = self.attention.key(annotations)
-        return annotations, keys, *self.initial_state(annotations)
+        mean = ops.mean(annotations, axis=1)  # (images, units)
+        return (
+            annotations,
+            ops.cast(self.key(annotations), "float32"),
+            self.initial_hidden(mean),
+            ops.cast(self.initial_cell(mean), "float32"),
+        )
 
-    def step(
-        self, word: Any, hidden: Any, cell: Any, keys: Any, annotations: Any
+    def embed(self, words: Any) -> Any:
+        """Words, int32 (...), as embeddings (..., embedding units)."""
+        return self.embedding(words) * self.embedding_rate
+
+    def deep_output(
+        self, embedded: Any, hidden: Any, context: Any, training: bool = False
     ) -> Any:
+        """L_o (E y + L_h h + L_z z) (Xu et al. 2015, equation 7).
+
+        Args:
+            embedded: the previous word (..., embedding units).
+            hidden: h (..., units).
+            context: z (..., units).
+            training: whether to apply dropout, and to leave the logits in
+                compute precision. Else they are float32: in bfloat16 the best
+                two tie now and then.
+
+        Returns:
+            Logits (..., vocabulary).
+        """
+        parts = (
+            embedded,
+            self.output_state(hidden),
+            self.output_context(context),
+        )
+        deep = sum(ops.cast(each, "float32") for each in parts)
+        if training:
+            return self.logits(self.output_dropout(deep, training=True))
+        logits = ops.matmul(deep, self.logits.kernel)
+        return logits + self.logits.bias
+
+    def next_word(
+        self,
+        word: Any,
+        hidden: Any,
+        cell: Any,
+        weights: StepWeights,
+        keys: Any,
+        annotations: Any,
+    ) -> tuple[Any, Any, Any, Any]:
         """One step of a search.
 
         Args:
-            word: the last word of each hypothesis, int32 (hypotheses,); each
-                image has as many, and they stand together.
-            hidden: h (hypotheses, units).
-            cell: c (hypotheses, units).
+            word: the last word of each hypothesis, int32 (images, hypotheses).
+            hidden: h (images, hypotheses, units).
+            cell: c, float32 (images, hypotheses, units).
+            weights: from `step.cast_weights`.
             keys: from `start`, (images, regions, attention units).
             annotations: from `start`, (images, regions, units).
 
         Returns:
-            Log-probabilities of the next word, float32 (hypotheses,
-            vocabulary), h, c, and attention weights (hypotheses, regions).
+            Log-probabilities of the next word, float32 (images, hypotheses,
+            vocabulary); h, c (images, hypotheses, units); attention weights
+            (images, hypotheses, regions).
         """
-        embedded = self.embedding(word)
-        images, regions, _ = ops.shape(keys)
-        units = hidden.shape[-1]
-        # The regions of an image are there once for all of its hypotheses.
-        context, alpha = self.attention(
-            ops.reshape(hidden, (images, -1, units)),
+        embedded = self.embed(word)  # (images, hypotheses, embedding units)
+        hidden, cell, context, alpha = self.step(
+            weights,
+            self.word_gates(embedded),
+            hidden,
+            cell,
+            # The hypotheses of an image share its regions.
             ops.expand_dims(keys, 1),
             ops.expand_dims(annotations, 1),
         )
-        context = self.gate(hidden, ops.reshape(context, (-1, units)))
-        alpha = ops.reshape(alpha, (-1, regions))
-        gates = self.cell.word_gates(embedded)
-        hidden, cell = self.cell(gates, hidden, cell, context)
         logits = self.deep_output(embedded, hidden, context)
-        log_probabilities = ops.log_softmax(ops.cast(logits, "float32"))
-        return log_probabilities, hidden, cell, alpha
-
-    def get_config(self) -> dict[str, Any]:
-        """What `from_config` takes."""
-        return {**super().get_config(), **self.settings}
+        return ops.log_softmax(logits), hidden, cell, alpha
 
 
-class Ensemble(TeacherForced):
-    """Several decoders whose probabilities are averaged, teacher-forced.
+def of_image(regions: Any, owner: Any) -> Any:
+    """Gives each caption the regions of its image.
+
+    A product instead of `ops.take`, whose gradient would add up caption by
+    caption.
 
     Args:
-        decoders: of one vocabulary; their features may differ.
+        regions: (images, regions, units).
+        owner: float32 (captions, images), 1 at the image of each caption.
+
+    Returns:
+        (captions, regions, units).
     """
-
-    def __init__(self, decoders: Sequence[CaptioningModel]) -> None:
-        super().__init__()
-        self.decoders = list(decoders)
-
-    def build(self, shapes: Any) -> None:
-        """Nothing to make: the decoders have their weights."""
-        self.built = True
-
-    def call(self, inputs: dict[str, Any], training: bool = False) -> Any:
-        """Scores every next word, given the true words before it.
-
-        Args:
-            inputs: as `CaptioningModel` takes them, with a tuple of features.
-            training: has no effect.
-
-        Returns:
-            Logarithm of the mean probability, float32 (tokens, vocabulary).
-        """
-        found = []
-        for decoder, each in zip(
-            self.decoders, inputs["features"], strict=True
-        ):
-            logits = decoder({**inputs, "features": each})
-            found.append(ops.log_softmax(ops.cast(logits, "float32")))
-        return search.average(found)
+    flat = ops.reshape(regions, (-1, regions.shape[1] * regions.shape[2]))
+    found = ops.matmul(ops.cast(owner, regions.dtype), flat)
+    return ops.reshape(found, (-1, *regions.shape[1:]))
 
 
 def doubly_stochastic_penalty(
-    attention: Any, words: Any, caption: Any = None
+    attention: list[Any], words: Sequence[Any]
 ) -> Any:
-    """Asks that each region gets about as much attention as the others.
+    """Asks each caption to give every region about the same attention.
 
     mean_i (1 - sum_t alpha_ti)^2 (Xu et al. 2015, equation 14, averaged over
     regions so that its size does not depend on the encoder).
 
     Args:
-        attention: alpha, float32 (tokens, regions), or of padded captions
-            (images, captions, steps, regions).
-        words: int32 (tokens,) or (images, captions, steps); padding counts
-            for nothing.
-        caption: which caption a token belongs to, int32 (tokens,); None if
-            the captions are padded.
+        attention: alpha of each terrace, float32 (captions, steps, regions).
+        words: of each terrace, int32 (captions, steps). Padding has no part.
 
     Returns:
-        The sum over the captions.
+        The mean over captions.
     """
-    if caption is None:
-        real = ops.cast(ops.expand_dims(words != PAD, -1), "float32")
-        received = ops.sum(attention * real, axis=2)
-        there = ops.max(real, axis=2)  # (images, captions, 1)
-    else:
-        captions = ops.max(caption) + 1
-        received = ops.segment_sum(attention, caption, captions)
-        there = ops.ones_like(received[:, :1])
-    penalty = ops.mean(ops.square(1 - received), -1, keepdims=True)
-    return ops.sum(penalty * there)
+    received = 0.0  # by the captions of this terrace, in it and after it
+    for alpha, word in reversed([*zip(attention, words, strict=True)]):
+        real = ops.cast(ops.expand_dims(word != PAD, -1), "float32")
+        here = ops.sum(alpha * real, axis=1)  # (captions, regions)
+        if word is not words[-1]:
+            longer = ops.shape(received)[0]
+            received = ops.concatenate(
+                [here[:longer] + received, here[longer:]]
+            )
+        else:
+            received = here
+    # A batch may be padded with empty captions.
+    there = ops.cast(words[0][:, 0] != PAD, "float32")  # (captions,)
+    penalty = ops.mean(ops.square(1 - received), axis=-1)  # (captions,)
+    return ops.sum(penalty * there) / ops.maximum(ops.sum(there), 1.0)
+
+
+def _open_forget_gate(shape: tuple[int, ...], dtype: Any = None) -> Any:
+    """A bias of 1 for the forget gate lets gradients through from the start.
+
+    Source: Jozefowicz et al. 2015, section 2.2.
+    """
+    bias = np.zeros(shape, "float32")
+    bias[shape[0] // 4 : shape[0] // 2] = 1
+    return ops.convert_to_tensor(bias, dtype)
 
 
 def build_model(
     config: Config, vocabulary_size: int, channels: int
 ) -> CaptioningModel:
-    """Builds the decoder that a config describes, with its weights drawn.
+    """Builds the decoder that a config describes, with random weights.
 
     Args:
         config: its model and training fields.
-        vocabulary_size: how many words there are.
+        vocabulary_size: words, special ones included.
         channels: of the encoder's features.
     """
     model = CaptioningModel(
         vocabulary_size,
-        config.max_caption_length + 1,
         config.decoder_units,
         config.attention_units,
         config.embedding_units,
+        config.embedding_rate,
         config.word_dropout,
         config.output_dropout,
         config.attention_regularisation,
     )
-    model.build({"features": (None, None, channels)})
+    model.build((None, None, channels))
     return model
-
-
-def load_decoder(
-    config: Config, run: Path
-) -> tuple[CaptioningModel, vocabulary.Vocabulary]:
-    """Builds the decoder of a trained run, with its best weights.
-
-    Args:
-        config: from `runs.decoding_config`.
-        run: the run folder.
-
-    Returns:
-        The decoder and its vocabulary.
-    """
-    words = vocabulary.load(run / "vocabulary.json")
-    _, (_, channels) = runs.load_features(run)
-    decoder = build_model(config, len(words), channels)
-    runs.load_weights(decoder, run)
-    return decoder, words
-
-
-# --- training --------------------------------------------------------------
-
-
-class AdamW(keras.optimizers.AdamW):
-    """AdamW that clips the gradient of the whole batch.
-
-    On TensorFlow Keras clips each device's part and sums them then. There it
-    also goes over the weights two dozen times, where three operations will do.
-
-    Args:
-        embedding_rate: times the learning rate, for word embeddings; their
-            weight decay is that of the other weights.
-    """
-
-    def __init__(
-        self, *args: Any, embedding_rate: float = 1.0, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.embedding_rate = embedding_rate
-
-    def _clip_gradients(self, gradients: list[Any]) -> list[Any]:
-        gradients = over_devices(gradients)
-        if TENSORFLOW and self.global_clipnorm:
-            return clip_by_global_norm(gradients, self.global_clipnorm)
-        return super()._clip_gradients(gradients)
-
-    def _all_reduce_sum_gradients(self, pairs: list[Any]) -> list[Any]:
-        return pairs
-
-    def _apply_weight_decay(self, variables: list[Any]) -> None:
-        if not TENSORFLOW:
-            super()._apply_weight_decay(variables)
-
-    def _update_model_variables_moving_average(
-        self, variables: list[Any]
-    ) -> None:
-        if not TENSORFLOW:
-            super()._update_model_variables_moving_average(variables)
-
-    def update_step(
-        self, gradient: Any, variable: Any, learning_rate: Any
-    ) -> None:
-        """The step of Loshchilov and Hutter 2019, algorithm 2."""
-        place, decay_rate = self._get_variable_index(variable), learning_rate
-        if "embedding/" in self._trainable_variables[place].path:
-            learning_rate = learning_rate * self.embedding_rate
-        if not TENSORFLOW:
-            super().update_step(gradient, variable, learning_rate)
-            return
-        moments = (self._momentums[place], self._velocities[place])
-        average = None
-        if self.use_ema:
-            average = self._model_variables_moving_average[place]
-        rates = (learning_rate, decay_rate)
-        adamw_step(self, variable, moments, average, gradient, rates)
-
-
-@keras.saving.register_keras_serializable("captioning")
-class SmoothedCrossEntropy(keras.losses.Loss):
-    """Cross-entropy with label smoothing, summed over the words.
-
-    Label smoothing is that of Szegedy et al. 2016, section 7. The sample
-    weights are 1 for a word and 0 for padding: padding changes nothing.
-
-    Args:
-        smoothing: share of the target that is spread over all words.
-    """
-
-    def __init__(self, smoothing: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(**{"reduction": "sum", **kwargs})
-        self.smoothing = smoothing
-
-    def call(self, targets: Any, logits: Any) -> Any:
-        """Targets (..., steps) and logits (..., vocabulary) -> (..., steps)."""
-        rows = ops.reshape(logits, (-1, logits.shape[-1]))
-        flat = ops.reshape(ops.cast(targets, "int32"), (-1,))
-        found = gradients.cross_entropy(rows, flat, self.smoothing)
-        return ops.reshape(found, ops.shape(targets))
-
-    def get_config(self) -> dict[str, Any]:
-        """What `from_config` takes."""
-        return {**super().get_config(), "smoothing": self.smoothing}
-
-
-@keras.saving.register_keras_serializable("captioning")
-class TokenAccuracy(keras.metrics.Mean):
-    """Share of reference words that are among the model's first `best`.
-
-    A word outside the vocabulary counts and is never right.
-    """
-
-    def __init__(
-        self, best: int = 1, name: str = "token_accuracy", **kwargs: Any
-    ) -> None:
-        super().__init__(name=name, **kwargs)
-        self.best = best
-
-    def update_state(
-        self, targets: Any, logits: Any, sample_weight: Any = None
-    ) -> None:
-        """Adds a batch; the sample weights are 0 where there is padding."""
-        targets = ops.cast(targets, "int32")
-        if self.best == 1:
-            hit = largest(logits) == targets
-        else:
-            shape = (-1, logits.shape[-1])
-            hit = ops.in_top_k(
-                ops.reshape(targets, (-1,)),
-                ops.cast(ops.reshape(logits, shape), "float32"),
-                self.best,
-            )
-            hit = ops.reshape(hit, ops.shape(targets))
-        hit = ops.logical_and(hit, targets != UNKNOWN)
-        super().update_state(ops.cast(hit, "float32"), sample_weight)
-
-    def get_config(self) -> dict[str, Any]:
-        """What `from_config` takes."""
-        return {**super().get_config(), "best": self.best}

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,86 +29,57 @@ ALONE = Devices()
 
 @contextlib.contextmanager
 def all_devices() -> Iterator[Devices]:
-    """Has what is built and trained inside use every device there is.
+    """Trains what is built inside on every device that JAX has.
 
-    Data parallelism: each device has all weights, and its part of every
-    batch. The batch, and with it the result, stays what it is.
+    Data parallelism: each device has all weights, and its share of every
+    batch. The batch, and with it the result, stays what it is. TensorFlow
+    trains on one device, and says so where there are more.
     """
     if TENSORFLOW:
-        import tensorflow as tf
+        idle = len(accelerators()) - 1
+        if idle > 0:
+            print(
+                f"TensorFlow trains on one GPU; {idle} more would be used with "
+                "KERAS_BACKEND=jax.",
+                file=sys.stderr,
+            )
+        yield ALONE
+        return
+    import jax
 
-        kind = "GPU" if accelerators() else "CPU"
-        names = [each.name for each in tf.config.list_logical_devices(kind)]
-        devices = Devices(len(names))
-    else:
-        import jax
-
-        devices = Devices(
-            jax.device_count(), jax.process_index(), jax.process_count()
-        )
+    devices = Devices(
+        jax.device_count(), jax.process_index(), jax.process_count()
+    )
     if devices == ALONE:
         yield devices
-    elif TENSORFLOW:
-        with _distributed(tf.distribute.MirroredStrategy(names)):
-            yield devices
-    else:
-        parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
-        with _distributed(parallel):
-            yield devices
+        return
+    parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
+    with _distributed(parallel):
+        yield devices
 
 
 def one_device() -> contextlib.AbstractContextManager[None]:
-    """Has what is built and run inside be this process's own."""
-    return _distributed(None)
+    """Builds and runs what is inside on one device of this process."""
+    return contextlib.nullcontext() if TENSORFLOW else _distributed(None)
 
 
 @contextlib.contextmanager
-def _distributed(way: Any) -> Iterator[None]:
-    """Has what is inside be distributed in one way; None is not at all."""
-    if TENSORFLOW:
-        import tensorflow as tf
-
-        strategy = tf.distribute.get_strategy()
-        before = strategy if tf.distribute.has_strategy() else None
-        change = tf.distribute.experimental_set_strategy
-    else:
-        before = keras.distribution.distribution()
-        change = keras.distribution.set_distribution
-    change(way)
+def _distributed(distribution: Any) -> Iterator[None]:
+    before = keras.distribution.distribution()
+    keras.distribution.set_distribution(distribution)
     try:
         yield
     finally:
-        change(before)
-
-
-def over_devices(amounts: Any) -> Any:
-    """Sums what each device has of a batch, within a step of training.
-
-    On JAX a step sees the whole batch, whatever devices it lies on.
-
-    Args:
-        amounts: tensors in any structure.
-    """
-    if TENSORFLOW:
-        import tensorflow as tf
-
-        context = tf.distribute.get_replica_context()
-        if tf.distribute.has_strategy() and context:
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, amounts)
-    return amounts
+        keras.distribution.set_distribution(before)
 
 
 def use_xla() -> bool:
-    """Whether to compile with XLA, which does so anew for each length of batch.
+    """Whether to compile with XLA.
 
     TensorFlow's own kernels are faster than XLA's on a CPU, and an unrolled
-    loop takes XLA minutes to compile there. It compiles for one device.
+    loop takes XLA minutes to compile there.
     """
-    if not TENSORFLOW:
-        return True
-    import tensorflow as tf
-
-    return bool(accelerators()) and not tf.distribute.has_strategy()
+    return not TENSORFLOW or bool(accelerators())
 
 
 def set_seed(seed: int) -> None:
@@ -122,128 +94,30 @@ def set_seed(seed: int) -> None:
 
 def scan(
     step: Callable[[Any, Any], tuple[Any, Any]], state: Any, inputs: Any
-) -> Any:
-    """Runs a step over the first axis of its inputs.
+) -> tuple[Any, Any]:
+    """`keras.ops.scan` over the second axis, unrolled on TensorFlow.
 
-    JAX compiles a loop in a fifth of the time that the same steps take one
-    after the other. TensorFlow's loop is the slower one, and Keras lets no
-    step of it give anything that is not shaped like the state.
+    There a loop runs at half the speed of its unrolled steps, and the outputs
+    of a step have to be shaped like its state.
 
     Args:
-        step: takes the state and an input; gives the next state and what is
-            wanted of the step.
+        step: takes the state and an input; returns the next state and the
+            outputs of the step.
         state: the first state.
-        inputs: (steps, ...).
+        inputs: (batch, steps, ...).
 
     Returns:
-        What was wanted of each step, (steps, ...).
+        The last state, and the outputs of all steps, (batch, steps, ...).
     """
-    if not TENSORFLOW:
-        return keras.ops.scan(step, state, inputs)[1]
-    wanted = []
-    for number in range(inputs.shape[0]):
-        state, each = step(state, inputs[number])
-        wanted.append(each)
-    stack = keras.ops.stack
-    return keras.tree.map_structure(lambda *each: stack(each), *wanted)
-
-
-def split_steps(rows: Any, counts: Any, number: int) -> list[Any]:
-    """Splits what is packed, on TensorFlow, where captions are packed.
-
-    Args:
-        rows: (tokens, ...), packed as `captioning.training.batches.pack` does.
-        counts: tokens of each step, int32 (steps,).
-        number: of steps.
-
-    Returns:
-        For each step (its tokens, ...).
-    """
-    import tensorflow as tf
-
-    return tf.split(rows, counts, num=number)
-
-
-def largest(scores: Any) -> Any:
-    """Which of the scores is the largest, the first of equal ones.
-
-    Keras looks for zeros of either sign first, which takes five times as long
-    on TensorFlow.
-
-    Args:
-        scores: (..., words).
-
-    Returns:
-        int32 (...).
-    """
-    if not TENSORFLOW:
-        return keras.ops.cast(keras.ops.argmax(scores, -1), "int32")
-    import tensorflow as tf
-
-    # In bfloat16 it takes twice as long.
-    return tf.argmax(tf.cast(scores, "float32"), -1, output_type="int32")
-
-
-def clip_by_global_norm(gradients: list[Any], norm: float) -> list[Any]:
-    """Scales TensorFlow's gradients down to a norm of all of them together."""
-    import tensorflow as tf
-
-    # That of an embedding comes as rows, and the same row more than once.
-    dense = [tf.convert_to_tensor(each) for each in gradients]
-    found = tf.linalg.global_norm(dense)
-    # Most are small enough, and need not be multiplied by 1.
-    return tf.cond(
-        found > norm,
-        lambda: tf.clip_by_global_norm(dense, norm, found)[0],
-        lambda: dense,
-    )
-
-
-def adamw_step(
-    optimizer: Any,
-    variable: Any,
-    moments: Any,
-    average: Any,
-    gradient: Any,
-    rates: tuple[Any, Any],
-) -> None:
-    """AdamW's step of one TensorFlow variable, in few passes over it.
-
-    Args:
-        optimizer: Keras's AdamW.
-        variable: the weights.
-        moments: the optimizer's first and second moments of their gradients.
-        average: the moving average of the weights, or None.
-        gradient: of the weights.
-        rates: the learning rate, and the one that the weight decay goes by.
-    """
-    import tensorflow as tf
-
-    step = tf.cast(optimizer.iterations + 1, "float32")
-    first, second = optimizer.beta_1, optimizer.beta_2
-    rate, decay_rate = (tf.cast(each, "float32") for each in rates)
-    if optimizer.weight_decay:
-        variable.assign(variable * (1 - optimizer.weight_decay * decay_rate))
-    tf.raw_ops.ResourceApplyAdam(
-        var=variable.handle,
-        m=moments[0].value.handle,
-        v=moments[1].value.handle,
-        beta1_power=first**step,
-        beta2_power=second**step,
-        lr=rate,
-        beta1=first,
-        beta2=second,
-        epsilon=optimizer.epsilon,
-        grad=tf.convert_to_tensor(gradient),
-    )
-    if average is not None:
-        # Before the first step there is no average yet.
-        share = tf.where(step > 1, 1 - optimizer.ema_momentum, 1.0)
-        tf.raw_ops.ResourceApplyGradientDescent(
-            var=average.value.handle,
-            alpha=share,
-            delta=average.value - variable,
-        )
+    ops, tree = keras.ops, keras.tree
+    if TENSORFLOW:
+        outputs = []
+        for each in ops.unstack(inputs, axis=1):
+            state, found = step(state, each)
+            outputs.append(found)
+        return state, tree.map_structure(lambda *e: ops.stack(e, 1), *outputs)
+    state, outputs = ops.scan(step, state, ops.moveaxis(inputs, 1, 0))
+    return state, tree.map_structure(lambda e: ops.moveaxis(e, 0, 1), outputs)
 
 
 def set_precision(config: Config) -> str:

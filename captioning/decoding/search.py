@@ -5,20 +5,14 @@ word are averaged at every step.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
-from tqdm import tqdm
 
-from captioning.backend import use_xla
-from captioning.data.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
+from captioning.data.vocabulary import END, PAD, START, UNKNOWN
 from captioning.decoding import consensus
-from captioning.features.cache import read_rows
-from config import Config
-
-BATCH = 50  # images searched at a time
 
 # Far below any log-probability, and still finite: infinities become NaN when
 # they are multiplied by zero.
@@ -47,7 +41,7 @@ class _Search(keras.Model):
         self.hypotheses = hypotheses
         self.min_length = min_length
         self.max_length = max_length
-        self.size = self.decoders[0].settings["vocabulary_size"]
+        self.size = self.decoders[0].vocabulary_size
         self.never = never(self.size)
         ends = np.zeros(self.size, np.float32)
         ends[END] = IMPOSSIBLE
@@ -64,18 +58,18 @@ class _Search(keras.Model):
             features: (images, regions, channels) for each decoder.
 
         Returns:
-            For each decoder, what stays: annotations and keys (images,
-            regions, units); and what each step changes: h and c (images *
-            hypotheses, units).
+            For each decoder, what stays: the weights of a step, keys and
+            annotation vectors (images, regions, units); and what each step
+            changes: h and c (images, hypotheses, units).
         """
         fixed, states = [], []
         for decoder, each in zip(self.decoders, features, strict=True):
-            *shown, hidden, cell = decoder.start(each)
-            fixed.append(shown)
+            annotations, keys, *state = decoder.start(each)
+            fixed.append((decoder.step.cast_weights(), keys, annotations))
             states.append(
                 [
-                    ops.repeat(one, self.hypotheses, axis=0)
-                    for one in (hidden, cell)
+                    ops.repeat(ops.expand_dims(one, 1), self.hypotheses, axis=1)
+                    for one in state
                 ]
             )
         return fixed, states
@@ -96,20 +90,16 @@ class _Search(keras.Model):
             decoder (images, hypotheses, regions).
         """
         found, states_next, attention = [], [], []
-        shape = (*ops.shape(last), -1)
-        last = ops.reshape(last, (-1,))
         for decoder, state, shown in zip(
             self.decoders, states, fixed, strict=True
         ):
-            annotations, keys = shown
-            log_probabilities, *state, alpha = decoder.step(
-                last, *state, keys, annotations
+            log_probabilities, *state, alpha = decoder.next_word(
+                last, *state, *shown
             )
             found.append(log_probabilities)
             states_next.append(state)
             attention.append(alpha)
-        found = ops.reshape(average(found), (*shape[:2], self.size))
-        return found, states_next, ops.reshape(attention[0], shape)
+        return average(found), states_next, attention[0]
 
     def mask(self, step: Any) -> Any:
         """What is added to log-probabilities: which words may not come.
@@ -293,13 +283,12 @@ class BeamSearch(_Search):
         open_ = ops.where(ends, IMPOSSIBLE, best)
         scores_next, chosen = ops.top_k(open_, beam)
         parent = ops.take_along_axis(place // size, chosen, axis=1)
-        parent = ops.reshape(_rows(parent, beam), (-1,))
         return (
             step + 1,
             _gather(longer, chosen),
             scores_next,
             keras.tree.map_structure(
-                lambda each: ops.take(each, parent, axis=0), states
+                lambda each: _gather(each, parent), states
             ),
             *(attention, final, ended),
         )
@@ -339,132 +328,87 @@ class BeamSearch(_Search):
 
 
 class Sample(_Search):
-    """Draws captions from what trained decoders hold likely.
+    """Samples captions from a decoder.
 
     Args:
-        decoders: a `model.CaptioningModel`, or several of one vocabulary.
-        temperature: log-probabilities are divided by it; below 1 the likely
-            words get likelier.
-        top_k: draw from so many of the likeliest words; 0 is all (Fan et al.
-            2018).
-        top_p: draw from the fewest words that have this much probability
-            together; 1 is all (Holtzman et al. 2020, nucleus sampling).
-        max_length: the longest caption, in words.
-        seed: what is drawn depends on it and on how often it was drawn.
-        samples: captions of each image.
+        decoder: a `model.CaptioningModel`.
+        samples: captions per image.
         min_length: the shortest caption, in words.
+        max_length: the longest caption, in words.
+        seed: of the random numbers.
     """
 
     def __init__(
         self,
-        decoders: keras.Model | Sequence[keras.Model],
-        temperature: float,
-        top_k: int,
-        top_p: float,
+        decoder: keras.Model,
+        samples: int,
+        min_length: int,
         max_length: int,
         seed: int,
-        samples: int = 1,
-        min_length: int = 1,
     ) -> None:
-        super().__init__(decoders, samples, min_length, max_length)
-        self.temperature = temperature
-        self.top_k = min(top_k or self.size, self.size)
-        self.top_p = top_p
+        super().__init__(decoder, samples, min_length, max_length)
         self.seed = keras.random.SeedGenerator(seed)
 
-    def call(self, features: Any, training: bool = False) -> dict[str, Any]:
-        """Captions a batch of images.
+    def call(self, features: Any, training: bool = False) -> Any:
+        """Samples captions for a batch of images.
 
         Args:
-            features: (images, regions, channels), or a list of such, one
-                for each decoder.
+            features: (images, regions, channels).
             training: has no effect.
 
         Returns:
-            As `BeamSearch` has it, `beam` being the samples, in no order:
-            `words`, `scores` and `log_probabilities` (both are the sum over
-            the words and `<end>` of what the decoders give them at a
-            temperature of 1), and `attention` of the first sample.
+            Words, int32 (images, samples, max_length + 1), ended by `<end>`
+            and padded.
         """
-        features = keras.tree.flatten(features)
         steps = self.max_length + 1
-        images, regions = ops.shape(features[0])[0], features[0].shape[1]
-        fixed, states = self.start(features)
-        shape = (images, self.hypotheses)
-        # One number for each word, drawn before the loop: a random state
-        # cannot change inside of it on every backend.
+        fixed, states = self.start([features])
+        shape = (ops.shape(features)[0], self.hypotheses)
+        # All random numbers are drawn before the loop: a random state cannot
+        # change inside of it on every backend.
         chance = keras.random.uniform((steps, *shape), seed=self.seed)
         state = (
             ops.convert_to_tensor(0, "int32"),
             ops.full((steps, *shape), PAD, "int32"),
             ops.full(shape, START, "int32"),
-            ops.zeros(shape, "float32"),
             states,
-            ops.zeros((steps, images, regions), "float32"),
         )
 
-        def unfinished(step: Any, words: Any, last: Any, *state: Any) -> Any:
-            open_ = ops.logical_and(last != END, last != PAD)
-            return ops.logical_and(step < steps, ops.any(open_))
+        def unfinished(step: Any, words: Any, last: Any, states: Any) -> Any:
+            return ops.logical_and(step < steps, ops.any(_is_open(last)))
 
-        def advance(
-            *state: Any,
-        ) -> tuple[Any, ...]:
-            step, words, last, total, states, attention = state
-            open_ = ops.logical_and(last != END, last != PAD)
-            found, states, alpha = self.step(last, states, fixed)
-            word = self._draw(found + self.mask(step), chance[step])
-            word = ops.where(open_, word, PAD)
-            gain = ops.take_along_axis(found, ops.expand_dims(word, 2), axis=2)
-            total = total + ops.where(open_, gain[:, :, 0], 0.0)
-            alpha = ops.where(open_[:, :1], alpha[:, 0], 0.0)
+        def advance(step: Any, words: Any, last: Any, states: Any) -> Any:
+            found, states, _ = self.step(last, states, fixed)
+            word = _draw(found + self.mask(step), chance[step])
+            word = ops.where(_is_open(last), word, PAD)
             at = ops.reshape(step, (1, 1))
-            return (
-                step + 1,
-                ops.scatter_update(words, at, word[None]),
-                *(word, total, states),
-                ops.scatter_update(attention, at, alpha[None]),
-            )
+            words = ops.scatter_update(words, at, word[None])
+            return step + 1, words, word, states
 
-        state = ops.while_loop(unfinished, advance, state)
-        _, words, _, total, _, attention = state
-        return {
-            "words": ops.transpose(words, (1, 2, 0)),
-            "scores": total,
-            "log_probabilities": total,
-            "attention": ops.transpose(attention, (1, 0, 2)),
-        }
+        _, words, _, _ = ops.while_loop(unfinished, advance, state)
+        return ops.transpose(words, (1, 2, 0))
 
-    def _draw(self, log_probabilities: Any, chance: Any) -> Any:
-        """Draws words.
 
-        Args:
-            log_probabilities: (images, samples, vocabulary).
-            chance: even in [0, 1), (images, samples).
+def _is_open(last: Any) -> Any:
+    """Whether a caption goes on after its last word."""
+    return ops.logical_and(last != END, last != PAD)
 
-        Returns:
-            int32 (images, samples).
-        """
-        likely = ops.softmax(log_probabilities / self.temperature)
-        sorted_ = self.top_k < self.size or self.top_p < 1
-        if sorted_:
-            likely, words = ops.top_k(likely, self.top_k)
-            likely = likely / ops.sum(likely, axis=-1, keepdims=True)
-        total = ops.cumsum(likely, axis=-1)
-        if self.top_p < 1:
-            # The word that passes the threshold still counts.
-            likely = ops.where(total - likely < self.top_p, likely, 0.0)
-            total = ops.cumsum(likely, axis=-1)
-        # The first word at which the running total is above the chance; no
-        # word without a probability is. Rounding must not reach the end.
-        chance = ops.minimum(ops.expand_dims(chance, -1), 1 - 1e-6)
-        place = ops.sum(
-            ops.cast(total <= chance * total[:, :, -1:], "int32"), axis=-1
-        )
-        if sorted_:
-            place = ops.take_along_axis(words, place[:, :, None], axis=2)
-            place = place[:, :, 0]
-        return ops.cast(place, "int32")
+
+def _draw(log_probabilities: Any, chance: Any) -> Any:
+    """Samples a word for each caption.
+
+    Args:
+        log_probabilities: (images, samples, vocabulary).
+        chance: uniform in [0, 1), (images, samples).
+
+    Returns:
+        int32 (images, samples).
+    """
+    total = ops.cumsum(ops.softmax(log_probabilities), axis=-1)
+    # The first word whose running total exceeds the chance; a word without
+    # probability never does. Rounding must not reach the end.
+    chance = ops.minimum(ops.expand_dims(chance, -1), 1 - 1e-6)
+    below = total <= chance * total[:, :, -1:]
+    return ops.cast(ops.sum(ops.cast(below, "int32"), axis=-1), "int32")
 
 
 def never(size: int) -> np.ndarray:
@@ -500,132 +444,3 @@ def _gather(tensor: Any, place: Any) -> Any:
     images, number, width = ops.shape(tensor)
     flat = ops.reshape(tensor, (images * number, width))
     return ops.take(flat, _rows(place, number), axis=0)
-
-
-class Hypothesis(NamedTuple):
-    """One of the captions that a search found for an image."""
-
-    words: list[str]
-    score: float  # normalised log-probability
-    log_probability: float
-
-    @property
-    def caption(self) -> str:
-        """The words as one string."""
-        return " ".join(self.words)
-
-
-class Captioned(NamedTuple):
-    """What a search gave for an image."""
-
-    n_best: list[Hypothesis]  # the best first
-    attention: np.ndarray  # of the best, float32 (words, regions)
-
-    @property
-    def words(self) -> list[str]:
-        """The words of the best caption."""
-        return self.n_best[0].words
-
-    @property
-    def caption(self) -> str:
-        """The best caption as one string."""
-        return self.n_best[0].caption
-
-
-def build(
-    decoders: keras.Model | Sequence[keras.Model], config: Config
-) -> BeamSearch:
-    """Makes the search that the decoding fields of a config describe."""
-    search = BeamSearch(
-        decoders,
-        config.beam_size,
-        config.length_exponent,
-        config.min_caption_length,
-        config.max_caption_length,
-        config.no_repeat_ngram,
-        config.consensus_temperature,
-    )
-    search.compile(jit_compile=use_xla())
-    return search
-
-
-def caption_rows(
-    search: BeamSearch | Sample,
-    features: np.ndarray,
-    rows: np.ndarray,
-    vocabulary: Vocabulary,
-    progress: bool = False,
-) -> list[Captioned]:
-    """Captions rows of features, batch by batch.
-
-    Args:
-        search: from `build`, of one decoder.
-        features: float16 (all rows, regions, channels).
-        rows: which of them.
-        vocabulary: the words.
-        progress: whether to show a bar.
-
-    Returns:
-        The captions of each row.
-    """
-    return caption_together(search, [features], [rows], vocabulary, progress)
-
-
-def caption_together(
-    search: BeamSearch | Sample,
-    features: Sequence[np.ndarray],
-    rows: Sequence[np.ndarray],
-    vocabulary: Vocabulary,
-    progress: bool = False,
-) -> list[Captioned]:
-    """Captions images by several decoders at once, batch by batch.
-
-    Args:
-        search: from `build`.
-        features: for each decoder, float16 (all rows, regions, channels).
-        rows: for each decoder, the rows of the images in its features.
-        vocabulary: the words.
-        progress: whether to show a bar.
-
-    Returns:
-        The captions of each image.
-    """
-    captioned, images = [], len(rows[0])
-    with tqdm(total=images, unit="image", disable=not progress) as bar:
-        for start in range(0, images, BATCH):
-            count = min(BATCH, images - start)
-            # All batches have one size, so that the search is compiled once.
-            batch = [
-                read_rows(each, np.resize(row[start : start + BATCH], BATCH))
-                for each, row in zip(features, rows, strict=True)
-            ]
-            found = search.predict_on_batch(batch)
-            found = {name: np.asarray(each) for name, each in found.items()}
-            captioned += [
-                _captioned(found, place, vocabulary) for place in range(count)
-            ]
-            bar.update(count)
-    return captioned
-
-
-def _captioned(
-    found: dict[str, np.ndarray], place: int, vocabulary: Vocabulary
-) -> Captioned:
-    """What a search gave for one image of a batch."""
-    n_best = [
-        Hypothesis(vocabulary.decode(words), float(score), float(log))
-        for words, score, log in zip(
-            found["words"][place],
-            found["scores"][place],
-            found["log_probabilities"][place],
-            strict=True,
-        )
-        if score > IMPOSSIBLE / 2
-    ]
-    return Captioned(n_best, found["attention"][place, : len(n_best[0].words)])
-
-
-def square(attention: np.ndarray) -> np.ndarray:
-    """Attention (words, regions) as maps (words, side, side)."""
-    side = round(attention.shape[1] ** 0.5)
-    return attention.reshape(-1, side, side)

@@ -1,6 +1,17 @@
-"""Training batches: cached features and packed captions."""
+"""Training batches: cached features, and captions in terraces.
 
-from collections.abc import Sequence
+Captions have from three to twenty words, so padding all of them to the longest
+would waste two fifths of every step. The captions of a batch are sorted, the
+longest first, and cut into terraces: a few steps each, in which only the
+captions take part that are long enough.
+
+    two dogs run through the snow <end>       three terraces of
+    a dog runs <end>                          3, 1 and 3 steps
+    dogs play <end>                           with 3, 2 and 1 captions
+"""
+
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -10,10 +21,11 @@ from captioning.backend import ALONE, TENSORFLOW, Devices, use_xla
 from captioning.data.vocabulary import PAD
 from captioning.features.cache import read_rows
 
-# Batches of images with captions of like length have fewer steps. So many
-# batches are sorted by length at a time: enough to be alike, few enough to
-# leave the order random.
-SORTED_BATCHES = 16
+# A terrace ends where fewer than this share of its captions go on.
+SHARE = 0.75
+# Standard deviations by which a terrace is wider than expected, where the
+# sizes are static: one batch in three hundred of Flickr8k does not fit then.
+MARGIN = 4
 # Threads that read ahead. On TensorFlow, with a single one, Keras leaves it to
 # tf.data, whose autotuning thread, when an epoch ends, is waited for until it
 # wakes: after 10 ms, 20 ms, and so on up to a minute. On JAX Keras's threads
@@ -21,89 +33,57 @@ SORTED_BATCHES = 16
 WORKERS = 2 if TENSORFLOW else 1
 
 
-class Packed(NamedTuple):
-    """The captions of a batch, one step after the other.
+class Terrace(NamedTuple):
+    """Some steps of a batch."""
 
-    The captions are sorted, the longest first; then come the first words of
-    all captions, the second words of those that have two, and so on. It is
-    the order in which the decoder's loop works, and holds no padding.
-    """
-
-    words: np.ndarray  # the words that the decoder sees, int32 (tokens,)
-    targets: np.ndarray  # the words that it shall say, int32 (tokens,)
-    image: np.ndarray  # the place of the image in the batch, int32 (tokens,)
-    caption: np.ndarray  # the place of the caption, sorted, int32 (tokens,)
-    counts: np.ndarray  # tokens of each step, int32 (steps,)
-    order: np.ndarray  # where each caption stood before, int32 (captions,)
+    first: int  # step
+    last: int  # the step after the last one
+    captions: int  # that a batch has room for
 
 
-def pack(rows: np.ndarray, image: np.ndarray) -> Packed:
-    """Packs captions.
+def terraces(lengths: np.ndarray, captions: int) -> list[Terrace]:
+    """Chooses terraces for batches of captions.
 
     Args:
-        rows: int32 (captions, steps + 1), from `vocabulary.encode`.
-        image: the image of each caption, int32 (captions,).
-    """
-    lengths = np.count_nonzero(rows[:, 1:] != PAD, axis=1)  # (captions,)
-    order = np.argsort(-lengths, kind="stable")
-    rows, image, lengths = rows[order], image[order], lengths[order]
-    steps = rows.shape[1] - 1
-    there = np.arange(steps)[:, None] < lengths  # (steps, captions)
-    step, caption = np.nonzero(there)
-    return Packed(
-        rows[:, :-1].T[there],
-        rows[:, 1:].T[there],
-        image[caption].astype(np.int32),
-        caption.astype(np.int32),
-        np.bincount(step, minlength=steps).astype(np.int32),
-        order.astype(np.int32),
-    )
-
-
-def pad(
-    captions: Sequence[np.ndarray], shape: tuple[int, int, int]
-) -> np.ndarray:
-    """Pads captions with empty ones.
-
-    Args:
-        captions: for each image int32 (its captions, steps + 1).
-        shape: how many images, captions of each and words there shall be.
+        lengths: of all captions, in words with `<end>`, int (captions,).
+        captions: of a batch.
 
     Returns:
-        int32 (images, captions, steps + 1).
+        Terraces from the first step to the longest caption.
     """
-    padded = np.full(shape, PAD, np.int32)
-    for image, each in enumerate(captions):
-        padded[image, : len(each)] = each
-    return padded
+    found: list[Terrace] = []
+    longest = int(lengths.max())
+    for step in range(longest):
+        share = float(np.mean(lengths > step))
+        spread = math.sqrt(captions * share * (1 - share))
+        room = min(captions, math.ceil(captions * share + MARGIN * spread))
+        if not found or room < SHARE * found[-1].captions:
+            found.append(Terrace(step, longest, room))
+        found[-1] = found[-1]._replace(last=step + 1)
+    return found
 
 
 class CaptionBatches(keras.utils.PyDataset):
     """Batches of images, each with several of its captions.
 
-    The order of an epoch, and which images are mirrored in it, depend on the
-    seed and the number of the epoch alone, so that a run that goes on in the
-    middle sees what it would have seen.
+    The order of an epoch depends on the seed and the number of the epoch
+    alone, so that a run that is resumed in the middle of one sees what it
+    would have seen.
 
     Args:
         features: float16 (rows, regions, channels), memory-mapped.
         rows: the row of each image, int (images,).
-        captions: for each image int32 (its captions, steps + 1).
-        batch_images: images a batch.
-        captions_per_image: captions of each image a batch; 0 takes all.
+        captions: of each image, int32 (its captions, steps + 1), from
+            `vocabulary.encode`.
+        batch_images: images per batch.
+        captions_per_image: captions of each image per epoch; 0 takes all.
         seed: of the order; None keeps the order of the images.
-        mirrored: the row of each image's mirrored view, int (images,); None
-            shows every image as it is. Which view an image is shown in is
-            drawn anew every epoch.
-        sided: for each image bool (its captions,): which captions name a
-            side, and are wrong of the mirrored view.
-        importance: what the tokens of a caption weigh, for each image float
-            (its captions,); None gives every token the weight 1.
-        padded: pad the captions instead of packing them, so that all batches
-            are of one size; None does so where XLA would compile for each.
-        devices: what a batch is for. Several of them want it padded, and so
-            many images that each has as many; of these a process gets its
-            own alone.
+        importance: weights of the captions of each image, float (its
+            captions,); None weighs all of them 1.
+        static: whether all batches have one size (but for the rare one that
+            does not fit), so that XLA compiles once; None: where it compiles.
+        devices: that share a batch. Several get every caption padded to the
+            longest, and a process gets its own images alone.
     """
 
     def __init__(
@@ -114,153 +94,125 @@ class CaptionBatches(keras.utils.PyDataset):
         batch_images: int,
         captions_per_image: int = 0,
         seed: int | None = None,
-        mirrored: np.ndarray | None = None,
-        sided: Sequence[np.ndarray] = (),
         importance: Sequence[np.ndarray] | None = None,
-        padded: bool | None = None,
+        static: bool | None = None,
         devices: Devices = ALONE,
     ) -> None:
         super().__init__(workers=WORKERS)
         self.features, self.rows, self.captions = features, rows, captions
         self.batch_images = batch_images
         self.captions_per_image = captions_per_image
-        self.seed = seed
-        self.mirrored, self.sided = mirrored, sided
-        self.importance = importance
-        padded = use_xla() if padded is None else padded
-        self.padded = padded or devices.number > 1
+        self.seed, self.importance = seed, importance
+        self.static = use_xla() if static is None else static
+        self.devices = devices
+        # Images of this process: as many on each of its devices.
         share = -(-batch_images // devices.number) * devices.number
-        self.share = share // devices.processes  # images of this process
-        self.first = devices.process * self.share
-        self.lengths = np.array(
-            [np.count_nonzero(each, axis=1).max() for each in captions]
-        )
-        self.most = max(map(len, captions))
+        self.share = share // devices.processes
+        most = captions_per_image or max(map(len, captions))
+        self.room = self.share * most  # captions
+        self.longest = captions[0].shape[1] - 1
+        lengths = [np.count_nonzero(each, axis=1) - 1 for each in captions]
+        self.terraces = terraces(np.concatenate(lengths), self.room)
         self.begin(0)
 
     def begin(self, epoch: int, skip: int = 0) -> None:
         """Sets the order of an epoch, and how many batches of it to skip."""
         self.epoch, self.skip = epoch, skip
-        self.order = [
-            np.arange(start, min(start + self.batch_images, len(self.rows)))
-            for start in range(0, len(self.rows), self.batch_images)
-        ]
+        images = np.arange(len(self.rows))
         if self.seed is not None:
-            self.order = self._shuffled()
-        self.shown = self.rows  # the row of the view of each image
-        if self.mirrored is not None:
-            mirrors = self._mirrors()  # bool (images,)
-            self.shown = np.where(mirrors, self.mirrored, self.rows)
-
-    def _mirrors(self) -> np.ndarray:
-        """Which images are mirrored in this epoch, bool (images,).
-
-        Half of those of which no caption that is up names a side.
-        """
-        # A stream of its own: the order of the images stays as it is.
-        generator = np.random.default_rng((self.seed or 0, self.epoch, 1))
-        mirrors = generator.random(len(self.rows)) < 0.5
-        for image, sided in enumerate(self.sided):
-            if sided.any() and sided[self._up(image)].any():
-                mirrors[image] = False
-        return mirrors
-
-    def _shuffled(self) -> list[np.ndarray]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        images = generator.permutation(len(self.rows))
-        reach = SORTED_BATCHES * self.batch_images
-        order = []
-        for start in range(0, len(images), reach):
-            some = images[start : start + reach]
-            some = some[np.argsort(self.lengths[some], kind="stable")]
-            for first in range(0, len(some), self.batch_images):
-                order.append(some[first : first + self.batch_images])
-        return [order[place] for place in generator.permutation(len(order))]
+            generator = np.random.default_rng((self.seed, epoch))
+            images = generator.permutation(images)
+        starts = range(0, len(images), self.batch_images)
+        self.order = [images[s : s + self.batch_images] for s in starts]
 
     def __len__(self) -> int:
-        """How many batches are left in the epoch."""
+        """Batches left in the epoch."""
         return len(self.order) - self.skip
 
     def __getitem__(self, place: int) -> tuple[dict[str, Any], Any, Any]:
-        """A batch: inputs, targets, weights.
+        """A batch.
 
-        The captions are packed, and targets and weights (tokens,); or all is
-        padded, and they are (images, captions, steps).
+        Returns:
+            Inputs: `features`, float16 (images, regions, channels); `image`,
+            the image of each caption, int32 (captions,); `words`, the words
+            that the decoder is given, int32 (captions, steps) of each terrace.
+            Targets, the words that follow these, int32 (tokens,), terrace
+            after terrace. Their weights, float32 (tokens,), 0 for padding.
         """
         images = self.order[place + self.skip]
-        images = images[self.first : self.first + self.share]
-        captions = [self.captions[image][self._up(image)] for image in images]
-        features = read_rows(self.features, self.shown[images])
-        weighs = [np.ones(len(each), np.float32) for each in captions]
-        if self.importance is not None:
-            weighs = [self.importance[n][self._up(n)] for n in images]
-        arrange = self._padded if self.padded else _packed
-        inputs, targets, weighs = arrange(captions, weighs)
-        if self.padded:
-            missing = self.share - len(features)
+        first = self.devices.process * self.share
+        images = images[first : first + self.share]
+        rows, image, weights = self._captions_of(images)
+        words, targets, spread = [], [], []
+        for first, last, captions in self._sizes(rows):
+            shown = rows[:captions, first : last + 1]  # (captions, steps + 1)
+            real = shown[:, 1:] != PAD  # (captions, steps)
+            words.append(np.where(real, shown[:, :-1], PAD))
+            targets.append(shown[:, 1:].ravel())
+            spread.append((real * weights[:captions, None]).ravel())
+        features = read_rows(self.features, self.rows[images])
+        if self.static:
+            missing = self.share - len(images)
             features = np.pad(features, ((0, missing), (0, 0), (0, 0)))
-        inputs["features"] = features  # (images, regions, channels)
-        real = (targets != PAD).astype(np.float32)
-        return inputs, targets, real * weighs.astype(np.float32)
+        inputs = {"features": features, "image": image, "words": tuple(words)}
+        return inputs, np.concatenate(targets), np.concatenate(spread)
 
-    def _up(self, image: int) -> np.ndarray:
-        """Which captions of an image are up in this epoch."""
+    def _captions_of(
+        self, images: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The captions of a batch, the longest first.
+
+        Args:
+            images: of the batch, int (images,).
+
+        Returns:
+            Words, int32 (captions, steps + 1); the place of the image of each
+            caption, int32 (captions,); the weight of each, float32 (captions,).
+        """
+        chosen = [self._in_turn(image) for image in images]
+        pairs = [*zip(images, chosen, strict=True)]
+        rows = _stack(self.captions[i][c] for i, c in pairs)
+        weights = np.ones(len(rows), np.float32)
+        if self.importance is not None:
+            weights = _stack(self.importance[i][c] for i, c in pairs)
+        image = np.repeat(np.arange(len(images)), [*map(len, chosen)])
+        if self.static:
+            missing = self.room - len(rows)
+            rows = np.pad(rows, ((0, missing), (0, 0)))
+            image, weights = (np.pad(e, (0, missing)) for e in (image, weights))
+        if self.devices.number == 1:
+            lengths = np.count_nonzero(rows, axis=1)
+            order = np.argsort(-lengths, kind="stable")
+            rows, image, weights = rows[order], image[order], weights[order]
+        image = image + self.devices.process * self.share
+        return rows, image.astype(np.int32), weights.astype(np.float32)
+
+    def _sizes(self, rows: np.ndarray) -> list[Terrace]:
+        """The terraces of a batch of captions (captions, steps + 1)."""
+        if self.devices.number > 1:
+            return [Terrace(0, self.longest, len(rows))]
+        exact = [
+            each._replace(
+                captions=max(1, np.count_nonzero(rows[:, each.first + 1]))
+            )
+            for each in self.terraces
+        ]
+        if not self.static:
+            return exact
+        fits = all(
+            mine.captions <= room.captions
+            for mine, room in zip(exact, self.terraces, strict=True)
+        )
+        last = self.terraces[-1].last
+        return self.terraces if fits else [Terrace(0, last, len(rows))]
+
+    def _in_turn(self, image: int) -> np.ndarray:
+        """Which captions of an image have their turn in this epoch."""
         captions, number = len(self.captions[image]), self.captions_per_image
         if not number or captions <= number:
             return np.arange(captions)
-        first = self.epoch * number
-        return (first + np.arange(number)) % captions
-
-    def _padded(
-        self, captions: list[np.ndarray], weighs: list[np.ndarray]
-    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-        """Like `_packed`, filled up to the size that all batches have."""
-        number = self.captions_per_image or self.most
-        steps = self.captions[0].shape[1]
-        # (images, captions, steps + 1)
-        rows = pad(captions, (self.share, number, steps))
-        targets = rows[..., 1:]
-        words = np.where(targets != PAD, rows[..., :-1], PAD)
-        spread = np.zeros((self.share, number, 1), np.float32)
-        for image, each in enumerate(weighs):
-            spread[image, : len(each), 0] = each
-        return {"words": words}, targets, spread
+        return (self.epoch * number + np.arange(number)) % captions
 
 
-def _packed(
-    captions: list[np.ndarray], weighs: list[np.ndarray]
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """Inputs but for features, targets, and what each of these weighs.
-
-    Args:
-        captions: for each image int32 (its captions, steps + 1).
-        weighs: for each image float (its captions,).
-    """
-    numbers = [len(each) for each in captions]
-    owners = np.repeat(np.arange(len(captions), dtype=np.int32), numbers)
-    packed = pack(np.concatenate(captions), owners)._asdict()
-    targets, order = packed.pop("targets"), packed.pop("order")
-    return packed, targets, np.concatenate(weighs)[order][packed["caption"]]
-
-
-class JointBatches(keras.utils.PyDataset):
-    """The same captions with the features of several encoders.
-
-    Args:
-        batches: for each encoder, in one order.
-    """
-
-    def __init__(self, batches: Sequence[CaptionBatches]) -> None:
-        super().__init__(workers=WORKERS)
-        self.batches = batches
-
-    def __len__(self) -> int:
-        """How many batches there are."""
-        return len(self.batches[0])
-
-    def __getitem__(self, place: int) -> tuple[dict[str, Any], Any, Any]:
-        """A batch as of the first, but `features` are a tuple."""
-        found = [each[place] for each in self.batches]
-        inputs, targets, weights = found[0]
-        features = tuple(each["features"] for each, _, _ in found)
-        return {**inputs, "features": features}, targets, weights
+def _stack(parts: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([*parts])

@@ -17,15 +17,16 @@ import keras
 import numpy as np
 from keras import ops
 
+from captioning.backend import use_xla
 from captioning.data import vocabulary
 from captioning.data.vocabulary import SPECIAL_WORDS
-from captioning.decoding import search
+from captioning.decoding import captioner, search
 from captioning.decoding.consensus import ORDERS, SIGMA
 from captioning.training.batches import CaptionBatches
 from config import Config
 
 # Images whose captions are drawn at a time, with the weights as they are then.
-ROUND_IMAGES = 4 * search.BATCH
+ROUND_IMAGES = 4 * captioner.BATCH
 
 END_WORD = SPECIAL_WORDS[vocabulary.END]
 
@@ -147,17 +148,14 @@ class Rounds:
         self.judge = CiderD(captions)
         self.sampler = search.Sample(
             decoder,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            # The baseline of a sample is the other samples.
+            samples=max(2, config.captions_per_image),
+            # What may not be sampled is never punished, and would get likelier.
+            min_length=0,
             max_length=config.max_caption_length,
             seed=config.seed,
-            # The baseline of a draw are the others.
-            samples=max(2, config.captions_per_image),
-            # What may not be drawn is never punished, and would get likelier.
-            min_length=0,
         )
-        self.sampler.compile(jit_compile=search.use_xla())
+        self.sampler.compile(jit_compile=use_xla())
 
     def __len__(self) -> int:
         """How many rounds an epoch has."""
@@ -178,30 +176,34 @@ class Rounds:
         images = order[number * ROUND_IMAGES : (number + 1) * ROUND_IMAGES]
         state = np.random.SeedSequence((*seeds, number)).generate_state(2)
         self.sampler.seed.state.assign(state)
-        drawn = [
-            [each.words for each in found.n_best]
-            for found in search.caption_rows(
-                self.sampler, self.features, self.rows[images], self.words
-            )
-        ]
+        sampled = captioner.sample_rows(
+            self.sampler, self.features, self.rows[images]
+        )  # (images, samples, steps)
+        captions = [[*map(self.words.decode, each)] for each in sampled]
         rewards = np.array(
             [
-                [self.judge(image, caption) for caption in captions]
-                for image, captions in zip(images, drawn, strict=True)
+                [self.judge(image, caption) for caption in each]
+                for image, each in zip(images, captions, strict=True)
             ]
-        )  # (images, draws)
+        )  # (images, samples)
         longest = self.config.max_caption_length
-        batches = CaptionBatches(
+        rows = [vocabulary.encode(e, self.words, longest) for e in captions]
+        for each in rows:
+            # After the longest caption `<end>` was no choice.
+            each[:, -1] = vocabulary.PAD
+        # The loss is a sum: over about as many words in every batch.
+        batches = -(-len(images) // self.config.step_images)
+        words = sum(np.count_nonzero(each[:, 1:]) for each in rows)
+        importance = advantages(rewards) * batches / words
+        return CaptionBatches(
             self.features,
             self.rows[images],
-            [vocabulary.encode(each, self.words, longest) for each in drawn],
+            rows,
             self.config.step_images,
-            importance=advantages(rewards),
-        )
-        return batches, float(rewards.mean())
+            importance=importance,
+        ), float(rewards.mean())
 
 
-@keras.saving.register_keras_serializable("captioning")
 class PolicyLoss(keras.losses.Loss):
     """Negative log-probability of drawn words among those that are drawn.
 
@@ -210,8 +212,8 @@ class PolicyLoss(keras.losses.Loss):
     a bad caption loses to them.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"reduction": "sum", **kwargs})
+    def __init__(self) -> None:
+        super().__init__(reduction="sum")
 
     def call(self, targets: Any, logits: Any) -> Any:
         """Targets (tokens,) and logits (tokens, vocabulary) -> (tokens,)."""
@@ -232,17 +234,15 @@ def compile_decoder(config: Config, decoder: Any) -> None:
         config: its training fields.
         decoder: a `model.CaptioningModel`.
     """
-    for layer in (
-        *(decoder.annotation_dropout, decoder.word_dropout),
-        decoder.deep_output.dropout,
-    ):
-        layer.rate = 0.0
-    decoder.penalty = 0.0
+    dropouts = ("annotation_dropout", "word_dropout", "output_dropout")
+    for name in dropouts:
+        getattr(decoder, name).rate = 0.0
+    decoder.attention_regularisation = 0.0
     decoder.compile(
         keras.optimizers.Adam(
             config.scst_learning_rate,
             global_clipnorm=config.clip_norm or None,
         ),
         PolicyLoss(),
-        jit_compile=search.use_xla(),
+        jit_compile=use_xla(),
     )

@@ -1,0 +1,102 @@
+"""What training minimises, and the optimizer that does."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from captioning.backend import TENSORFLOW
+from captioning.data.vocabulary import UNKNOWN
+from config import Config
+
+
+class SmoothedCrossEntropy(keras.losses.Loss):
+    """Cross-entropy with label smoothing, averaged over the words of a batch.
+
+    Label smoothing is that of Szegedy et al. 2016, section 7. Sample weights
+    are 1 for a word and 0 for padding: padding changes nothing.
+
+    Args:
+        smoothing: share of the target that is spread over all words.
+    """
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        super().__init__(reduction="mean_with_sample_weight")
+        self.smoothing = smoothing
+
+    def call(self, targets: Any, logits: Any) -> Any:
+        """Targets (tokens,) and logits (tokens, vocabulary) -> (tokens,)."""
+        words = logits.shape[-1]
+        shares = ops.one_hot(targets, words, dtype="float32")
+        shares = shares * (1 - self.smoothing) + self.smoothing / words
+        return ops.categorical_crossentropy(
+            shares, ops.cast(logits, "float32"), from_logits=True
+        )
+
+
+class TokenAccuracy(keras.metrics.Mean):
+    """The share of reference words that the model ranks first.
+
+    A word outside the vocabulary counts and is never right.
+    """
+
+    def __init__(self, name: str = "token_accuracy", **options: Any) -> None:
+        super().__init__(name=name, **options)
+
+    def update_state(
+        self, targets: Any, logits: Any, sample_weight: Any = None
+    ) -> None:
+        """Adds a batch; sample weights are 0 where there is padding."""
+        targets = ops.cast(targets, "int32")
+        best = ops.cast(ops.argmax(logits, axis=-1), "int32")
+        hit = ops.logical_and(best == targets, targets != UNKNOWN)
+        super().update_state(ops.cast(hit, "float32"), sample_weight)
+
+
+class AdamW(keras.optimizers.AdamW):
+    """Keras's AdamW, its step compiled on TensorFlow.
+
+    Keras goes over the weights two dozen times: clipping, decay, Adam,
+    average. XLA makes a few passes of them.
+    """
+
+    def apply(self, grads: list[Any], trainable_variables: Any = None) -> None:
+        """Updates the variables by their gradients."""
+        if not TENSORFLOW:
+            super().apply(grads, trainable_variables)
+            return
+        import tensorflow as tf
+
+        # The gradient of an embedding comes as rows, which XLA cannot take.
+        grads = [tf.convert_to_tensor(each) for each in grads]
+        step = super().apply
+        tf.function(
+            lambda grads: step(grads, trainable_variables), jit_compile=True
+        )(grads)
+
+
+def build_optimizer(config: Config, steps: int) -> AdamW:
+    """AdamW with warm-up, cosine decay, clipping and averaged weights.
+
+    Args:
+        config: its training fields.
+        steps: per epoch.
+    """
+    total = steps * config.epochs
+    warmup = max(1, round(total * config.warmup_share))
+    rate = keras.optimizers.schedules.CosineDecay(
+        config.learning_rate / warmup,
+        max(1, total - warmup),
+        warmup_target=config.learning_rate,
+        warmup_steps=warmup,
+    )
+    averaged = config.ema_epochs > 0
+    momentum = math.exp(-1 / (config.ema_epochs * steps)) if averaged else 0.99
+    return AdamW(
+        rate,
+        weight_decay=config.weight_decay,
+        global_clipnorm=config.clip_norm or None,
+        use_ema=averaged,
+        ema_momentum=momentum,
+    )
