@@ -171,11 +171,13 @@ class CaptionBatches(keras.utils.PyDataset):
         """
         chosen = [self._in_turn(image) for image in images]
         pairs = [*zip(images, chosen, strict=True)]
-        rows = _stack(self.captions[i][c] for i, c in pairs)
+        # Of the last batch, a process may get no image.
+        rows = _chosen(self.captions, pairs)
         weights = np.ones(len(rows), np.float32)
         if self.importance is not None:
-            weights = _stack(self.importance[i][c] for i, c in pairs)
-        image = np.repeat(np.arange(len(images)), [*map(len, chosen)])
+            weights = _chosen(self.importance, pairs)
+        numbers = np.array([len(each) for each in chosen], int)
+        image = np.repeat(np.arange(len(images)), numbers)
         if self.static:
             missing = self.room - len(rows)
             rows = np.pad(rows, ((0, missing), (0, 0)))
@@ -214,5 +216,13 @@ class CaptionBatches(keras.utils.PyDataset):
         return (self.epoch * number + np.arange(number)) % captions
 
 
-def _stack(parts: Iterable[np.ndarray]) -> np.ndarray:
-    return np.concatenate([*parts])
+def _chosen(
+    arrays: Sequence[np.ndarray], pairs: Iterable[tuple[int, np.ndarray]]
+) -> np.ndarray:
+    """Rows of arrays, one after another.
+
+    Args:
+        arrays: of each image (its captions, ...).
+        pairs: images, and which of their captions; there may be none.
+    """
+    return np.concatenate([arrays[0][:0], *(arrays[i][c] for i, c in pairs)])
