@@ -75,6 +75,16 @@ class AdamW(keras.optimizers.AdamW):
             lambda grads: step(grads, trainable_variables), jit_compile=True
         )(grads)
 
+    def finalize_variable_values(self, var_list: list[Any]) -> None:
+        """Gives the variables their averages, at the end of `Model.fit`.
+
+        On JAX, Keras leaves both in one buffer, which the next `fit` would
+        donate twice.
+        """
+        super().finalize_variable_values(var_list)
+        for variable in var_list:
+            variable.assign(ops.copy(variable))
+
 
 def build_optimizer(config: Config, steps: int) -> AdamW:
     """AdamW with warm-up, cosine decay, clipping and averaged weights.
