@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from captioning.scoring import metrics as scores
-from captioning.scoring import report
+from captioning.scoring import report, table
 from tests.browser import chromium, find, phone, press, wait
 
 SIDE = 7
@@ -239,7 +238,7 @@ def test_published_rows_stand_beside_the_run(tmp_path):
         ).texts
         for name in ("flickr30k", "holidays")
     )
-    notes, rows = scores.comparison(METRICS, "flickr30k")
+    notes, rows = table.comparison(METRICS, "flickr30k")
     assert notes in known and len(rows) > 4
     for name, *values in rows[1:]:
         at = known.index(name)

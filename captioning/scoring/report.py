@@ -20,7 +20,7 @@ from PIL import Image
 
 from captioning.data import images
 from captioning.files import atomic_path, write_text
-from captioning.scoring import metrics as scores
+from captioning.scoring import table as scores
 
 # title, column of the training split, column of the validation split
 _PANELS = (
