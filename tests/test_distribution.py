@@ -128,7 +128,7 @@ def test_a_run_on_three_devices_of_tensorflow_is_the_run_on_one(home):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("devices: 3") == 3
-    assert "Going on after 0 epochs and 3 steps" in done.stdout
+    assert "Resuming after 0 epochs and 3 steps" in done.stdout
     assert "reward" in done.stdout
     assert_same(home, "three")
     assert_same(home, "middle")
@@ -201,7 +201,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(home, lost):
     done = json.loads(str(np.load(state)["progress"]))["epoch"]
     flags = ["--epochs", str(done + 1)]
     printed, _ = end(*start_job(home, run, 2, *flags))
-    assert f"Going on after {done} epochs" in printed
+    assert f"Resuming after {done} epochs" in printed
     history = pd.read_csv(home / "checkpoints" / run / "history.csv")
     assert len(history) == done + 1
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]

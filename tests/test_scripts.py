@@ -94,7 +94,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
     started.communicate()
     assert len(pd.read_csv(killed / "history.csv")) == 1
     printed = good("train.py", *flags, folder=home)
-    assert "Going on after 1 epochs" in printed
+    assert "Resuming after 1 epochs" in printed
     assert_same_run(home, RUN, "killed")
 
 
@@ -115,7 +115,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(home, monkeypatch):
         patch.setattr(callbacks.SavePoints, "save", end_at_the_third_batch)
         assert run("train.py", *flags, folder=home).returncode == 130
     printed = good("train.py", *flags, folder=home)
-    assert "Going on after 0 epochs and 3 steps" in printed
+    assert "Resuming after 0 epochs and 3 steps" in printed
     assert_same_run(home, RUN, "middle")
 
 
@@ -143,7 +143,7 @@ def test_self_critical_training_goes_on_between_two_rounds(home, monkeypatch):
         ended = run("train.py", *flags, "broken", folder=home)
     assert ended.returncode == 130
     printed = good("train.py", *flags, "broken", folder=home)
-    assert "Going on after 3 epochs" in printed
+    assert "Resuming after 3 epochs" in printed
     assert_same_run(home, "drawn", "broken")
     one, other = (pd.read_csv(each / "history.csv") for each in places)
     assert len(one) == 4 and one["reward"].notna().sum() == 2
@@ -195,7 +195,7 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(home):
     done = json.loads(str(np.load(state)["progress"]))["epoch"]
     assert 1 <= done < 500
     printed = good("train.py", *flags, str(done + 1), folder=home)
-    assert f"Going on after {done} epochs" in printed
+    assert f"Resuming after {done} epochs" in printed
 
 
 def test_a_loss_that_is_no_number_ends_the_run(home):
