@@ -203,13 +203,18 @@ def comparison(
 
 def _seen(metrics: Mapping[str, Any]) -> list[str]:
     """A warning where a run is scored on images it was trained on."""
-    seen = (metrics.get("run") or {}).get("images_trained_on")
-    if not seen:
+    run = metrics.get("run")
+    if not run or run["images_trained_on"] == 0:
         return []
+    if run["images_trained_on"] is None:
+        return [
+            f"Note: {run['run']} does not say what it was trained on; these "
+            "images may be among it."
+        ]
     return [
-        f"WARNING: the run was trained on {seen:,} of these "
-        f"{metrics['images']:,} images, so the scores do not show what it is "
-        "worth on new ones."
+        f"WARNING: {run['run']} was trained on {run['images_trained_on']:,} of "
+        f"these {metrics['images']:,} images; the scores do not show what it "
+        "is worth on new ones."
     ]
 
 

@@ -1,6 +1,6 @@
 """Token accuracy and perplexity: next words, given the true words so far."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ class Counts(NamedTuple):
 
 
 def count(
-    predict: Callable[[Any], np.ndarray], batches: Iterable[Any]
+    predict: Callable[[Any], np.ndarray], batches: Sequence[Any], images: int
 ) -> Counts:
     """Counts what a model gets right.
 
@@ -31,9 +31,11 @@ def count(
         predict: from the inputs of a batch to its logits, (tokens, vocabulary)
             or (images, captions, steps, vocabulary).
         batches: inputs, targets and weights, all images in order.
+        images: how many there are; the last batch may be padded with more.
     """
     found = []
-    for inputs, targets, weights in batches:
+    for place in range(len(batches)):
+        inputs, targets, weights = batches[place]
         logits = np.asarray(predict(inputs), np.float32)
         rows = logits.reshape(-1, logits.shape[-1])  # (tokens, vocabulary)
         tokens = np.asarray(targets).reshape(-1)  # (tokens,)
@@ -44,7 +46,8 @@ def count(
         found.append(
             [_per_image(each * real, inputs, targets) for each in sums]
         )
-    return Counts(*map(np.concatenate, zip(*found, strict=True)))
+    columns = map(np.concatenate, zip(*found, strict=True))
+    return Counts(*(each[:images] for each in columns))
 
 
 def _judge(rows: np.ndarray, tokens: np.ndarray) -> tuple[Any, Any]:
