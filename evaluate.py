@@ -80,7 +80,14 @@ def main(arguments: command.Arguments) -> None:
     with lock(place), results.replaced(place) as part:
         figures, attention = {}, {}
         if not actions.captions:
-            captions, attention, figures = caption_split(members, split)
+            from captioning.decoding import search
+
+            found, figures = caption_split(members, split)
+            pairs = list(zip(split.images, found, strict=True))
+            captions = {image: each.caption for image, each in pairs}
+            attention = {
+                image: search.square(each.attention) for image, each in pairs
+            }
         # Before anything is scored: hours of work are on disk first.
         results.write_captions(part / "captions.json", split, captions)
         references = dict(zip(split.images, split.captions, strict=True))
@@ -175,7 +182,7 @@ def training_captions(config: Config) -> list[str]:
 
 def caption_split(
     members: list[tuple[Config, Path]], split: Any
-) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+) -> tuple[list[Any], dict[str, Any]]:
     """Captions the images of a split.
 
     Args:
@@ -183,8 +190,8 @@ def caption_split(
         split: from `prepared.load_split`.
 
     Returns:
-        image -> caption; image -> attention weights (words, side, side); and
-        the figures that need the model: teacher-forced ones and the speed.
+        What the search found for each image, and the figures that need the
+        model: teacher-forced ones and the speed.
     """
     from captioning.decoding import search
 
@@ -206,12 +213,7 @@ def caption_split(
     )
     speed = images / (time.monotonic() - begun)
     figures = teacher_forced(config, decoders, features, rows, split, words)
-    pairs = list(zip(split.images, found, strict=True))
-    return (
-        {image: each.caption for image, each in pairs},
-        {image: search.square(each.attention) for image, each in pairs},
-        {**figures, "images_per_second": speed},
-    )
+    return found, {**figures, "images_per_second": speed}
 
 
 def open_run(

@@ -18,8 +18,7 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-import evaluate
-from captioning.scoring import java, metrics, table
+from captioning.scoring import java, metrics, results, table
 from config import Config, UserError
 
 FREE = ["bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider"]
@@ -520,5 +519,17 @@ def test_the_table_stands_without_what_needs_the_model(no_java):
 def test_a_single_hypothesis_is_no_consensus(no_java, beam, told):
     scores = metrics.score(CAPTIONS, REFERENCES)
     config = Config(beam_size=beam)
-    found = evaluate.all_metrics(config, {"perplexity": 14.2}, scores)
+    found = results.all_metrics(config, {}, {"perplexity": 14.2}, scores)
     assert ("by consensus" in table.table(found, "flickr8k")) == told
+
+
+@pytest.mark.parametrize(
+    ("seen", "told"),
+    [(0, ""), (7, "trained on 7 of these 1,000 images"), (None, "may be")],
+)
+def test_the_table_says_what_the_run_was_trained_on(full, seen, told):
+    full["run"] = {"run": "mine", "images_trained_on": seen}
+    for dataset in ("flickr8k", "holidays"):
+        text = " ".join(table.table(full, dataset).split())
+        assert told in text
+        assert ("trained on" in text) == (seen != 0)
