@@ -147,7 +147,8 @@ def fit(
     if cider.by_loss:
         print(
             f"{len(val.images)} validation images are too few for CIDEr to "
-            "tell epochs apart: the validation loss decides which epoch is best"
+            "tell epochs apart: the validation loss decides which epoch is "
+            "best. (Self-critical training has none and keeps its last epoch.)"
         )
     points.catch_signals()
     if not crossed:
@@ -177,7 +178,7 @@ def fit(
                     backend.ALONE,
                 )
             criticise(config, points, cache.features, rows, train, words)
-    if cider.stopped:
+    if cider.stopped and not points.self_critical:
         print(f"Stopped: {ending(config, points)}")
     found = str(cider)
     print(found[0].upper() + found[1:])

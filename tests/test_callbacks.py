@@ -3,6 +3,7 @@
 import contextlib
 import math
 
+import keras
 import numpy as np
 import pytest
 
@@ -73,6 +74,30 @@ def test_self_critical_epochs_without_a_loss(judge):
     epochs = [(0.3, 5), (0.2, None), (0.3, None), (0.4, None)]
     assert judge(epochs)[0] == [1, 4]
     assert judge(epochs, by_loss=True)[0] == [1, 2, 3, 4]
+
+
+def test_what_patience_goes_by_comes_back(tmp_path):
+    """A run that is resumed stops when the undisturbed one would."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    saved, restored = (
+        callbacks.MeasureCider(lambda: 0.0, None, tmp_path, 1, 4, 9)
+        for _ in range(2)
+    )
+    saved.best, saved.best_loss = 0.3, 4.5
+    saved.best_epoch, saved.since_best = 2, 3
+    points = callbacks.SavePoints(tmp_path, None, saved, 7)
+    points.set_model(model)
+    points.start(5)
+    points.save()
+    again = callbacks.SavePoints(tmp_path, None, restored, 7)
+    again.restore(model)
+    assert again.epoch == 5
+    assert runs.load_progress(tmp_path)["scheduled_epochs"] == 7
+    assert vars(restored).keys() == vars(saved).keys()
+    for name in callbacks.BEST:
+        assert getattr(restored, name) == getattr(saved, name) != 0
 
 
 def test_the_rate_warms_up_decays_and_then_stays_low():

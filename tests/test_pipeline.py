@@ -183,8 +183,9 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
 
 
 def test_what_shapes_a_run_cannot_change(home):
-    line = bad("train.py", *FLAGS, "--learning-rate", "0.1", folder=home)
-    assert "learning_rate" in line or "batch_images" in line
+    flags = [*FLAGS, *TRAINING, "--learning-rate", "0.1"]
+    line = bad("train.py", *flags, folder=home)
+    assert "learning_rate is 0.004" in line
     assert "--fresh" in line and "--run-name" in line
     line = bad("evaluate.py", *FLAGS, "--decoder-units", "99", folder=home)
     assert "decoder_units is 64" in line
