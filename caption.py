@@ -83,7 +83,7 @@ def main(arguments: command.Arguments) -> int:
         )
         return command.WRONG_USAGE
     photos, failed = find_photos(actions.photos)
-    config, run = runs.decoding_config(arguments)
+    config, run = runs.decoding_config(arguments.config, arguments.given)
     captioner = load_captioner(config, run)
     reads = extraction.read_ahead(Path(), photos, config.input_size)
     done, taken = 0, set()
@@ -114,7 +114,7 @@ def serve(arguments: command.Arguments) -> int:
     """Captions the photographs that are dropped on a local page."""
     from captioning import runs
 
-    config, run = runs.decoding_config(arguments)
+    config, run = runs.decoding_config(arguments.config, arguments.given)
     captioner = load_captioner(config, run)
     # It imports Keras, which has been imported quietly by now.
     from captioning.decoding import serve as page

@@ -17,7 +17,7 @@ The group of a field says what a change of it means:
     encoder   which image features: another feature folder below it (more
               views: more rows in the same one)
     model     the shape of the decoder: fixed by the run once it is trained
-    training  how it is trained: fixed by the run, but for epochs and patience
+    training  how it is trained: fixed by the run, except epochs and patience
     decoding  how captions are searched for and scored: free at any time
 """
 
@@ -215,15 +215,20 @@ class Config:
 
     # --- training ------------------------------------------------------
     # On Flickr8k the validation loss is lowest after seven epochs of a
-    # schedule of twelve; eight lets the learning rate fall in time.
+    # schedule of twelve; eight lets the learning rate fall in time. The rate
+    # falls over the epochs that a run begins with. Fewer, given later, end it
+    # before that; more are trained at the average rate of the last scheduled
+    # epoch, which fine-tunes and is not the same as a longer schedule.
     epochs: int = _setting(
         "training", 8, "passes over the training captions", least=1
     )
-    # Counted in measurements of CIDEr, not in epochs.
+    # Counted in measurements of CIDEr, not in epochs. Equal CIDEr is decided
+    # by the validation loss and never counts against a run; where fewer than
+    # twenty validation images make CIDEr a matter of chance, the loss decides.
     patience: int = _setting(
         "training",
         4,
-        "stop after so many CIDEr measurements without a better one",
+        "stop after this many CIDEr measurements without a better one",
         least=1,
     )
     # Every image brings all of its captions, so that its keys are computed

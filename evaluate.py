@@ -1,23 +1,22 @@
 """checkpoints/<run>/ -> captions, metrics, report.
 
     python evaluate.py
-    python evaluate.py --dataset flickr8k --split val --beam-size 3
+    python evaluate.py --dataset flickr8k --split val
     python evaluate.py --captions captions.json
     python evaluate.py --runs first second
     python evaluate.py --export program
 
-Captions a split with beam search, scores the captions and leaves both in
-checkpoints/<run>/evaluation/<split>/. With --captions it only scores a file
-of captions (COCO's results format) against the split. With --runs it averages
-the probabilities of several runs at every word, and leaves what they are
-together worth in checkpoints/<run>+<run>/evaluation/<split>/. With --export it
-scores nothing, and writes the run as one program, from pixels to words.
+Captions a split with beam search, scores the captions and leaves everything in
+checkpoints/<run>/evaluation/<split>/. Another search or fewer images go to a
+folder of their own: evaluation/<split>-beam5-limit100/. --captions scores a
+file of captions (COCO's results format) instead. --runs averages the
+probabilities of several runs at every word; what they reach together is in
+checkpoints/<run>+<run>/. --export scores nothing: it writes the run as one
+program, from pixels to words.
 """
 
-import json
+import dataclasses
 import time
-from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,6 @@ ACTIONS = [
     ),
 ]
 SHOWN = 5  # captions printed
-DRAWN = 12  # attention figures written
-PHOTO_SIDE = 448  # pixels, of the photograph in such a figure
 
 
 def main(arguments: command.Arguments) -> None:
@@ -63,51 +60,58 @@ def main(arguments: command.Arguments) -> None:
     from captioning import runs
     from captioning.data import prepared
     from captioning.files import lock
-    from captioning.scoring import metrics
+    from captioning.scoring import metrics, results, table
 
-    members = runs.members(arguments, arguments.actions.runs)
-    config, run = members[0][0], runs.together(members)
-    if arguments.actions.export:
-        export_run(members, Path(arguments.actions.export))
+    given, actions = arguments.given, arguments.actions
+    members = runs.members(arguments.config, given, actions.runs)
+    if actions.export:
+        export_run(members, Path(actions.export))
         return
-    split = prepared.load_split(config, config.split)
-    split = limit(split, arguments.given.get("limit_images", 0))
-    place = run / "evaluation" / config.split
-    with lock(place):
-        if arguments.actions.captions:
-            captions = read_captions(Path(arguments.actions.captions), split)
-            figures, attention = {}, None
-        else:
-            command.import_keras()
+    if not actions.captions:
+        members = in_one_precision(members)
+    config, run = members[0][0], runs.together(members)
+    limited = given.get("limit_images", 0)
+    split = first(prepared.load_split(config, config.split), limited)
+    if actions.captions:
+        captions = results.read_captions(Path(actions.captions), split)
+    trained = runs.load_config(members[0][1])
+    name = results.folder_name(config, trained, limited, actions.captions)
+    place = run / "evaluation" / name
+    with lock(place), results.replaced(place) as part:
+        figures, attention = {}, {}
+        if not actions.captions:
             from captioning.decoding import search
 
             found, figures = caption_split(members, split)
-            captions = {
-                image: each.caption
-                for image, each in zip(split.images, found, strict=True)
-            }
+            pairs = list(zip(split.images, found, strict=True))
+            captions = {image: each.caption for image, each in pairs}
             attention = {
-                image: search.square(each.attention)
-                for image, each in zip(split.images, found, strict=True)
+                image: search.square(each.attention) for image, each in pairs
             }
-            # Before anything is scored: hours of work end up on disk first.
-            write_captions(place / "captions.json", split, captions)
+        # Before anything is scored: hours of work are on disk first.
+        results.write_captions(part / "captions.json", split, captions)
         references = dict(zip(split.images, split.captions, strict=True))
         scores = metrics.score(captions, references, training_captions(config))
-        figures = all_metrics(config, figures, scores)
-        write_metrics(place / "metrics.json", figures)
-        examples = write_examples(
-            place / "captions.csv", captions, references, scores
+        origin = results.describe_run(
+            members, split.images, own=not actions.captions
         )
-        if attention is not None:
-            write_report(config, run, place, figures, examples, attention)
+        figures = results.all_metrics(config, origin, figures, scores)
+        results.write_metrics(part / "metrics.json", figures)
+        examples = results.write_examples(
+            part / "captions.csv", captions, references, scores
+        )
+        if attention:
+            results.write_report(
+                *(part, f"{run.name} on {name}", config, figures, examples),
+                *(attention, prepared.images_dir(config), run / "history.csv"),
+            )
     for line in scores.notices:
         print(line)
-    print(metrics.table(figures, config.dataset))
+    print(table.table(figures, config.dataset))
     show(examples)
-    look = "" if attention is None else " (report.html to look at)"
+    look = " (open report.html)" if attention else ""
     next_line = command.next_line("caption.py", arguments)
-    if arguments.actions.runs:  # of which caption.py takes one
+    if actions.runs:  # of which caption.py takes one
         next_line += f" --run-name {members[0][1].name}"
     print(f"Wrote {place}{look}. Next: {next_line} PHOTO_OR_FOLDER...")
 
@@ -137,7 +141,31 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
     )
 
 
-def limit(split: Any, images: int) -> Any:
+def in_one_precision(
+    members: list[tuple[Config, Path]],
+) -> list[tuple[Config, Path]]:
+    """Sets the precision: that of the first run, unless a flag says another.
+
+    Returns:
+        The runs with the precision that `auto` stands for on this machine.
+    """
+    command.import_keras()
+    from captioning import backend
+
+    precisions = {config.precision for config, _ in members}
+    precision = backend.set_precision(members[0][0])
+    if len(precisions) > 1:
+        print(
+            f"The runs were trained in {' and '.join(sorted(precisions))}; all "
+            f"are evaluated in {precision}."
+        )
+    return [
+        (dataclasses.replace(config, precision=precision), place)
+        for config, place in members
+    ]
+
+
+def first(split: Any, images: int) -> Any:
     """The first images of a split; all of them for 0."""
     if not images:
         return split
@@ -145,7 +173,7 @@ def limit(split: Any, images: int) -> Any:
 
 
 def training_captions(config: Config) -> list[str]:
-    """What people wrote of the training images."""
+    """What people wrote about the training images."""
     from captioning.data import prepared
 
     captions = prepared.load_split(config, "train").captions
@@ -154,7 +182,7 @@ def training_captions(config: Config) -> list[str]:
 
 def caption_split(
     members: list[tuple[Config, Path]], split: Any
-) -> tuple[list[Any], dict[str, float]]:
+) -> tuple[list[Any], dict[str, Any]]:
     """Captions the images of a split.
 
     Args:
@@ -165,22 +193,20 @@ def caption_split(
         What the search found for each image, and the figures that need the
         model: teacher-forced ones and the speed.
     """
-    from captioning import backend
     from captioning.decoding import search
 
-    config = members[0][0]
-    backend.set_precision(config)
+    config, images = members[0][0], len(split.images)
     opened = [open_run(*each, split.images) for each in members]
     decoders, vocabularies, features, rows = zip(*opened, strict=True)
-    words, images = vocabularies[0], len(split.images)
+    words = vocabularies[0]
     averaged = f", {len(members)} runs averaged" if len(members) > 1 else ""
     print(
         f"Captioning {images:,} images, beam size {config.beam_size}{averaged}"
     )
     searcher = search.build(decoders, config)
     # The first batch compiles the search, which is no part of its speed.
-    first = [each[:1] for each in rows]
-    search.caption_together(searcher, features, first, words)
+    warm_up = [each[:1] for each in rows]
+    search.caption_together(searcher, features, warm_up, words)
     begun = time.monotonic()
     found = search.caption_together(
         searcher, features, rows, words, progress=True
@@ -199,7 +225,7 @@ def open_run(
     from captioning.data import prepared
 
     description, _ = runs.load_features(run)
-    # The features are cached: weights that are not at hand are not needed.
+    # The features are cached: the encoder's weights need not be at hand.
     if Path(captioning_model.encoder_weights(config)).exists():
         captioning_model.check_weights(config, description)
     cache, rows = prepared.load_features(config, description, images)
@@ -209,18 +235,26 @@ def open_run(
 
 def teacher_forced(
     config: Config,
-    decoders: Sequence[Any],
-    features: Sequence[Any],
-    rows: Sequence[Any],
+    decoders: Any,
+    features: Any,
+    rows: Any,
     split: Any,
     words: Any,
-) -> dict[str, float]:
-    """Token accuracy and perplexity, given the true words before."""
-    import numpy as np
+) -> dict[str, Any]:
+    """Token accuracy and perplexity of one decoder, or of several averaged.
 
+    Args:
+        config: its batch size and the longest caption.
+        decoders: the models.
+        features: for each decoder, float16 (all rows, regions, channels).
+        rows: for each decoder, the rows of the images, int (images,).
+        split: from `prepared.load_split`.
+        words: the vocabulary.
+    """
     import model as captioning_model
     from captioning import backend
     from captioning.data.vocabulary import encode
+    from captioning.scoring import teacher_forced
     from captioning.training.batches import CaptionBatches, JointBatches
 
     captions = [
@@ -236,157 +270,15 @@ def teacher_forced(
         if len(decoders) == 1
         else (captioning_model.Ensemble(decoders), JointBatches(batches))
     )
-    scored.compile(
-        loss=captioning_model.SmoothedCrossEntropy(),
-        weighted_metrics=[
-            captioning_model.TokenAccuracy(),
-            captioning_model.TokenAccuracy(5, "token_accuracy_top5"),
-        ],
-        jit_compile=backend.use_xla(),
+    scored.compile(jit_compile=backend.use_xla())
+    counts = teacher_forced.count(
+        scored.predict_on_batch, batches, len(split.images)
     )
-    figures = scored.evaluate(batches, return_dict=True, verbose=0)
-    return {
-        "token_accuracy": float(figures["token_accuracy"]),
-        "token_accuracy_top5": float(figures["token_accuracy_top5"]),
-        "perplexity": float(np.exp(figures["loss"])),
-    }
-
-
-def read_captions(path: Path, split: Any) -> dict[str, str]:
-    """Reads captions in COCO's results format: image -> caption.
-
-    Raises:
-        UserError: if the file is not one.
-    """
-    image_of = dict(zip(map(str, split.image_ids), split.images, strict=True))
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [(str(e["image_id"]), e["caption"] or "") for e in entries]
-        # Names that are of no image of the split are told of by the scorer.
-        found = {image_of.get(name, name): text for name, text in pairs}
-        if not all(isinstance(text, str) for text in found.values()):
-            raise ValueError("a caption is no text")
-        if len(found) < len(pairs):
-            raise ValueError("an image comes twice")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no file of captions ({error}): it has to be a JSON "
-            'list of {"image_id": ..., "caption": ...}'
-        ) from None
-    return found
-
-
-def write_captions(path: Path, split: Any, captions: dict[str, str]) -> None:
-    """Writes captions in COCO's results format."""
-    from captioning.files import write_text
-
-    entries = [
-        {"image_id": number, "caption": captions[image]}
-        for image, number in zip(split.images, split.image_ids, strict=True)
-    ]
-    write_text(path, json.dumps(entries, ensure_ascii=False, indent=0) + "\n")
-
-
-def all_metrics(
-    config: Config, figures: dict[str, float], scores: Any
-) -> dict[str, Any]:
-    """Joins the figures of the model with the scores of its captions."""
-    unavailable = dict(scores.metrics["unavailable"])
-    for name in (
-        "token_accuracy",
-        "token_accuracy_top5",
-        "perplexity",
-        "images_per_second",
-    ):
-        if name not in figures:
-            unavailable[name] = "captions were read from a file"
-    return {
-        "split": config.split,
-        "beam_size": config.beam_size if figures else None,
-        # A single hypothesis has no others to agree with.
-        "consensus_temperature": (
-            config.consensus_temperature
-            if figures and config.beam_size > 1
-            else None
-        ),
-        **dict.fromkeys(unavailable),
-        **figures,
-        **scores.metrics,
-        "unavailable": unavailable,
-    }
-
-
-def write_metrics(path: Path, figures: dict[str, Any]) -> None:
-    """Writes metrics.json."""
-    from captioning.files import write_text
-
-    text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
-
-
-def write_examples(
-    path: Path,
-    captions: dict[str, str],
-    references: dict[str, list[str]],
-    scores: Any,
-) -> Any:
-    """Writes captions.csv: each image's caption, references and scores."""
-    from captioning.files import write_csv
-
-    table = scores.per_image.reset_index()
-    table.insert(1, "caption", [captions.get(i, "") for i in table["image"]])
-    table.insert(2, "references", [references[i] for i in table["image"]])
-    as_json = table["references"].map(
-        lambda each: json.dumps(each, ensure_ascii=False)
-    )
-    write_csv(path, table.assign(references=as_json))
-    return table
-
-
-def write_report(
-    config: Config,
-    run: Path,
-    place: Path,
-    figures: dict[str, Any],
-    examples: Any,
-    attention: dict[str, Any],
-) -> None:
-    """Writes report.html and some attention figures."""
-    import pandas as pd
-
-    from captioning.data import images, prepared
-    from captioning.scoring import report
-
-    directory = prepared.images_dir(config)
-    # Images without a usable reference have no score and no place here.
-    maps = [attention[image] for image in examples["image"]]
-    history = run / "history.csv"
-    report.write_report(
-        place / "report.html",
-        f"{run.name} on {config.split}",
-        config.dataset,
-        figures,
-        examples,
-        maps,
-        directory,
-        pd.read_csv(history) if history.exists() else None,
-    )
-    pairs = zip(examples.itertuples(), maps, strict=True)
-    for row, each in islice(pairs, DRAWN):
-        try:
-            photo, _ = images.read_image(directory / row.image, PHOTO_SIDE)
-        except images.UnusableImage:
-            continue
-        report.write_attention_figure(
-            place / "attention" / (Path(row.image).stem + ".png"),
-            photo,
-            row.caption.split(),
-            each,
-        )
+    return teacher_forced.figures(counts)
 
 
 def show(examples: Any) -> None:
-    """Prints a few captions beside what people wrote."""
+    """Prints some captions beside what people wrote."""
     for row in examples.head(SHOWN).itertuples():
         print(f"  {row.image}: {row.caption}")
         print(f"      a reference: {row.references[0]}")

@@ -3,12 +3,12 @@
     python train.py
     python train.py --dataset flickr30k --epochs 15
 
-Trains the decoder on what preprocess.py has left in data/cache/. A run that
-was stopped, however it was, goes on where it stood when the same command is
-given again; --fresh starts it over and keeps the old folder under another
-name.
+Trains the decoder on what preprocess.py left in data/cache/. A run that was
+stopped, by whatever means, resumes where it was when the same command is given
+again; --fresh starts over and keeps the old folder under another name.
 """
 
+import dataclasses
 import math
 import sys
 from contextlib import nullcontext
@@ -39,7 +39,7 @@ ACTIONS = [
 
 
 def main(arguments: command.Arguments) -> None:
-    """Trains a run, or goes on with it."""
+    """Trains a run, or resumes it."""
     from captioning import runs
     from captioning.data import prepared
     from captioning.files import lock
@@ -49,7 +49,9 @@ def main(arguments: command.Arguments) -> None:
         fresh = arguments.actions.fresh and place.exists()
         config = arguments.config
         if not fresh:
-            config = runs.training_config(arguments, place)
+            config = runs.training_config(
+                arguments.config, arguments.given, place
+            )
         train = prepared.load_split(config, "train")
         val = prepared.load_split(config, "val")
         words = prepared.load_vocabulary(config)
@@ -80,17 +82,25 @@ def fit(
     import model as captioning_model
     from captioning import backend, runs
     from captioning.data import prepared
-    from captioning.features.cache import MIRRORED
+    from captioning.features.cache import MIRRORED, load_digests
+    from captioning.scoring.metrics import CIDER_IMAGES
     from captioning.training import callbacks
+    from captioning.training.schedule import Schedule
 
     backend.set_seed(config.seed)
+    # Saved as what it is, so that the run means the same on another machine.
     precision = backend.set_precision(config)
+    config = dataclasses.replace(config, precision=precision)
     weights = captioning_model.encoder_weights(config)
     description = captioning_model.describe_features(config, weights)
     cache, rows = prepared.load_features(config, description, train.images)
     _, val_rows = prepared.load_features(config, description, val.images)
     if devices.process == 0:
-        runs.begin(config, place, words, description, cache.features.shape[1:])
+        digests = load_digests(cache)[rows]
+        runs.begin(
+            *(config, place, words, description, cache.features.shape[1:]),
+            runs.digest_images(train.images, digests),
+        )
     job.wait("begin")
     mirrored = None
     if config.feature_views == 2:
@@ -104,7 +114,12 @@ def fit(
         config, len(words), cache.features.shape[-1]
     )
     standardise(decoder, cache, rows)
-    averaged = compile_decoder(config, decoder, len(batches))
+    progress = runs.load_progress(place) or {}
+    scheduled = progress.get("scheduled_epochs", config.epochs)
+    rate = Schedule(
+        *(config.learning_rate, len(batches), scheduled, config.warmup_share)
+    )
+    averaged = compile_decoder(config, decoder, len(batches), rate)
     cider = callbacks.MeasureCider(
         cider_on(config, decoder, cache, val_rows, val, words, devices),
         averaged,
@@ -112,22 +127,32 @@ def fit(
         config.cider_every,
         config.patience,
         config.epochs,
-        devices.process == 0,
+        by_loss=len(val.images) < CIDER_IMAGES,
+        writes=devices.process == 0,
     )
-    points = callbacks.SavePoints(place, batches, cider, devices.process == 0)
+    points = callbacks.SavePoints(
+        place, batches, cider, scheduled, devices.process == 0
+    )
     resume(decoder, points)
     crossed = points.self_critical or points.epoch >= config.epochs
-    crossed = crossed or cider.since_best >= config.patience
+    crossed = crossed or cider.stopped
     if crossed and points.self_critical_epochs() >= config.scst_epochs:
-        print(f"This run is trained: best CIDEr {cider.best:.3f} on val.")
+        print(f"This run is trained: {ending(config, points)}")
         return
     print(
         f"Training {place}: {len(rows):,} images, {len(words):,} words, "
         f"{decoder.count_params():,} weights, {precision}, devices: "
         f"{devices.number}"
     )
+    if cider.by_loss:
+        print(
+            f"{len(val.images)} validation images are too few for CIDEr to "
+            "tell epochs apart: the validation loss decides which epoch is "
+            "best. (Self-critical training has none and keeps its last epoch.)"
+        )
     points.catch_signals()
     if not crossed:
+        announce_schedule(config, scheduled, rate.afterwards)
         watching = [averaged] if config.ema_epochs else []
         watching += [cider, points]
         if devices.process == 0:
@@ -153,7 +178,52 @@ def fit(
                     backend.ALONE,
                 )
             criticise(config, points, cache.features, rows, train, words)
-    print(f"Best CIDEr on val: {cider.best:.3f}, epoch {cider.best_epoch}")
+    if cider.stopped and not points.self_critical:
+        print(f"Stopped: {ending(config, points)}")
+    found = str(cider)
+    print(found[0].upper() + found[1:])
+
+
+def announce_schedule(
+    config: Config, scheduled: int, afterwards: float
+) -> None:
+    """Says so where the learning rate follows another number of epochs.
+
+    Args:
+        config: its epochs.
+        scheduled: the epochs over which the rate decays.
+        afterwards: the rate of all later epochs.
+    """
+    if config.epochs == scheduled:
+        return
+    then = f"it has not decayed yet by epoch {config.epochs}"
+    if config.epochs > scheduled:
+        then = f"it stays at {afterwards:.1e} after them"
+    print(
+        f"The learning rate keeps the schedule of {scheduled} epochs that this "
+        f"run began with: {then}. For a schedule of {config.epochs}, give "
+        "--fresh or another --run-name."
+    )
+
+
+def ending(config: Config, points: Any) -> str:
+    """Why a run does not train any further, and what would make it."""
+    cider = points.cider
+    if points.self_critical:
+        why = f"{points.self_critical_epochs()} self-critical epochs are done"
+        more = "--scst-epochs (--epochs no longer counts)"
+    elif cider.stopped:
+        measure = "validation loss" if cider.by_loss else "CIDEr"
+        why = (
+            f"the last {cider.since_best} measurements up to epoch "
+            f"{points.epoch} brought no better {measure} (patience "
+            f"{config.patience})"
+        )
+        more = "--patience"
+    else:
+        why = f"{points.epoch} epochs are done"
+        more = "--epochs"
+    return f"{why}; {cider}. To train further, raise {more}."
 
 
 def make_batches(
@@ -222,28 +292,19 @@ def standardise(decoder: Any, cache: Any, rows: Any) -> None:
     decoder.standardisation.deviation.assign(deviation)
 
 
-def compile_decoder(config: Config, decoder: Any, steps: int) -> Any:
+def compile_decoder(config: Config, decoder: Any, steps: int, rate: Any) -> Any:
     """Compiles for training; returns what lends the averaged weights.
 
     Args:
         config: its training fields.
         decoder: the model.
-        steps: of one epoch.
+        steps: per epoch.
+        rate: the learning rate, a schedule.
     """
-    import keras
-
     import model as captioning_model
     from captioning import backend
     from captioning.training.callbacks import Averaged
 
-    total = steps * config.epochs
-    warmup = max(1, round(total * config.warmup_share))
-    rate = keras.optimizers.schedules.CosineDecay(
-        config.learning_rate / warmup,
-        max(1, total - warmup),
-        warmup_target=config.learning_rate,
-        warmup_steps=warmup,
-    )
     average = config.ema_epochs > 0
     optimizer = captioning_model.AdamW(
         rate,
@@ -316,11 +377,11 @@ def cider_on(
 
 
 def resume(decoder: Any, points: Any) -> None:
-    """Takes up a run where its folder stands."""
+    """Restores a run from its last saved point."""
     decoder.optimizer.build(decoder.trainable_variables)
     points.restore(decoder)
     if points.epoch or points.batch:
-        print(f"Going on after {points.epoch} epochs and {points.batch} steps")
+        print(f"Resuming after {points.epoch} epochs and {points.batch} steps")
     if points.batch and not points.self_critical:
         # Keras makes its metrics when it first measures, and resets them
         # when it begins to train: the state is taken up after that.

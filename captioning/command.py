@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 from captioning import job
 from config import SPLIT_SYNONYMS, Config, UserError, group
 
+BACKENDS = ("tensorflow", "jax")
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -172,11 +173,26 @@ def import_keras() -> None:
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)
     try:
-        import keras  # noqa: F401
+        import keras
+
+        _check_backend(keras.backend.backend())  # of keras.json
+    except ImportError as error:
+        raise UserError(
+            f"Keras cannot be imported ({error}): install what is missing, or "
+            f"set KERAS_BACKEND to {' or '.join(BACKENDS)}"
+        ) from None
     finally:
         sys.stderr.flush()
         os.dup2(saved, 2)
         os.close(saved)
+
+
+def _check_backend(name: str | None) -> None:
+    if name and name not in BACKENDS:
+        raise UserError(
+            f"Keras's backend {name} is not supported: set KERAS_BACKEND to "
+            + " or ".join(BACKENDS)
+        )
 
 
 def _keep_freed_memory() -> None:
@@ -220,6 +236,7 @@ def run(
         sys.stdout.reconfigure(errors="backslashreplace")
         sys.stdin.reconfigure(errors="surrogateescape")
     try:
+        _check_backend(os.environ.get("KERAS_BACKEND"))
         code = main(arguments) or DONE
         sys.stdout.flush()
     except UserError as error:

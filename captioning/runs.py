@@ -2,26 +2,32 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
+import pandas as pd
 
-from captioning.command import Arguments
 from captioning.data import vocabulary
-from captioning.files import atomic_path, write_text
+from captioning.files import atomic_path, write_csv, write_text
 from config import Config, UserError, group
 
-# What a run that goes on may change; every other field of these groups is
-# part of what the result depends on.
+# What may change when a run is resumed; its result depends on all other fields
+# of these groups.
 CHANGEABLE = ("epochs", "patience", "scst_epochs")
-# What else evaluate.py and caption.py may be given: which images to look at,
+# What else evaluate.py and caption.py may be given: which images to caption,
 # and where the encoder's weights are now. `limit_images` is theirs to obey.
 EVALUATED = ("dataset", "layout", "val_share", "test_share", "encoder_weights")
+# Values that leave a choice open. A run that is resumed keeps what was chosen.
+OPEN = {"precision": "auto"}
+IMAGES = "training_images.csv"
+UNKNOWN_PIXELS = "0" * 16
 
 
 def folder(config: Config) -> Path:
@@ -36,24 +42,49 @@ def save_config(config: Config, place: Path) -> None:
     write_text(place / "config.json", text + "\n")
 
 
-def load_config(place: Path) -> Config:
+def load_config(place: Path, training: bool = False) -> Config:
     """Reads the config that trained a run.
 
+    Args:
+        place: the run folder.
+        training: whether the run is to be resumed, so that nothing may be
+            filled in by today's defaults.
+
     Raises:
-        UserError: if there is none, or it is not one.
+        UserError: if there is none, it is damaged, or it is from a version
+            with other fields.
     """
     path = place / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         known = {each.name for each in dataclasses.fields(Config)}
-        return Config(**{k: v for k, v in fields.items() if k in known})
+        config = Config(**{k: v for k, v in fields.items() if k in known})
     except FileNotFoundError:
         raise UserError(_no_run(place)) from None
     except (ValueError, AttributeError, UserError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}): train the run anew with "
+            f"{path} cannot be read ({error}): train the run again with "
             "train.py --fresh"
         ) from None
+    needed = [*group("model"), *group("data"), *group("encoder")]
+    needed += group("training") if training else []
+    missing = [name for name in needed if name not in fields]
+    if training:
+        missing += [name for name in OPEN if fields.get(name) == OPEN[name]]
+    if missing:
+        raise UserError(
+            f"{path} does not say what {' and '.join(missing)} was: run "
+            "folders of earlier versions do not load; train the run again with "
+            "train.py --fresh, or under another --run-name"
+        )
+    unknown = sorted(fields.keys() - known)
+    if training and unknown:
+        raise UserError(
+            f"{path} has {' and '.join(unknown)}, which this version does not "
+            "know: train the run again with --fresh, or under another "
+            "--run-name"
+        )
+    return config
 
 
 def _no_run(place: Path) -> str:
@@ -64,77 +95,93 @@ def _no_run(place: Path) -> str:
     return text
 
 
-def training_config(arguments: Arguments, place: Path) -> Config:
-    """The config to train with: that of the run, if there is one already.
+def training_config(
+    wanted: Config, given: Mapping[str, Any], place: Path
+) -> Config:
+    """The config to train with: the run's own, if there is one already.
+
+    Args:
+        wanted: what config.py and flags say now.
+        given: the fields that were given as flags.
+        place: the run folder.
 
     Raises:
-        UserError: if a field that a run may not change has changed.
+        UserError: if a field has changed that has to stay.
     """
     if not (place / "config.json").exists():
-        return arguments.config
-    config, wanted = load_config(place), arguments.config
-    _keep_model(arguments, config, place)
+        return wanted
+    config = load_config(place, training=True)
+    _keep_model(given, config, place)
     fixed = [*group("data"), *group("encoder"), *group("training")]
     for name in fixed:
         old, new = getattr(config, name), getattr(wanted, name)
-        if old != new and name not in CHANGEABLE:
+        if old != new and new != OPEN.get(name) and name not in CHANGEABLE:
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"{name} is {old!r} in the run {place} and {new!r} now: give "
-                f"{flag} {old} to go on with it, --fresh to start it over, "
-                "or another --run-name"
+                f"{flag} {old} to resume it, --fresh to start over, or "
+                "another --run-name"
             )
     return _with(
         config, wanted, [*CHANGEABLE, *group("place"), *group("decoding")]
     )
 
 
-def decoding_config(arguments: Arguments) -> tuple[Config, Path]:
-    """The config of a trained run, with the decoding that is asked for now.
+def decoding_config(
+    wanted: Config, given: Mapping[str, Any]
+) -> tuple[Config, Path]:
+    """The config of a trained run, with the decoding fields of now.
+
+    Its precision is the one that the run was trained in, unless another one
+    was given.
+
+    Args:
+        wanted: what config.py and flags say now.
+        given: the fields that were given as flags.
 
     Returns:
-        The config and the run's folder.
+        The config and the run folder.
 
     Raises:
         UserError: if there is no such run, or a flag contradicts it.
     """
-    wanted = arguments.config
     place = folder(wanted)
     config = load_config(place)
-    _keep_model(arguments, config, place)
+    _keep_model(given, config, place)
     for name in [*group("data"), *group("encoder")]:
         if name not in (*EVALUATED, "limit_images"):
-            _refuse_other(arguments, config, name, place)
-    asked = [name for name in EVALUATED if name in arguments.given]
-    names = [*group("place"), *group("decoding"), "precision", *asked]
+            _refuse_other(given, config, name, place)
+    asked = [name for name in (*EVALUATED, "precision") if name in given]
+    names = [*group("place"), *group("decoding"), *asked]
     return _with(config, wanted, names), place
 
 
 def members(
-    arguments: Arguments, names: list[str]
+    wanted: Config, given: Mapping[str, Any], names: Sequence[str]
 ) -> list[tuple[Config, Path]]:
-    """The runs whose probabilities are averaged; one is the usual case.
+    """The runs whose probabilities are averaged; usually a single one.
 
     Args:
-        arguments: the command line.
+        wanted: what config.py and flags say now.
+        given: the fields that were given as flags.
         names: of the runs; none takes the one that the config names.
 
     Returns:
-        For each run what `decoding_config` gives.
+        What `decoding_config` returns, for each run.
 
     Raises:
-        UserError: if a run is not there, or they do not write one language.
+        UserError: if a run is missing, or the runs differ in their vocabulary.
     """
     if not names:
-        return [decoding_config(arguments)]
-    if "run_name" in arguments.given:
+        return [decoding_config(wanted, given)]
+    if "run_name" in given:
         raise UserError(
             "--runs and --run-name contradict each other: leave one out"
         )
-    found = []
-    for name in names:
-        config = dataclasses.replace(arguments.config, run_name=name)
-        found.append(decoding_config(arguments._replace(config=config)))
+    found = [
+        decoding_config(dataclasses.replace(wanted, run_name=name), given)
+        for name in names
+    ]
     (config, place), *others = found
     for other, folder_ in others:
         same = {
@@ -164,39 +211,38 @@ def _with(config: Config, other: Config, names: list[str]) -> Config:
     return dataclasses.replace(config, **values)
 
 
-def _keep_model(arguments: Arguments, config: Config, place: Path) -> None:
-    """Holds to the model fields of a run, whatever flags and defaults say."""
+def _keep_model(given: Mapping[str, Any], config: Config, place: Path) -> None:
+    """Keeps the model fields of a run, whatever flags and defaults say."""
     for name in group("model"):
-        _refuse_other(arguments, config, name, place)
+        _refuse_other(given, config, name, place)
         _notice_default(config, name)
 
 
 def _refuse_other(
-    arguments: Arguments, config: Config, name: str, place: Path
+    given: Mapping[str, Any], config: Config, name: str, place: Path
 ) -> None:
     """Refuses a flag that contradicts the run."""
     value = getattr(config, name)
-    if arguments.given.get(name, value) != value:
+    if given.get(name, value) != value:
         raise UserError(
-            f"{name} is {value!r} in the run {place}, not "
-            f"{arguments.given[name]!r}: leave the flag out, or train another "
-            "run with --run-name"
+            f"{name} is {value!r} in the run {place}, not {given[name]!r}: "
+            "leave the flag out, or train another run with --run-name"
         )
 
 
 def _notice_default(config: Config, name: str) -> None:
-    """Tells of a default that has been edited since."""
+    """Tells that a default has been edited since."""
     value, default = getattr(config, name), getattr(Config(), name)
     if value != default:
         print(
             f"Note: {name} is {value!r} in this run and {default!r} in "
-            "config.py; the run's counts.",
+            "config.py; the run's value is used.",
             file=sys.stderr,
         )
 
 
 def set_aside(place: Path) -> Path:
-    """Gives a run folder another name; returns it."""
+    """Renames a run folder out of the way; returns its new path."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     aside = place.with_name(f"{place.name}-before-{stamp}")
     place.rename(aside)
@@ -209,8 +255,9 @@ def begin(
     words: vocabulary.Vocabulary,
     description: dict[str, Any],
     shape: tuple[int, ...],
+    images: pd.DataFrame,
 ) -> None:
-    """Writes what a run depends on, or holds it against what it was.
+    """Writes what a run depends on, or compares it with what it was.
 
     Args:
         config: what trains it.
@@ -218,29 +265,98 @@ def begin(
         words: of the training split.
         description: of the features, from `features.describe`.
         shape: of an image's features, (regions, channels).
+        images: of the training split, from `digest_images`.
 
     Raises:
-        UserError: if the run was begun with other words or features.
+        UserError: if the run began with other words, features or images.
     """
     if (place / "last" / "state.npz").exists():
         known = vocabulary.load(place / "vocabulary.json")
+        before = _load_images(place)
         for what, same in {
-            "vocabulary": known == words,
-            "encoder": load_features(place) == (description, tuple(shape)),
+            "vocabulary has": known == words,
+            "encoder has": load_features(place) == (description, tuple(shape)),
+            "training images have": before is None or images.equals(before),
         }.items():
             if not same:
                 raise UserError(
-                    f"the {what} has changed since {place} was begun: give "
-                    "--fresh to start it over, or another --run-name"
+                    f"the {what} changed since {place} was begun: give "
+                    "--fresh to start over, or another --run-name"
                 )
     text = json.dumps({**description, "shape": shape}, indent=2)
     write_text(place / "features.json", text + "\n")
     vocabulary.save(words, place / "vocabulary.json")
+    write_csv(place / IMAGES, images)
     save_config(config, place)
 
 
+def digest_images(names: Sequence[str], pixels: np.ndarray) -> pd.DataFrame:
+    """Digests that tell later whether a run was trained on an image.
+
+    Args:
+        names: of the images.
+        pixels: digests of their pixels, uint8 (images, bytes), from
+            `features.load_digests`.
+
+    Returns:
+        Columns `name` and `pixels`, 16 hex digits each; sorted.
+    """
+    table = _digests(names, pixels)
+    return table.sort_values(["name", "pixels"], ignore_index=True)
+
+
+def _digests(names: Sequence[str], pixels: np.ndarray) -> pd.DataFrame:
+    names = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
+    shortened = [each[:8].tobytes().hex() for each in pixels]
+    return pd.DataFrame({"name": names, "pixels": shortened}, dtype=str)
+
+
+def _load_images(place: Path) -> pd.DataFrame | None:
+    """Which images a run was trained on; None where it is not known."""
+    path = place / IMAGES
+    try:
+        return pd.read_csv(path, dtype=str)[["name", "pixels"]]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read ({reason}): train the run again with "
+            "train.py --fresh"
+        ) from None
+
+
+def trained_on(
+    place: Path, names: Sequence[str], pixels: np.ndarray, same_dataset: bool
+) -> np.ndarray | None:
+    """Which images a run has seen in training.
+
+    Equal pixels are found under any name. Within a dataset equal names count
+    too, whatever happened to the pixels; elsewhere they do not, because many
+    datasets have a 1.jpg.
+
+    Args:
+        place: the run folder.
+        names: of the images.
+        pixels: digests of their pixels, uint8 (images, bytes); only zeros
+            where they are not known.
+        same_dataset: whether the run was trained on the same dataset.
+
+    Returns:
+        bool (images,); None if the run does not say what it was trained on.
+    """
+    known = _load_images(place)
+    if known is None:
+        return None
+    found = _digests(names, pixels)
+    seen = found["pixels"].isin({*known["pixels"]} - {UNKNOWN_PIXELS})
+    if same_dataset:
+        seen |= found["name"].isin(known["name"])
+    return seen.to_numpy()
+
+
 def load_features(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Reads which features a run was trained on: description and shape."""
+    """Reads the description and shape of the features a run was trained on."""
     path = place / "features.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -251,16 +367,27 @@ def load_features(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
         *(AttributeError, TypeError),
     ) as error:
         raise UserError(
-            f"{path} cannot be read ({error}): train the run anew with "
+            f"{path} cannot be read ({error}): train the run again with "
             "train.py --fresh"
         ) from None
 
 
-def save_weights(model: Any, place: Path) -> None:
-    """Writes the best weights."""
+def save_weights(model: Any, place: Path, epoch: int) -> None:
+    """Writes the best weights, and in the same file the epoch they are of."""
     path = place / "model.weights.h5"
     with atomic_path(path) as part, _without_optimizer(model):
         model.save_weights(part)
+        with h5py.File(part, "a") as file:
+            file.attrs["epoch"] = epoch
+
+
+def best_epoch(place: Path) -> int | None:
+    """The epoch that the weights of a run are of, counted from 1."""
+    try:
+        with h5py.File(place / "model.weights.h5") as file:
+            return int(file.attrs["epoch"])
+    except (OSError, KeyError):
+        return None
 
 
 @contextlib.contextmanager
@@ -282,8 +409,8 @@ def load_weights(model: Any, place: Path) -> None:
     path = place / "model.weights.h5"
     if not path.exists():
         raise UserError(
-            f"{path} is not there yet: train.py writes it when it first "
-            "measures CIDEr; run it to the end"
+            f"{path} does not exist yet: train.py writes it when it first "
+            "measures CIDEr; run train.py to the end"
         )
     try:
         with _without_optimizer(model):
@@ -298,11 +425,11 @@ def load_weights(model: Any, place: Path) -> None:
 def save_state(
     place: Path, variables: list[Any], progress: dict[str, Any]
 ) -> None:
-    """Writes all that resuming needs as one file.
+    """Writes everything that resuming needs to one file.
 
     Args:
         place: the run folder.
-        variables: Keras variables; their order says which is which.
+        variables: Keras variables, told apart by their order.
         progress: what JSON can hold.
     """
     arrays = {str(n): v.numpy() for n, v in enumerate(variables)}
@@ -311,7 +438,7 @@ def save_state(
 
 
 def load_progress(place: Path) -> dict[str, Any] | None:
-    """Reads how far a run has come; None if it has not begun."""
+    """Reads how far a run has got; None if it has not begun."""
     path = place / "last" / "state.npz"
     if not path.exists():
         return None

@@ -34,6 +34,10 @@ HEAVY = {
 }
 
 
+# What stands for Keras has a backend too.
+BACKEND = "class backend:\n    backend = staticmethod(lambda: 'jax')\n"
+
+
 def parse(*arguments: str, actions=()) -> command.Arguments:
     return command.parse("", actions, arguments)
 
@@ -293,6 +297,20 @@ def test_what_the_user_can_put_right_is_one_line_and_code_1(run):
     assert (code, told) == (1, "train.py: no dataset: fetch it\n")
 
 
+@pytest.mark.parametrize("backend", ["torch", "openvino", "Jax"])
+def test_another_backend_is_refused_before_anything_is_done(
+    run, monkeypatch, backend
+):
+    monkeypatch.setenv("KERAS_BACKEND", backend)
+
+    def main(arguments):
+        raise AssertionError("it was run")
+
+    code, out, err = run(main)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert backend in err and "tensorflow or jax" in err
+
+
 @pytest.mark.parametrize("odd", ["\n", "\r\n", "\x1b", "\u2028", "\ud800"])
 def test_an_odd_name_does_not_break_the_line(run, odd):
     code, _, told = run(fail(UserError(f"a{odd}b.jpg is missing")))
@@ -376,7 +394,7 @@ def test_a_file_name_that_is_no_text_is_printed_and_read(monkeypatch, tmp_path):
 
 
 def test_keras_is_imported_without_its_noise(tmp_path):
-    noisy = "import os\nos.write(2, b'noise')\nprint('imported')\n"
+    noisy = "import os\nos.write(2, b'noise')\nprint('imported')\n" + BACKEND
     (tmp_path / "keras.py").write_text(noisy, encoding="utf-8")
     code = (
         "import sys\n"
@@ -397,7 +415,7 @@ def test_gpu_memory_is_taken_as_it_is_needed(tmp_path, monkeypatch, own):
         if own:
             monkeypatch.setenv(name, own)
     (tmp_path / "keras.py").write_text(
-        f"import os\nprint(*map(os.environ.get, {names}), sep='|')\n"
+        f"import os\nprint(*map(os.environ.get, {names}), sep='|')\n{BACKEND}"
     )
     code = "from captioning.command import import_keras; import_keras()"
     out, _ = start(code, tmp_path, cwd=tmp_path).communicate(timeout=30)
@@ -410,7 +428,7 @@ def test_gpu_memory_is_taken_as_it_is_needed(tmp_path, monkeypatch, own):
 )
 def test_freed_memory_is_kept_for_the_next_step(tmp_path):
     """A block that was touched before is not made of new pages again."""
-    (tmp_path / "keras.py").write_text("")
+    (tmp_path / "keras.py").write_text(BACKEND)
     code = (
         "import resource\n"
         "from captioning.command import import_keras\n"
@@ -442,3 +460,21 @@ def test_the_next_command_keeps_the_flags_that_it_needs_and_no_other():
 
 def test_the_next_command_without_flags_is_the_script():
     assert command.next_line("train.py", parse()) == "python train.py"
+
+
+def test_a_backend_of_the_settings_file_is_refused_too(tmp_path):
+    """Whether or not it is installed."""
+    (tmp_path / "keras.json").write_text('{"backend": "torch"}')
+    code = "from captioning import command\n"
+    code += "command.run(lambda _: command.import_keras(), '')"
+    environment = {**os.environ, "KERAS_HOME": str(tmp_path)}
+    environment.pop("KERAS_BACKEND", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "tensorflow or jax" in done.stderr

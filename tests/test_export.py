@@ -66,8 +66,10 @@ def run(tmp_path_factory, request):
     bias.assign(np.where(np.arange(len(words)) == END, -3, np.array(bias)))
     place = home / "run"
     description = model.describe_features(config, "random")
-    runs.begin(config, place, words, description, features.shape[1:])
-    runs.save_weights(decoder, place)
+    images = runs.digest_images([], np.zeros((0, 16), np.uint8))
+    shape = features.shape[1:]
+    runs.begin(config, place, words, description, shape, images)
+    runs.save_weights(decoder, place, 1)
     return config, place, pixels, features
 
 

@@ -18,8 +18,7 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-import evaluate
-from captioning.scoring import metrics
+from captioning.scoring import java, metrics, results, table
 from config import Config, UserError
 
 FREE = ["bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider"]
@@ -82,10 +81,16 @@ def fake_java(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def with_java():
-    """Scores with the real Java: METEOR takes seconds to start."""
+    """Scores with the real Java: METEOR takes seconds to start.
+
+    In the language of someone who writes "0,5".
+    """
     # METEOR's protocol separates by three bars.
     references = {**REFERENCES, "1.jpg": ["A dog ||| runs", "The ||| dog"]}
-    return metrics.score({**CAPTIONS, "2.jpg": ""}, references, [])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in java.OPTIONS:
+            patch.setenv(name, "-Duser.language=de -Duser.country=DE")
+        return metrics.score({**CAPTIONS, "2.jpg": ""}, references, [])
 
 
 def strings(corpus):
@@ -157,7 +162,7 @@ def test_punctuation_is_no_word(text, monkeypatch):
 def test_a_tokenizer_that_dies_is_replaced_for_all_captions(
     fake_java, monkeypatch, script, reason
 ):
-    monkeypatch.setattr(metrics, "PTB_SECONDS", 1)
+    monkeypatch.setattr(java, "PTB_SECONDS", 1)
     fake_java(script)
     tokens, name = metrics.tokenise({"x": ["A dog."], "y": ["Two dogs."]})
     assert tokens == {"x": ["a dog"], "y": ["two dogs"]}
@@ -214,6 +219,15 @@ def test_bleu_agrees_with_nltk_where_every_order_has_a_match(corpus):
         assert found[f"bleu{n}"] == pytest.approx(theirs, abs=1e-9)
 
 
+def test_the_interval_of_a_share_resamples_images_and_not_tokens():
+    """Images that are wholly right or wholly wrong make it wide."""
+    hits = np.repeat([10.0, 0.0], 50)
+    counts = np.column_stack([hits, np.full(100, 10.0)])
+    low, high = metrics.interval(counts, metrics.ratio)
+    assert low == pytest.approx(0.4, abs=0.02)
+    assert high == pytest.approx(0.6, abs=0.02)
+
+
 @settings(max_examples=100, deadline=None)
 @given(corpora)
 def test_the_bootstrap_resamples_the_bleu_of_pycocoevalcap(corpus):
@@ -250,7 +264,8 @@ def test_the_intervals_contain_the_scores_and_repeat(no_java, many):
 
 def test_the_interval_of_cider_is_that_of_a_mean():
     values = np.random.default_rng(0).normal(1.0, 0.5, 2000)
-    low, high = metrics._intervals(np.ones((2000, 10)), values)["cider"]
+    counts = np.column_stack([values, np.ones(2000)])
+    low, high = metrics.interval(counts, metrics.ratio)
     half = 1.96 * values.std() / math.sqrt(2000)
     assert low == pytest.approx(values.mean() - half, abs=0.003)
     assert high == pytest.approx(values.mean() + half, abs=0.003)
@@ -370,8 +385,8 @@ def test_meteor_is_that_of_pycocoevalcap(with_java, monkeypatch):
     assert 0 < expected < meteor.compute_score(judged, made)[0] < 1
     assert with_java.metrics["tokenizer"] == metrics.PTB
     # The process that is running saves the seconds that another would take.
-    monkeypatch.setattr(metrics, "Meteor", lambda: meteor)
-    assert metrics._meteor({"1.jpg": [""]}, {"1.jpg": ["a dog"]}) == 0
+    monkeypatch.setattr(java, "Meteor", lambda: meteor)
+    assert java.meteor({"1.jpg": [""]}, {"1.jpg": ["a dog"]}) == 0
 
 
 @needs_scripts
@@ -391,7 +406,7 @@ def test_a_java_that_dies_costs_meteor_and_no_other_score(
     without = metrics.score(CAPTIONS, REFERENCES, []).metrics
     fake_java(script)
     for name in ("PTB_SECONDS", "METEOR_SECONDS", "SPICE_SECONDS"):
-        monkeypatch.setattr(metrics, name, 1)
+        monkeypatch.setattr(java, name, 1)
     # Where errors go that come up when METEOR's process is put away.
     late = []
     monkeypatch.setattr(sys, "unraisablehook", late.append)
@@ -408,10 +423,10 @@ def test_a_java_that_dies_costs_meteor_and_no_other_score(
 def test_spice_never_downloads_and_says_what_it_needs(
     fake_java, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(metrics, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(java, "_PACKAGE", tmp_path)
     fake_java("raise SystemExit(1)")
     with pytest.raises(ChildProcessError, match=r"CoreNLP 3\.6\.0"):
-        metrics._spice({"1.jpg": ["a"]}, {"1.jpg": ["a"]})
+        java.spice({"1.jpg": ["a"]}, {"1.jpg": ["a"]})
 
 
 @needs_scripts
@@ -427,7 +442,7 @@ def test_spice_never_downloads_and_says_what_it_needs(
 def test_spice_counts_an_empty_caption_as_zero_and_checks_its_answer(
     fake_java, monkeypatch, tmp_path, answer, expected
 ):
-    monkeypatch.setattr(metrics, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(java, "_PACKAGE", tmp_path)
     library = tmp_path / "spice" / "lib"
     library.mkdir(parents=True)
     (library / "stanford-corenlp-3.6.0.jar").touch()
@@ -442,9 +457,9 @@ def test_spice_counts_an_empty_caption_as_zero_and_checks_its_answer(
     judged = {"1": ["a"], "2": ["b"], "3": ["c"]}
     if expected is None:
         with pytest.raises(ChildProcessError, match="could not be read"):
-            metrics._spice(made, judged)
+            java.spice(made, judged)
     else:
-        assert metrics._spice(made, judged) == pytest.approx(1 / 3)
+        assert java.spice(made, judged) == pytest.approx(1 / 3)
 
 
 # --- the table -------------------------------------------------------------
@@ -468,7 +483,7 @@ def test_the_table_fits_and_names_value_interval_and_reason(full):
     full["bleu4"], full["intervals"]["bleu4"] = 0.213, [0.201, 0.224]
     full["cider"], full["intervals"]["cider"] = 0.512, [0.47, 0.55]
     full["unavailable"]["spice"] = "a long reason " * 20
-    text = metrics.table(full, "flickr8k")
+    text = table.table(full, "flickr8k")
     assert max(len(line) for line in text.split("\n")) <= 100
     assert text.index("token accuracy") < text.index("BLEU-1")
     assert "41.2%" in text and "21.3%  20.1 to 22.4" in text
@@ -477,26 +492,26 @@ def test_the_table_fits_and_names_value_interval_and_reason(full):
 
 
 def test_the_table_compares_with_rows_of_the_same_data_alone(full):
-    text = metrics.table(full, "Flickr_8k")
+    text = table.table(full, "Flickr_8k")
     assert "Adaptive attention, VGG, beam 3" in text and "Lu 2017" not in text
-    assert "Lu 2017" in metrics.table(full, "flickr30k-hf")
-    assert "Xu 2015" not in metrics.table(full, "sample")
-    assert "Xu 2015" not in metrics.table({**full, "split": "val"}, "flickr8k")
+    assert "Lu 2017" in table.table(full, "flickr30k-hf")
+    assert "Xu 2015" not in table.table(full, "sample")
+    assert "Xu 2015" not in table.table({**full, "split": "val"}, "flickr8k")
 
 
 def test_the_table_claims_no_comparison_with_other_images_or_words(full):
     full["tokenizer"] = metrics.PTB
-    usual = metrics.table(full, "flickr8k")
+    usual = table.table(full, "flickr8k")
     assert "orientation" not in usual and "not quite" not in usual
-    few = metrics.table({**full, "images": 50}, "flickr8k")
+    few = table.table({**full, "images": 50}, "flickr8k")
     assert "orientation" in few
-    other = metrics.table({**full, "tokenizer": "nltk Treebank"}, "flickr8k")
+    other = table.table({**full, "tokenizer": "nltk Treebank"}, "flickr8k")
     assert "not quite" in " ".join(other.split())
 
 
 def test_the_table_stands_without_what_needs_the_model(no_java):
     found = metrics.score(CAPTIONS, REFERENCES).metrics
-    text = metrics.table({**found, "split": "test"}, "flickr30k")
+    text = table.table({**found, "split": "test"}, "flickr30k")
     assert "not computed: not measured" in text
 
 
@@ -504,5 +519,17 @@ def test_the_table_stands_without_what_needs_the_model(no_java):
 def test_a_single_hypothesis_is_no_consensus(no_java, beam, told):
     scores = metrics.score(CAPTIONS, REFERENCES)
     config = Config(beam_size=beam)
-    found = evaluate.all_metrics(config, {"perplexity": 14.2}, scores)
-    assert ("by consensus" in metrics.table(found, "flickr8k")) == told
+    found = results.all_metrics(config, {}, {"perplexity": 14.2}, scores)
+    assert ("by consensus" in table.table(found, "flickr8k")) == told
+
+
+@pytest.mark.parametrize(
+    ("seen", "told"),
+    [(0, ""), (7, "trained on 7 of these 1,000 images"), (None, "may be")],
+)
+def test_the_table_says_what_the_run_was_trained_on(full, seen, told):
+    full["run"] = {"run": "mine", "images_trained_on": seen}
+    for dataset in ("flickr8k", "holidays"):
+        text = " ".join(table.table(full, dataset).split())
+        assert told in text
+        assert ("trained on" in text) == (seen != 0)

@@ -79,11 +79,14 @@ def test_the_pipeline_leaves_the_files_of_the_contract(home):
         *("perplexity", "bleu1", "bleu2", "bleu3", "bleu4", "meteor"),
         *("rouge_l", "cider", "spice", "distinct_captions"),
         *("novel_captions", "vocabulary_used", "mean_length"),
-        *("images_per_second", "intervals", "unavailable"),
+        *("images_per_second", "intervals", "unavailable", "run"),
     ):
         assert name in metrics
         if metrics[name] is None:
             assert metrics["unavailable"][name]
+    for name, (low, high) in metrics["intervals"].items():
+        assert low < metrics[name] < high
+    assert {*metrics["intervals"]} == {"token_accuracy", "bleu4", "cider"}
     assert 0 < metrics["token_accuracy"] < metrics["token_accuracy_top5"] <= 1
     table = pd.read_csv(place / "captions.csv")
     assert table["cider"].mean() == pytest.approx(metrics["cider"])
@@ -115,7 +118,9 @@ def test_scores_can_be_had_again_from_the_captions(home):
     first = json.loads((place / "metrics.json").read_text())
     flags = ["--captions", place / "captions.json"]
     good("evaluate.py", *FLAGS, *flags, folder=home)
-    again = json.loads((place / "metrics.json").read_text())
+    (scored,) = place.parent.glob("test-captions-captions-*")
+    again = json.loads((scored / "metrics.json").read_text())
+    assert json.loads((place / "metrics.json").read_text()) == first
     assert again["cider"] == first["cider"]
     assert again["token_accuracy"] is None
     assert again["unavailable"]["token_accuracy"]
@@ -178,8 +183,9 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
 
 
 def test_what_shapes_a_run_cannot_change(home):
-    line = bad("train.py", *FLAGS, "--learning-rate", "0.1", folder=home)
-    assert "learning_rate" in line or "batch_images" in line
+    flags = [*FLAGS, *TRAINING, "--learning-rate", "0.1"]
+    line = bad("train.py", *flags, folder=home)
+    assert "learning_rate is 0.004" in line
     assert "--fresh" in line and "--run-name" in line
     line = bad("evaluate.py", *FLAGS, "--decoder-units", "99", folder=home)
     assert "decoder_units is 64" in line

@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from captioning.scoring import metrics as scores
-from captioning.scoring import report
+from captioning.scoring import report, table
 from tests.browser import chromium, find, phone, press, wait
 
 SIDE = 7
@@ -130,19 +129,21 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("epochs", [1, 2, 30])
 def test_curves_are_a_png_whatever_the_number_of_epochs(tmp_path, epochs):
-    report.write_curves(tmp_path / "curves.png", history(epochs))
+    report.write_curves(tmp_path / "curves.png", history(epochs), 1)
     with Image.open(tmp_path / "curves.png") as image:
         assert (image.format, image.size) == ("PNG", (1650, 450))
         assert len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_curves_mark_the_epoch_with_the_highest_cider(tmp_path):
+def test_curves_mark_the_epoch_that_was_kept(tmp_path):
+    """Of equal CIDEr, the one with the lower loss: history does not say."""
     table = history(6)
-    table["val_cider"] = [np.nan, 0.2, np.nan, 0.4, np.nan, 0.3]
+    table["val_cider"] = [np.nan, 0.0, np.nan, 0.0, np.nan, 0.0]
     examples = examples_in(tmp_path, ["a"])
     path = tmp_path / "report.html"
+    metrics = {**METRICS, "run": {"epoch": 4}}
     report.write_report(
-        *(path, "t", "x", METRICS, examples, [attend(1)], tmp_path, table)
+        *(path, "t", "x", metrics, examples, [attend(1)], tmp_path, table)
     )
     assert path.read_text(encoding="utf-8").count("best epoch, 4") == 3
 
@@ -239,13 +240,15 @@ def test_published_rows_stand_beside_the_run(tmp_path):
         ).texts
         for name in ("flickr30k", "holidays")
     )
-    notes, rows = scores.comparison(METRICS, "flickr30k")
+    notes, rows = table.comparison(METRICS, "flickr30k")
     assert notes in known and len(rows) > 4
     for name, *values in rows[1:]:
         at = known.index(name)
         shown = [each for each in known[at + 1 :] if each.strip()]
         assert shown[:6] == values
-    assert "No published row is for the test split of holidays." in other
+    assert (
+        "There are no published rows for the test split of holidays." in other
+    )
     assert not {name for name, *_ in rows[1:]} & {*other}
 
 

@@ -1,9 +1,11 @@
 """The run folder: which config counts, and a state that comes back."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from config import Config, UserError, group
 WORDS = Vocabulary((*SPECIAL_WORDS, "dog"))
 DESCRIPTION = features.describe("resnet50", "conv5", "random-0", 8)
 SHAPE = (4, 3)
+IMAGES = runs.digest_images(["a.jpg", "b.jpg"], np.eye(2, 16, dtype=np.uint8))
 TRAINED = Config(epochs=6, learning_rate=0.01, precision="float32")
 LIKE_TRAINED = ["--learning-rate", "0.01", "--precision", "float32"]
 
@@ -35,11 +38,13 @@ def place(checkpoints) -> Path:
 
 
 def training_config(place: Path, *words: str) -> Config:
-    return runs.training_config(command.parse("", arguments=words), place)
+    arguments = command.parse("", arguments=words)
+    return runs.training_config(arguments.config, arguments.given, place)
 
 
 def decoding_config(*words: str) -> tuple[Config, Path]:
-    return runs.decoding_config(command.parse("", arguments=words))
+    arguments = command.parse("", arguments=words)
+    return runs.decoding_config(arguments.config, arguments.given)
 
 
 def refusal(function, *arguments) -> str:
@@ -66,9 +71,37 @@ def test_a_config_comes_back_as_it_was_saved(tmp_path):
     assert runs.load_config(tmp_path / "new") == config
 
 
-def test_a_config_of_another_version_is_read_as_far_as_it_is_known(tmp_path):
-    (tmp_path / "config.json").write_text('{"epochs": 3, "of_old": 1}')
-    assert runs.load_config(tmp_path) == Config(epochs=3)
+def save_fields(place: Path, **changes) -> None:
+    """Saves TRAINED with other fields; None leaves one out."""
+    fields = {**dataclasses.asdict(TRAINED), **changes}
+    fields = {k: v for k, v in fields.items() if v is not None}
+    (place / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def test_a_field_that_a_run_lacks_is_not_filled_in(place):
+    """Today's default would be another run: one line, whatever is asked."""
+    save_fields(place, embedding_rate=None)
+    message = refusal(training_config, place, *LIKE_TRAINED)
+    assert "embedding_rate" in message and "--fresh" in message
+    assert "earlier versions" in message
+    assert decoding_config()[0].epochs == 6  # training does not matter here
+    for name in ("decoder_units", "magnification", "min_word_count"):
+        save_fields(place, **{name: None})
+        assert name in refusal(training_config, place, *LIKE_TRAINED)
+        message = refusal(decoding_config)
+        assert name in message and "earlier versions" in message
+
+
+def test_a_run_that_left_its_precision_open_is_not_resumed(place):
+    save_fields(place, precision="auto")
+    assert "precision" in refusal(training_config, place, *LIKE_TRAINED)
+    assert decoding_config()[0].precision == "auto"
+
+
+def test_a_field_that_this_version_does_not_know_ends_training(place):
+    save_fields(place, views=2)
+    assert "views" in refusal(training_config, place, *LIKE_TRAINED)
+    assert decoding_config()[0].epochs == 6
 
 
 @pytest.mark.parametrize(
@@ -142,8 +175,11 @@ def test_an_edited_default_of_the_model_is_one_line_of_notice(
     checkpoints, capsys
 ):
     place = checkpoints / "sample-resnet50"
-    runs.save_config(Config(decoder_units=256), place)
-    for find in (lambda: training_config(place), lambda: decoding_config()[0]):
+    runs.save_config(dataclasses.replace(TRAINED, decoder_units=256), place)
+    for find in (
+        lambda: training_config(place, *LIKE_TRAINED),
+        lambda: decoding_config()[0],
+    ):
         assert find().decoder_units == 256
         out, told = capsys.readouterr()
         assert out == "" and told.count("\n") == 1
@@ -152,8 +188,8 @@ def test_an_edited_default_of_the_model_is_one_line_of_notice(
 
 def test_a_model_flag_that_says_what_the_run_has_is_accepted(checkpoints):
     place = checkpoints / "sample-resnet50"
-    runs.save_config(Config(decoder_units=256), place)
-    config = training_config(place, "--decoder-units", "256")
+    runs.save_config(dataclasses.replace(TRAINED, decoder_units=256), place)
+    config = training_config(place, *LIKE_TRAINED, "--decoder-units", "256")
     assert config.decoder_units == 256
 
 
@@ -163,12 +199,24 @@ def test_a_model_flag_that_says_what_the_run_has_is_accepted(checkpoints):
 def test_decoding_takes_the_run_and_the_decoding_fields_of_now(place):
     config, found = decoding_config(
         *("--beam-size", "2", "--split", "val", "--data-dir", "x"),
-        *("--precision", "auto"),
     )
     assert found == place
     assert config == dataclasses.replace(
-        TRAINED, beam_size=2, split="val", data_dir="x", precision="auto"
+        TRAINED, beam_size=2, split="val", data_dir="x"
     )
+
+
+def test_decoding_has_the_precision_of_the_run_unless_told_otherwise(place):
+    assert decoding_config()[0].precision == "float32"
+    config, _ = decoding_config("--precision", "mixed_bfloat16")
+    assert config.precision == "mixed_bfloat16"
+
+
+def test_a_run_is_resumed_in_its_precision_on_any_machine(place):
+    config = training_config(place, "--learning-rate", "0.01")
+    assert config.precision == "float32"
+    flags = ["--learning-rate", "0.01", "--precision", "mixed_float16"]
+    assert "precision is 'float32'" in refusal(training_config, place, *flags)
 
 
 def test_decoding_ignores_the_training_fields_of_now(place):
@@ -230,7 +278,7 @@ def test_a_run_that_is_set_aside_keeps_its_files_under_another_name(place):
 
 
 def test_a_run_that_begins_is_complete_without_the_data(tmp_path):
-    runs.begin(TRAINED, tmp_path, WORDS, DESCRIPTION, SHAPE)
+    runs.begin(TRAINED, tmp_path, WORDS, DESCRIPTION, SHAPE, IMAGES)
     assert runs.load_config(tmp_path) == TRAINED
     assert runs.vocabulary.load(tmp_path / "vocabulary.json") == WORDS
     assert runs.load_features(tmp_path) == (DESCRIPTION, SHAPE)
@@ -242,20 +290,52 @@ def test_a_run_that_begins_is_complete_without_the_data(tmp_path):
         ({"words": Vocabulary((*WORDS.words, "cat"))}, "vocabulary"),
         ({"shape": (2, 3)}, "encoder"),
         ({"description": {**DESCRIPTION, "weights": "other"}}, "encoder"),
+        ({"images": IMAGES[:1]}, "training images"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_words_or_features(
     tmp_path, change, told
 ):
-    given = {"words": WORDS, "description": DESCRIPTION, "shape": SHAPE}
+    given = {
+        "words": WORDS,
+        "description": DESCRIPTION,
+        "shape": SHAPE,
+        "images": IMAGES,
+    }
     runs.begin(TRAINED, tmp_path, **given)
     runs.begin(TRAINED, tmp_path, **given | change)  # nothing trained yet
     runs.begin(TRAINED, tmp_path, **given)
     runs.save_state(tmp_path, [], {})
     runs.begin(TRAINED, tmp_path, **given)
     message = refusal(runs.begin, TRAINED, tmp_path, *(given | change).values())
-    assert f"the {told} has changed" in message and "--fresh" in message
+    assert f"the {told} ha" in message and "--fresh" in message
     assert runs.load_features(tmp_path) == (DESCRIPTION, SHAPE)
+
+
+def test_what_was_trained_on_is_found_by_pixels_and_within_a_dataset_by_name(
+    tmp_path,
+):
+    pixels = np.zeros((4, 16), np.uint8)
+    pixels[:3, :3] = np.eye(3)  # of the last image they are not known
+    runs.begin(
+        *(TRAINED, tmp_path, WORDS, DESCRIPTION, SHAPE),
+        runs.digest_images(["a/1.jpg", "2.jpg", "3.jpg", "4.jpg"], pixels),
+    )
+    names = ["renamed.jpg", "2.jpg", "1.jpg", "4.jpg"]
+    others = np.zeros((4, 16), np.uint8)
+    others[0] = pixels[0]
+    others[1, 5] = 1  # the same photograph, saved again
+    seen = runs.trained_on(tmp_path, names, others, same_dataset=True)
+    assert seen.tolist() == [True, True, False, True]
+    seen = runs.trained_on(tmp_path, names, others, same_dataset=False)
+    assert seen.tolist() == [True, False, False, False]
+    text = (tmp_path / "training_images.csv").read_text()
+    assert "jpg" not in text
+
+
+def test_a_run_without_a_record_of_its_images_is_not_known(tmp_path):
+    pixels = np.zeros((1, 16), np.uint8)
+    assert runs.trained_on(tmp_path, ["a.jpg"], pixels, True) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "5", '{"shape": 3}'])
@@ -274,26 +354,29 @@ class Model:
         self.weights = weights
 
     def save_weights(self, path: Path) -> None:
-        Path(path).write_text(self.weights, encoding="utf-8")
+        with h5py.File(path, "w") as file:
+            file["weights"] = self.weights
 
     def load_weights(self, path: Path) -> None:
-        self.weights = Path(path).read_text(encoding="utf-8")
+        with h5py.File(path) as file:
+            self.weights = file["weights"][()].decode()
         if self.weights == "other":
             raise ValueError("Layer 'x' expected 2 variables\nReceived 3")
 
 
 def test_the_best_weights_come_back(tmp_path):
-    runs.save_weights(Model("best"), tmp_path)
+    runs.save_weights(Model("best"), tmp_path, 7)
     model = Model()
     runs.load_weights(model, tmp_path)
     assert model.weights == "best"
+    assert runs.best_epoch(tmp_path) == 7
     assert os.listdir(tmp_path) == ["model.weights.h5"]
 
 
 def test_weights_that_are_not_there_or_do_not_fit_are_told(tmp_path):
     message = refusal(runs.load_weights, Model(), tmp_path)
     assert "train.py" in message
-    runs.save_weights(Model("other"), tmp_path)
+    runs.save_weights(Model("other"), tmp_path, 1)
     message = refusal(runs.load_weights, Model(), tmp_path)
     assert "does not fit" in message and "expected 2 variables" in message
 

@@ -15,7 +15,7 @@ import pytest
 from captioning import runs
 from captioning.data.sample import write_sample
 from captioning.scoring import metrics
-from config import UserError
+from config import Config, UserError
 from tests.scripts import bad, good, process, run
 
 DATA = [
@@ -45,14 +45,37 @@ def home(tmp_path_factory) -> Path:
 
 
 def assert_same_run(home: Path, *names: str) -> None:
-    """The same history and the same state, bit for bit."""
+    """The same history, state and best weights, bit for bit."""
     places = [home / "checkpoints" / each for each in names]
-    columns = ["loss", "val_loss", "val_token_accuracy", "val_cider"]
-    one, other = (pd.read_csv(f / "history.csv")[columns] for f in places)
+    one, other = (
+        pd.read_csv(f / "history.csv").drop(columns="seconds") for f in places
+    )
     pd.testing.assert_frame_equal(one, other, check_exact=True)
     one, other = (np.load(f / "last" / "state.npz") for f in places)
+    assert one.files == other.files
     for name in set(one.files) - {"progress"}:
         np.testing.assert_array_equal(one[name], other[name])
+    one, other = (json.loads(str(each["progress"])) for each in (one, other))
+    for name in set(one) - {"seconds", "history"}:
+        assert one[name] == other[name]
+    one, other = (arrays(f / "model.weights.h5") for f in places)
+    assert one.keys() == other.keys() and len(one) > 10
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name])
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """All that a weights file has, the number of the epoch included."""
+    found = {}
+
+    def add(name, each):
+        if isinstance(each, h5py.Dataset):
+            found[name] = each[()]
+
+    with h5py.File(path) as file:
+        file.visititems(add)
+        found["epoch"] = file.attrs["epoch"]
+    return found
 
 
 def test_runs_are_averaged(home):
@@ -71,6 +94,9 @@ def test_runs_are_averaged(home):
         captions = json.loads((place / "captions.json").read_text())
         metrics = json.loads((place / "metrics.json").read_text())
         found.append((captions, metrics["perplexity"]))
+    assert metrics["run"]["run"] == f"{RUN}+other"
+    assert metrics["run"]["encoder"] == ["mobilenetv2", "vgg16"]
+    assert metrics["run"]["epoch"] == [2, 2]
     alone, twice, both = found
     assert alone[0] == twice[0]
     assert alone[1] == pytest.approx(twice[1], 1e-3)
@@ -94,7 +120,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
     started.communicate()
     assert len(pd.read_csv(killed / "history.csv")) == 1
     printed = good("train.py", *flags, folder=home)
-    assert "Going on after 1 epochs" in printed
+    assert "Resuming after 1 epochs" in printed
     assert_same_run(home, RUN, "killed")
 
 
@@ -115,7 +141,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(home, monkeypatch):
         patch.setattr(callbacks.SavePoints, "save", end_at_the_third_batch)
         assert run("train.py", *flags, folder=home).returncode == 130
     printed = good("train.py", *flags, folder=home)
-    assert "Going on after 0 epochs and 3 steps" in printed
+    assert "Resuming after 0 epochs and 3 steps" in printed
     assert_same_run(home, RUN, "middle")
 
 
@@ -143,7 +169,7 @@ def test_self_critical_training_goes_on_between_two_rounds(home, monkeypatch):
         ended = run("train.py", *flags, "broken", folder=home)
     assert ended.returncode == 130
     printed = good("train.py", *flags, "broken", folder=home)
-    assert "Going on after 3 epochs" in printed
+    assert "Resuming after 3 epochs" in printed
     assert_same_run(home, "drawn", "broken")
     one, other = (pd.read_csv(each / "history.csv") for each in places)
     assert len(one) == 4 and one["reward"].notna().sum() == 2
@@ -181,6 +207,49 @@ def test_self_critical_training_does_not_take_up_a_half_epoch(
     assert drawn == [0, 1]
 
 
+def test_more_epochs_keep_the_schedule_and_stay_exact(home, monkeypatch):
+    """The rate does not jump up, and the screen says what it does."""
+    from captioning.training import callbacks
+
+    flags = [*FLAGS, *TRAINING, "--run-name"]
+    places = [home / "checkpoints" / name for name in ("longer", "cut")]
+    for place in places:
+        shutil.copytree(home / "checkpoints" / RUN, place)
+    save = callbacks.SavePoints.save
+
+    def end_in_the_third_epoch(points):
+        save(points)
+        if (points.epoch, points.batch) == (2, 2):
+            raise KeyboardInterrupt
+
+    printed = good("train.py", *flags, "longer", "--epochs", "4", folder=home)
+    assert "keeps the schedule of 2 epochs" in printed
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "SAVE_SECONDS", 0)
+        patch.setattr(callbacks.SavePoints, "save", end_in_the_third_epoch)
+        words = [*flags, "cut", "--epochs", "4"]
+        assert run("train.py", *words, folder=home).returncode == 130
+    good("train.py", *words, folder=home)
+    assert_same_run(home, "longer", "cut")
+    rates = pd.read_csv(places[0] / "history.csv")["learning_rate"]
+    assert rates[1] == pytest.approx(0, abs=1e-9)
+    assert 0 < rates[2] == rates[3] < 0.6e-3
+    assert "raise --epochs" in good("train.py", *words, folder=home)
+
+
+def test_a_run_that_patience_ended_says_so(home):
+    """A split of three images is judged by its loss."""
+    flags = [*FLAGS, *TRAINING, "--run-name", "steady", "--learning-rate", "0"]
+    flags += ["--ema-epochs", "0", "--cider-every", "1", "--patience", "1"]
+    flags += ["--epochs"]
+    printed = good("train.py", *flags, "5", folder=home)
+    assert "3 validation images are too few for CIDEr" in printed
+    assert "patience 1" in printed and "epoch 2" in printed
+    assert re.search(r"Lowest loss on val: [\d.]+, epoch 1\n", printed)
+    printed = good("train.py", *flags, "9", folder=home)
+    assert "This run is trained" in printed and "raise --patience" in printed
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
 def test_a_run_that_is_asked_to_end_saves_and_can_go_on(home):
     flags = [*FLAGS, *TRAINING, "--run-name", "asked", "--epochs"]
@@ -195,15 +264,19 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(home):
     done = json.loads(str(np.load(state)["progress"]))["epoch"]
     assert 1 <= done < 500
     printed = good("train.py", *flags, str(done + 1), folder=home)
-    assert f"Going on after {done} epochs" in printed
+    assert f"Resuming after {done} epochs" in printed
 
 
-def test_a_loss_that_is_no_number_ends_the_run(home):
+def test_a_loss_that_is_no_number_ends_the_run(home, monkeypatch):
     """And what was saved before stays as it was."""
+    from captioning.training import callbacks
+
+    monkeypatch.setattr(callbacks, "SAVE_SECONDS", 0)
     flags = [*FLAGS, *TRAINING, "--run-name", "steep"]
     line = bad("train.py", *flags, "--learning-rate", "1e30", folder=home)
-    assert re.search(r"loss is (nan|inf) at step \d+ of epoch 1", line)
-    assert not (home / "checkpoints" / "steep" / "last").exists()
+    told = re.search(r"loss is (nan|inf) at step (\d+) of epoch 1", line)
+    progress = runs.load_progress(home / "checkpoints" / "steep")
+    assert progress["batch"] == int(told[2]) - 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
@@ -243,26 +316,96 @@ def told(started) -> str:
 
 
 def test_predictions_are_on_disk_before_scoring_starts(home, monkeypatch):
-    """Whatever then goes wrong with the scores."""
+    """Whatever then goes wrong with the scores; and the old set stays."""
     place = home / "checkpoints" / RUN / "evaluation" / "val"
+    unfinished = place.with_name("val-unfinished")
     flags = [*FLAGS, "--split", "val"]
-    shutil.rmtree(place, ignore_errors=True)
+    good("evaluate.py", *flags, folder=home)
+    before = {each: each.stat().st_mtime_ns for each in place.rglob("*")}
 
     def fail(*_):
         raise UserError("the scorer failed")
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "score", fail)
-        done = run("evaluate.py", *flags, folder=home)
-    assert done.returncode == 1
-    assert done.stderr.endswith("evaluate.py: the scorer failed\n")
-    captions = json.loads((place / "captions.json").read_text())
+        line = bad("evaluate.py", *flags, folder=home)
+    assert "the scorer failed" in line and "val-unfinished" in line
+    captions = json.loads((unfinished / "captions.json").read_text())
     assert len(captions) > 1 and all(each["caption"] for each in captions)
-    assert not (place / "metrics.json").exists()
-    saved = ["--captions", place / "captions.json"]
+    assert os.listdir(unfinished) == ["captions.json"]
+    after = {each: each.stat().st_mtime_ns for each in place.rglob("*")}
+    assert before == after
+    saved = ["--captions", unfinished / "captions.json"]
     printed = good("evaluate.py", *flags, *saved, folder=home)
     assert "report.html" not in printed
-    assert json.loads((place / "metrics.json").read_text())["cider"] >= 0
+    (scored,) = place.parent.glob("val-captions-*")
+    assert json.loads((scored / "metrics.json").read_text())["cider"] >= 0
+    shutil.rmtree(scored)
+
+
+def test_what_differs_goes_to_a_folder_of_its_own(home):
+    flags = [*FLAGS, "--split", "val"]
+    good("evaluate.py", *flags, folder=home)
+    folder = home / "checkpoints" / RUN / "evaluation"
+    before = (folder / "val" / "metrics.json").read_bytes()
+    more = ["--beam-size", "2", "--limit-images", "1"]
+    good("evaluate.py", *flags, *more, folder=home)
+    assert (folder / "val" / "metrics.json").read_bytes() == before
+    found = json.loads((folder / "val-beam2-limit1/metrics.json").read_text())
+    assert (found["beam_size"], found["images"]) == (2, 1)
+    names = {"captions.json", "captions.csv", "metrics.json", "report.html"}
+    for each in ("val", "val-beam2-limit1"):
+        assert {*os.listdir(folder / each)} == names | {"attention"}
+
+
+def test_an_evaluation_says_what_made_it(home):
+    """And whether the run has seen the images: all of them, or none."""
+    from captioning import backend
+
+    folder = home / "checkpoints" / RUN
+    trained = json.loads((folder / "config.json").read_text())
+    assert trained["precision"] == backend.set_precision(Config())
+    for split, number in (("train", 24), ("val", 3)):
+        printed = good("evaluate.py", *FLAGS, "--split", split, folder=home)
+        place = folder / "evaluation" / split
+        found = json.loads((place / "metrics.json").read_text())
+        run = found["run"]
+        seen = number if split == "train" else 0
+        assert found["images"] == number
+        assert run["images_trained_on"] == seen
+        told = f"was trained on {seen} of these {seen} images"
+        assert (told in " ".join(printed.split())) == bool(seen)
+        assert (told in (place / "report.html").read_text()) == bool(seen)
+        assert (run["run"], run["dataset"]) == (RUN, "tiny")
+        assert (run["encoder"], run["epoch"], run["seed"]) == (
+            *("mobilenetv2", 2, 0),
+        )
+        assert run["precision"] == trained["precision"]
+        assert run["versions"]["keras"] and run["date"]
+        low, high = found["intervals"]["token_accuracy"]
+        assert low <= found["token_accuracy"] <= high
+        assert low < high
+
+
+def test_a_run_is_evaluated_in_its_precision_on_any_machine(home, monkeypatch):
+    from captioning import backend
+
+    trained = json.loads(
+        (home / "checkpoints" / RUN / "config.json").read_text()
+    )["precision"]
+    other = "float32" if trained != "float32" else "mixed_bfloat16"
+    monkeypatch.setattr(
+        backend, "_multiplies_bfloat16", lambda: other != "float32"
+    )
+    flags = [*FLAGS, "--split", "val"]
+    folder = home / "checkpoints" / RUN / "evaluation"
+    for more, name, precision in (
+        ([], "val", trained),
+        (["--precision", "auto"], f"val-{other}", other),
+    ):
+        good("evaluate.py", *flags, *more, folder=home)
+        found = json.loads((folder / name / "metrics.json").read_text())
+        assert found["run"]["precision"] == precision
 
 
 def test_captions_from_a_file_are_taken_as_they_are(
@@ -282,12 +425,15 @@ def test_captions_from_a_file_are_taken_as_they_are(
     ]
     path = tmp_path / "captions.json"
     flags = [*FLAGS, "--split", "val", "--captions", path]
-    place = home / "checkpoints" / RUN / "evaluation" / "val"
+    folder = home / "checkpoints" / RUN / "evaluation"
 
     def scores(entries):
         path.write_text(json.dumps(entries))
         printed = good("evaluate.py", *flags, folder=home)
+        (place,) = folder.glob("val-captions-*")
         found = json.loads((place / "metrics.json").read_text())
+        assert found["run"]["precision"] is None
+        shutil.rmtree(place)
         return printed, found["rouge_l"]
 
     printed, whole = scores(entries)
@@ -299,10 +445,10 @@ def test_captions_from_a_file_are_taken_as_they_are(
         assert f"1 of {images} images have no caption" in printed
     assert scores(rest)[1] == pytest.approx(1 - 1 / images)
     for wrong, told in (
-        ([*entries, first], "an image comes twice"),
-        ([{**first, "caption": 5}, *rest], "a caption is no text"),
+        ([*entries, first], "an image occurs twice"),
+        ([{**first, "caption": 5}, *rest], "a caption is not a text"),
         ([{"caption": "a"}], "'image_id'"),
-        ({"image_id": "a"}, "no file of captions"),
+        ({"image_id": "a"}, "not a file of captions"),
         ([{"image_id": "strange.jpg", "caption": "a"}], "strange.jpg"),
     ):
         path.write_text(json.dumps(wrong))

@@ -1,52 +1,31 @@
-"""The scores: how well captions describe the images they were made for.
+"""The scores: how well captions describe their images.
 
 BLEU, METEOR, ROUGE-L, CIDEr and SPICE are pycocoevalcap's, so that they can be
-held against papers. Its Python scorers are called as they are. Of its three
-Java programs, the tokenizer and SPICE are started here and not by its own
-wrappers: those neither notice a process that died nor end one that hangs, they
-write into the installed package, and SPICE's starts a large download unasked.
+compared with papers.
 """
 
-import contextlib
-import json
-import re
-import shutil
-import subprocess
-import tempfile
-import textwrap
-import threading
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
-import pycocoevalcap
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
-from pycocoevalcap.tokenizer.ptbtokenizer import (
-    PUNCTUATIONS,
-    STANFORD_CORENLP_3_4_1_JAR,
-)
 
 from captioning.data import vocabulary
+from captioning.scoring import java
 from config import UserError
 
 Key = TypeVar("Key", bound=Hashable)
 
 PTB = "PTB (Stanford CoreNLP 3.4.1, Java)"
 RESAMPLES = 1000
-# When a Java program is stopped, besides some time for each caption. METEOR
-# reads tables for 6 seconds first, SPICE loads a parser.
-PTB_SECONDS, METEOR_SECONDS, SPICE_SECONDS = 60, 120, 600
-_PACKAGE = Path(pycocoevalcap.__path__[0])
-# A tokenizer that turns the first of these into the second is at work.
-_KNOWN = (
-    "Two dogs, one brown, aren't asleep.",
-    "two dogs one brown are n't asleep",
-)
+# Fewer images than this cannot tell two epochs apart by CIDEr. It weighs words
+# by how few images they occur for: of a single image it is always 0, and of a
+# handful it is decided by chance (its standard error is about 0.6 divided by
+# the square root of the number of images: 0.13 for twenty).
+CIDER_IMAGES = 20
 
 
 class Scores(NamedTuple):
@@ -65,21 +44,20 @@ def tokenise(
 ) -> tuple[dict[Key, list[str]], str]:
     """Splits captions into lower-case words without punctuation.
 
-    With Java this is the tokenizer that papers use. Without, or when its
-    process dies, hangs or answers anything odd, all captions go through
-    nltk's, so that captions and references are always cut alike. A caption
-    without a letter or digit has no words.
+    Where Java works, this is the tokenizer that papers use. Where it does not,
+    all captions go through nltk's, so that captions and references are always
+    tokenised alike. A caption without a letter or digit has no words.
 
     Args:
         captions: any key -> captions as written.
 
     Returns:
-        The same keys -> words joined by single spaces, as many as there were
-        captions; and the tokenizer's name, with the reason if it is nltk's.
+        The same keys -> tokenised captions, words separated by single spaces;
+        and the tokenizer's name, with the reason where it is nltk's.
     """
     texts = [_clean(text) for group in captions.values() for text in group]
     try:
-        lines, tokenizer = _ptb(texts), PTB
+        lines, tokenizer = java.ptb(texts), PTB
     except ChildProcessError as error:
         lines = [" ".join(vocabulary.tokenise(text)) for text in texts]
         tokenizer = f"nltk Treebank ({error})"
@@ -95,71 +73,6 @@ def _clean(text: str) -> str:
     return text if any(map(str.isalnum, text)) else ""
 
 
-def _ptb(texts: list[str]) -> list[str]:
-    """Tokenises one line each as pycocoevalcap does.
-
-    Raises:
-        ChildProcessError: if not every line came back, with the reason.
-    """
-    jar = _PACKAGE / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR
-    command = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
-    # The known sentence at both ends tells a process that died half-way.
-    sent = "\n".join([_KNOWN[0], *texts, _KNOWN[0]])
-    output = _java(
-        [*command, "-preserveLines", "-lowerCase"],
-        sent,
-        PTB_SECONDS + len(texts) / 100,
-    )
-    lines = [
-        " ".join(w for w in line.split(" ") if w and w not in PUNCTUATIONS)
-        for line in output.replace("\r", "").removesuffix("\n").split("\n")
-    ]
-    if len(lines) != len(texts) + 2 or {lines[0], lines[-1]} != {_KNOWN[1]}:
-        raise ChildProcessError("Java's tokenizer gave a wrong answer")
-    return lines[1:-1]
-
-
-def _java(arguments: list[str], sent: str, seconds: float) -> str:
-    """Runs a Java program to its end.
-
-    Args:
-        arguments: of `java`.
-        sent: what it reads on standard input.
-        seconds: when it is stopped.
-
-    Returns:
-        What it wrote on standard output.
-
-    Raises:
-        ChildProcessError: if it did not end well, with the reason in one line.
-    """
-    _need_java()
-    try:
-        process = subprocess.run(
-            ["java", *arguments],
-            input=sent.encode("utf-8"),
-            capture_output=True,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        raise ChildProcessError(
-            f"Java was stopped after {seconds:.0f} seconds"
-        ) from None
-    except OSError as error:
-        raise ChildProcessError(f"Java does not start: {error}") from None
-    if process.returncode:
-        lines = process.stderr.decode("utf-8", "replace").split("\n")
-        told = [x for x in lines if re.search("Error|Exception|Unable", x)]
-        why = f": {told[0].strip()[:150]}" if told else ""
-        raise ChildProcessError(f"Java failed, code {process.returncode}{why}")
-    return process.stdout.decode("utf-8", "replace")
-
-
-def _need_java() -> None:
-    if shutil.which("java") is None:
-        raise ChildProcessError("no Java")
-
-
 # --- scores ------------------------------------------------------------------
 
 
@@ -170,22 +83,22 @@ def score(
 ) -> Scores:
     """Scores captions against references.
 
-    Every image with references counts: one whose caption is missing or has no
-    words scores zero. References without a word are dropped; an image that
-    has no other is left out.
+    Every image with references counts: a missing or empty caption scores zero.
+    References without a word are dropped, and images left without a reference
+    are left out.
 
     Args:
-        captions: image -> the caption made for it.
-        references: image -> what people wrote, as written.
-        training_captions: the captions of the training split, as written;
-            None if they are not at hand.
+        captions: image -> its caption.
+        references: image -> its references, as written.
+        training_captions: captions of the training split, as written; None if
+            they are not at hand.
 
     Returns:
-        The metrics that metrics.json has, but for those that need the model;
-        scores of each image; lines that the user should be told.
+        The metrics of metrics.json, except those that need the model; the
+        scores per image; lines to print.
 
     Raises:
-        UserError: if a caption is for an image without references, or no
+        UserError: if a caption belongs to an image without references, or no
             reference has a word.
     """
     training = ("training", "")
@@ -207,7 +120,7 @@ def score(
     if known is None:
         why = "the training captions are not at hand"
         unavailable["novel_captions"] = why
-    for name, compute in (("meteor", _meteor), ("spice", _spice)):
+    for name, compute in (("meteor", java.meteor), ("spice", java.spice)):
         try:
             metrics[name] = compute(made, judged)
         except ChildProcessError as error:
@@ -229,7 +142,12 @@ def _overlap(
     cider_mean, cider_per_image = Cider().compute_score(judged, made)
     metrics: dict[str, Any] = {f"bleu{n}": bleu[n - 1] for n in (1, 2, 3, 4)}
     metrics |= {"rouge_l": float(rouge_l), "cider": float(cider_mean)}
-    metrics["intervals"] = _intervals(_bleu_counts(scorer), cider_per_image)
+    counts = np.column_stack([cider_per_image, np.ones(len(judged))])
+    metrics["intervals"] = {
+        "bleu4": interval(_bleu_counts(scorer), _corpus_bleu4),
+        # The document frequencies stay those of the whole split.
+        "cider": interval(counts, ratio),
+    }
     per_image = pd.DataFrame(
         {
             "bleu4": bleu_per_image[3],
@@ -244,7 +162,7 @@ def _overlap(
 def cider(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> float:
-    """CIDEr of captions that are tokenised already: quick, and without Java.
+    """CIDEr of tokenised captions: quick, and without Java.
 
     Source: Vedantam et al. 2015, as CIDEr-D in pycocoevalcap.
 
@@ -273,8 +191,8 @@ def _pair(
     unknown = [image for image in captions if image not in references]
     if unknown:
         raise UserError(
-            f"{len(unknown)} captions are of images that the split does not "
-            f"have, such as {unknown[0]}: check --dataset and --split"
+            f"{len(unknown)} captions belong to images that are not in the "
+            f"split, such as {unknown[0]}: check --dataset and --split"
         )
     judged = {
         image: [text for text in texts if text]
@@ -283,7 +201,8 @@ def _pair(
     }
     if not judged:
         raise UserError(
-            "no image has a reference with a word in it: nothing to score by"
+            "no image has a reference with a word in it: there is nothing to "
+            "score against"
         )
     return {image: [captions.get(image) or ""] for image in judged}, judged
 
@@ -304,7 +223,7 @@ def _notices(
     if left_out:
         notices.append(
             f"{len(left_out)} images have no reference with a word in it, "
-            f"such as {left_out[0]}: left out"
+            f"such as {left_out[0]}: they are left out"
         )
     if len(judged) == 1:
         notices.append(
@@ -331,85 +250,6 @@ def _diversity(captions: list[str], known: set[str] | None) -> dict[str, Any]:
         "vocabulary_used": len(set(words)),
         "mean_length": len(words) / len(captions),
     }
-
-
-def _meteor(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
-    """METEOR 1.5 (Denkowski and Lavie 2014).
-
-    Raises:
-        ChildProcessError: if its process died or was stopped.
-    """
-    _need_java()
-    # Its protocol separates by "|||".
-    made, judged = (
-        {
-            key: [" ".join(x.replace("|", "").split()) for x in texts]
-            for key, texts in a.items()
-        }
-        for a in (made, judged)
-    )
-    try:
-        meteor = Meteor()
-    except OSError as error:
-        raise ChildProcessError(f"Java does not start: {error}") from None
-    seconds = METEOR_SECONDS + len(made) / 10
-    watchdog = threading.Timer(seconds, meteor.meteor_p.kill)
-    watchdog.start()
-    try:
-        value = meteor.compute_score(judged, made)[0]
-        if not 0 <= value <= 1:
-            raise ValueError(value)
-    except (OSError, ValueError):
-        raise ChildProcessError(
-            f"METEOR's process died, or was stopped after {seconds:.0f} seconds"
-        ) from None
-    finally:
-        watchdog.cancel()
-        with contextlib.suppress(OSError):
-            meteor.meteor_p.stdin.close()
-        # It leaves its lock taken after an error, and then waits for it for
-        # ever when it is deleted.
-        if meteor.lock.locked():
-            meteor.lock.release()
-    return value
-
-
-def _spice(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
-    """SPICE 1.0 (Anderson et al. 2016).
-
-    Raises:
-        ChildProcessError: if its models are not there or its process failed.
-    """
-    _need_java()
-    library = _PACKAGE / "spice" / "lib"
-    for jar in ("stanford-corenlp-3.6.0", "stanford-corenlp-3.6.0-models"):
-        if not (library / f"{jar}.jar").exists():
-            raise ChildProcessError(
-                "needs Stanford CoreNLP 3.6.0, which `python -m "
-                "pycocoevalcap.spice.get_stanford_models` downloads, and a "
-                "Java from 8 to 14"
-            )
-    items = [
-        {"image_id": row, "test": made[image][0], "refs": judged[image]}
-        for row, image in enumerate(judged)
-        if made[image][0]
-    ]
-    if not items:
-        return 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder, "captions.json"), Path(folder, "out.json")
-        asked.write_text(json.dumps(items), encoding="utf-8")
-        command = ["-Xmx8G", "-jar", str(_PACKAGE / "spice" / "spice-1.0.jar")]
-        command += [str(asked), "-out", str(answer), "-silent"]
-        _java(command, "", SPICE_SECONDS + 2 * len(items))
-        try:
-            found = json.loads(answer.read_text(encoding="utf-8"))
-            values = [float(x["scores"]["All"]["f"]) for x in found]
-        except (OSError, ValueError, TypeError, LookupError):
-            values = []
-    if len(values) != len(items):
-        raise ChildProcessError("SPICE's answer could not be read")
-    return sum(values) / len(judged)  # no caption: zero
 
 
 # --- intervals ---------------------------------------------------------------
@@ -446,245 +286,37 @@ def _corpus_bleu4(totals: np.ndarray) -> np.ndarray:
         (...): BLEU-4.
     """
     precisions = (totals[..., :4] + 1e-15) / (totals[..., 4:8] + 1e-9)
-    ratio = (totals[..., 8] + 1e-15) / (totals[..., 9] + 1e-9)
-    brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
+    lengths = (totals[..., 8] + 1e-15) / (totals[..., 9] + 1e-9)
+    brevity = np.exp(np.minimum(0, 1 - 1 / lengths))
     return np.exp(np.log(precisions).mean(axis=-1)) * brevity
 
 
-def _intervals(
-    bleu_counts: np.ndarray, cider_per_image: np.ndarray
-) -> dict[str, list[float]]:
-    """95% bootstrap intervals: percentiles over resamples of the images.
+def ratio(totals: np.ndarray) -> np.ndarray:
+    """The first column over the second, (..., 2) -> (...)."""
+    return totals[..., 0] / totals[..., 1]
 
-    The document frequencies of CIDEr stay those of the whole split: the
-    interval is that of a mean of scores of images.
+
+def interval(
+    counts: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
+) -> list[float]:
+    """95% bootstrap interval: percentiles over resamples of the images.
 
     Args:
-        bleu_counts: (images, 10) of `_bleu_counts`.
-        cider_per_image: (images,).
+        counts: what the statistic is computed from, (images, columns).
+        statistic: from sums over images, (resamples, columns), to values,
+            (resamples,).
 
     Returns:
-        metric -> lower and upper end.
+        Its lower and its upper end.
     """
     generator = np.random.default_rng(0)
-    images = len(cider_per_image)
-    rows = np.column_stack([bleu_counts, cider_per_image])  # (images, 11)
-    # (resamples, 11)
+    images = len(counts)
+    # (resamples, columns)
     totals = np.stack(
         [
             np.bincount(generator.integers(images, size=images), None, images)
-            @ rows
+            @ counts
             for _ in range(RESAMPLES)
         ]
     )
-    samples = {"bleu4": _corpus_bleu4(totals), "cider": totals[:, 10] / images}
-    return {
-        name: np.percentile(values, [2.5, 97.5]).tolist()
-        for name, values in samples.items()
-    }
-
-
-# --- the table that a person reads -------------------------------------------
-
-_WIDTH = 100
-# metric, name, format, what it is
-FIGURES = (
-    (
-        "token_accuracy",
-        "token accuracy",
-        "{:.1%}",
-        "true next words that the model ranks first",
-    ),
-    (
-        "token_accuracy_top5",
-        "  top 5",
-        "{:.1%}",
-        "... among the first five",
-    ),
-    (
-        "perplexity",
-        "perplexity",
-        "{:.2f}",
-        "as unsure as between so many words; 1 is certain",
-    ),
-    ("bleu1", "BLEU-1", "{:.1%}", "words of the captions that references have"),
-    ("bleu2", "BLEU-2", "{:.1%}", "... and pairs of words"),
-    ("bleu3", "BLEU-3", "{:.1%}", "... and runs of three words"),
-    ("bleu4", "BLEU-4", "{:.1%}", "... and runs of four words"),
-    ("meteor", "METEOR", "{:.1%}", "words matched, also by stem and synonym"),
-    ("rouge_l", "ROUGE-L", "{:.1%}", "longest common run of words, with gaps"),
-    (
-        "cider",
-        "CIDEr",
-        "{:.3f}",
-        "runs of words shared, rare ones count more; 0 to 10",
-    ),
-    ("spice", "SPICE", "{:.1%}", "objects, attributes and relations shared"),
-    (
-        "distinct_captions",
-        "distinct",
-        "{:.1%}",
-        "different captions, as a share of the images",
-    ),
-    (
-        "novel_captions",
-        "novel",
-        "{:.1%}",
-        "captions that are no training caption, word for word",
-    ),
-    (
-        "vocabulary_used",
-        "vocabulary",
-        "{:,}",
-        "different words in the captions",
-    ),
-    ("mean_length", "length", "{:.1f}", "words of a caption, on average"),
-    (
-        "images_per_second",
-        "images/second",
-        "{:.1f}",
-        "captioned, from cached features",
-    ),
-)
-_COMPARED = {
-    "bleu1": "BLEU-1",
-    "bleu2": "BLEU-2",
-    "bleu3": "BLEU-3",
-    "bleu4": "BLEU-4",
-    "meteor": "METEOR",
-    "cider": "CIDEr",
-}
-# Test split, 1,000 images each; the columns are those of _COMPARED.
-_PUBLISHED = {
-    "Flickr8k": (
-        ("Soft attention, VGG (Xu 2015)", 67.0, 44.8, 29.9, 19.5, 18.9, None),
-        ("Hard attention, VGG (Xu 2015)", 67.0, 45.7, 31.4, 21.3, 20.3, None),
-        (
-            "Spatial attention, VGG, beam 5 (sulabhkatiyar)",
-            *(62.2, 43.3, 29.3, 19.7, 19.6, 0.497),
-        ),
-        (
-            "Adaptive attention, VGG, beam 3 (sulabhkatiyar)",
-            *(62.4, 44.0, 30.3, 20.5, 19.9, 0.524),
-        ),
-        (
-            "Adaptive, ResNet152 fine-tuned, beam 5 (same)",
-            *(65.9, 48.0, 33.9, 23.5, 20.7, 0.589),
-        ),
-    ),
-    "Flickr30k": (
-        ("Soft attention, VGG (Xu 2015)", 66.7, 43.4, 28.8, 19.1, 18.5, None),
-        ("Hard attention, VGG (Xu 2015)", 66.9, 43.9, 29.6, 19.9, 18.5, None),
-        (
-            "Spatial attention, VGG, beam 5 (sulabhkatiyar)",
-            *(63.1, 43.8, 30.3, 20.7, 17.4, 0.403),
-        ),
-        (
-            "Adaptive attention, fine-tuned (Lu 2017)",
-            *(67.7, 49.4, 35.4, 25.1, 20.4, 0.531),
-        ),
-    ),
-}
-
-
-def table(metrics: Mapping[str, Any], dataset: str) -> str:
-    """The metrics as a person reads them in a terminal.
-
-    Args:
-        metrics: what metrics.json has.
-        dataset: its name; a known one brings the published rows along.
-
-    Returns:
-        Lines of at most 100 columns of plain text.
-    """
-    consensus = " by consensus" if metrics.get("consensus_temperature") else ""
-    heading = (
-        f"{dataset}, {metrics.get('split')} split: {metrics['images']:,} "
-        f"images, beam size {metrics.get('beam_size')}{consensus}; words cut "
-        f"by {metrics['tokenizer']}"
-    )
-    lines = textwrap.wrap(heading, _WIDTH)
-    for name, title, form, meaning in FIGURES:
-        if name == "token_accuracy":
-            lines += ["", "Teacher-forced: given the true words before"]
-        if name == "bleu1":
-            lines += ["", f"{'Free-running captions':27}95% interval"]
-        lines += _row(metrics, name, title, form, meaning)
-    notes, rows = comparison(metrics, dataset)
-    lines += ["", *textwrap.wrap(notes, _WIDTH, break_on_hyphens=False), ""]
-    for name, *figures in rows:
-        lines.append(f"  {name:48}" + "".join(f"{x:>8}" for x in figures))
-    return "\n".join(lines).rstrip()
-
-
-def _row(
-    metrics: Mapping[str, Any], name: str, title: str, form: str, meaning: str
-) -> list[str]:
-    value = metrics.get(name)
-    shown, interval = "-", ""
-    if value is None:
-        reason = metrics.get("unavailable", {}).get(name, "not measured")
-        meaning = f"not computed: {reason}"
-    else:
-        shown = form.format(value)
-        ends = metrics.get("intervals", {}).get(name, [])
-        interval = " to ".join(form.format(x).rstrip("%") for x in ends)
-    return textwrap.wrap(
-        meaning,
-        _WIDTH,
-        initial_indent=f"  {title:15}{shown:>8}  {interval:16}",
-        subsequent_indent=" " * 43,
-    )
-
-
-def comparison(
-    metrics: Mapping[str, Any], dataset: str
-) -> tuple[str, list[list[str]]]:
-    """The published rows that the run can be held against, and how far.
-
-    Args:
-        metrics: what metrics.json has.
-        dataset: its name.
-
-    Returns:
-        What to know of the rows; and the rows as text: a heading, this run,
-        and the published ones. There are none where nothing is comparable.
-    """
-    split, images = metrics.get("split"), metrics["images"]
-    plain = re.sub("[^a-z0-9]", "", dataset.lower())
-    known = next((name for name in _PUBLISHED if name.lower() in plain), None)
-    if known is None or split != "test":
-        return f"No published row is for the {split} split of {dataset}.", []
-    notes = (
-        f"Published for {known}'s usual test split of 1,000 images, with a "
-        "frozen encoder unless it says fine-tuned; BLEU and METEOR in percent. "
-        "None gives ROUGE-L or SPICE."
-    )
-    if known == "Flickr30k":
-        notes += " Token accuracy: 42% is quoted, not saying how it counts."
-    # A few photographs may be missing or broken.
-    if not 950 <= images <= 1000:
-        notes += (
-            f" Your {images:,} images are not that split: no comparison, the "
-            "rows are for orientation only."
-        )
-    if metrics["tokenizer"] != PTB:
-        notes += (
-            " The rows were scored with the PTB tokenizer, yours was not: the "
-            "scores are not quite comparable."
-        )
-    *fractions, cider = (metrics.get(name) for name in _COMPARED)
-    percent = (None if x is None else 100 * x for x in fractions)
-    rows = [("this run", *percent, cider), *_PUBLISHED[known]]
-    return notes, [["", *_COMPARED.values()], *(_as_text(*x) for x in rows)]
-
-
-def _as_text(name: str, *values: float | None) -> list[str]:
-    forms = ["{:.1f}"] * 5 + ["{:.3f}"]
-    return [
-        name,
-        *(
-            "-" if value is None else form.format(value)
-            for form, value in zip(forms, values, strict=True)
-        ),
-    ]
+    return np.percentile(statistic(totals), [2.5, 97.5]).tolist()

@@ -20,7 +20,7 @@ from PIL import Image
 
 from captioning.data import images
 from captioning.files import atomic_path, write_text
-from captioning.scoring import metrics as scores
+from captioning.scoring import table as scores
 
 # title, column of the training split, column of the validation split
 _PANELS = (
@@ -50,18 +50,19 @@ _TITLE, _GAP = 24, 8  # pixels above and between the panels
 _UNLIT, _GLOW, _GLOW_SHARE = 0.4, (255, 150, 40), 0.35
 
 
-def write_curves(path: Path, history: pd.DataFrame) -> None:
-    """Draws how the training went as a PNG.
+def write_curves(path: Path, history: pd.DataFrame, best_epoch: int) -> None:
+    """Plots the training history as a PNG.
 
     Args:
         path: the file.
-        history: as in history.csv, one row an epoch; NaN is not measured.
+        history: as in history.csv, one row per epoch; NaN where not measured.
+        best_epoch: the epoch whose weights were kept; 0 if none was yet.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure((11, 3), 150, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.15)
         for axes, panel in zip(figure.subplots(1, 3), _PANELS, strict=True):
-            _draw_panel(axes, history, *panel)
+            _draw_panel(axes, history, best_epoch, *panel)
         with atomic_path(path) as part:
             figure.savefig(part, format="png")
 
@@ -69,11 +70,12 @@ def write_curves(path: Path, history: pd.DataFrame) -> None:
 def _draw_panel(
     axes: Axes,
     history: pd.DataFrame,
+    best_epoch: int,
     title: str,
     training: str | None,
     validation: str,
 ) -> None:
-    """Draws one figure over the epochs; the best has the highest CIDEr."""
+    """Plots one figure over the epochs and marks the best one."""
     for column, name, colour in (
         (training, "training", _TRAINING),
         (validation, "validation", _VALIDATION),
@@ -81,16 +83,14 @@ def _draw_panel(
         if column:
             line = history[["epoch", column]].dropna()
             axes.plot(*line.values.T, ".-", color=colour, label=name)
-    measured = history.dropna(subset="val_cider")
-    if not measured.empty:
-        best = measured.loc[measured["val_cider"].idxmax()]
-        axes.axvline(best["epoch"], color="black", linewidth=0.8, linestyle=":")
+    for _, best in history[history["epoch"] == best_epoch].iterrows():
+        axes.axvline(best_epoch, color="black", linewidth=0.8, linestyle=":")
         axes.plot(
             *best[["epoch", validation]],
             "o",
             fillstyle="none",
             color=_VALIDATION,
-            label=f"best epoch, {best['epoch']:.0f}",
+            label=f"best epoch, {best_epoch}",
         )
     epochs = history["epoch"]
     axes.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
@@ -100,12 +100,14 @@ def _draw_panel(
     axes.legend()
 
 
-def _curve(history: pd.DataFrame, panel: tuple[str, str | None, str]) -> str:
+def _curve(
+    history: pd.DataFrame, best_epoch: int, panel: tuple[str, str | None, str]
+) -> str:
     """A panel as an SVG element that takes the ink of the page."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure = Figure((4.4, 3), layout="constrained")
-        _draw_panel(figure.subplots(), history, *panel)
+        _draw_panel(figure.subplots(), history, best_epoch, *panel)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue().replace("#000000", "currentColor")
@@ -245,7 +247,11 @@ def write_report(
         published=published,
         examples=data,
         history=history,
-        curves=[_curve(history, each) for each in _PANELS if has_history],
+        curves=[
+            _curve(history, (metrics.get("run") or {}).get("epoch") or 0, each)
+            for each in _PANELS
+            if has_history
+        ],
     )
     write_text(path, text)
 

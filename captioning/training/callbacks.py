@@ -19,6 +19,7 @@ from captioning.training.batches import CaptionBatches
 from config import UserError
 
 SAVE_SECONDS = 180  # between two saved points within an epoch
+BEST = ("best", "best_loss", "best_epoch", "since_best")  # of MeasureCider
 
 
 class Averaged(keras.callbacks.SwapEMAWeights):
@@ -51,16 +52,21 @@ class Averaged(keras.callbacks.SwapEMAWeights):
 class MeasureCider(keras.callbacks.Callback):
     """Adds `val_cider`, of free-running captions, to an epoch's logs.
 
-    Keeps the weights of the best epoch and stops when no better one comes.
+    Keeps the weights of the best epoch, and stops when no better one comes.
+    The best epoch has the highest CIDEr and, among equal ones, the lowest
+    validation loss. Where the validation split is too small for CIDEr, the
+    validation loss decides alone. Self-critical training has no such loss:
+    there, its last epoch is kept.
 
     Args:
         measure: captions the validation split and scores it.
-        averaged: what puts the averaged weights in place.
+        averaged: puts the averaged weights in place.
         place: the run folder.
         every: epochs between measurements.
-        patience: measurements without a better one before the end.
-        epochs: how many epochs there are; after the last one it measures too.
-        writes: whether this process keeps the weights.
+        patience: stop after this many measurements without a better one.
+        epochs: how many epochs there are; it also measures after the last.
+        by_loss: whether the validation loss decides alone.
+        writes: whether this process saves the weights.
     """
 
     def __init__(
@@ -71,13 +77,16 @@ class MeasureCider(keras.callbacks.Callback):
         every: int,
         patience: int,
         epochs: int,
+        by_loss: bool = False,
         writes: bool = True,
     ) -> None:
         super().__init__()
         self.writes = writes
         self.measure, self.averaged, self.place = measure, averaged, place
         self.every, self.patience, self.epochs = every, patience, epochs
-        self.best, self.best_epoch, self.since_best = -1.0, 0, 0
+        self.by_loss = by_loss
+        self.best, self.best_loss = -1.0, float("inf")
+        self.best_epoch, self.since_best = 0, 0
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Measures, every few epochs and after the last one."""
@@ -88,28 +97,54 @@ class MeasureCider(keras.callbacks.Callback):
         """Measures, and keeps the weights if they are the best."""
         with self.averaged:
             logs["val_cider"] = self.measure()
-            if logs["val_cider"] > self.best and self.writes:
+            better = self.is_better(logs)
+            if better and self.writes:
                 with one_device():  # the others do not take part
-                    runs.save_weights(self.model, self.place)
-        self.since_best += 1
-        if logs["val_cider"] > self.best:
+                    runs.save_weights(self.model, self.place, epoch + 1)
+        tie = logs["val_cider"] == self.best and not self.by_loss
+        if better:
             self.best, self.best_epoch = logs["val_cider"], epoch + 1
+            self.best_loss = logs.get("val_loss", float("inf"))
             self.since_best = 0
-        self.model.stop_training = self.since_best >= self.patience
+        elif not tie:
+            self.since_best += 1
+        self.model.stop_training = self.stopped
+
+    def is_better(self, logs: dict[str, float]) -> bool:
+        """Whether an epoch is better than all before it."""
+        loss = logs.get("val_loss")
+        if self.by_loss:
+            return loss is None or loss < self.best_loss
+        if logs["val_cider"] != self.best:
+            return logs["val_cider"] > self.best
+        return loss is not None and loss < self.best_loss
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience has run out."""
+        return self.since_best >= self.patience
+
+    def __str__(self) -> str:
+        """The best epoch, for people."""
+        found = f"best CIDEr on val: {self.best:.3f}"
+        if self.by_loss:
+            found = f"lowest loss on val: {self.best_loss:.3f}"
+        return f"{found}, epoch {self.best_epoch}"
 
 
 class SavePoints(keras.callbacks.Callback):
     """Saves all that an exact resume needs, and the history.
 
-    A run that is killed goes on from its last saved point and sees what it
-    would have seen: weights, optimizer, random state, data order, position
-    in the epoch and running means are all there.
+    A killed run resumes at its last saved point as if nothing had happened:
+    weights, optimizer, random state, data order, position in the epoch and
+    running means are all saved.
 
     Args:
         place: the run folder.
         batches: the training batches.
         cider: holds the best score.
-        writes: whether this process is the one that saves.
+        scheduled_epochs: the epochs over which the learning rate decays.
+        writes: whether this process saves.
     """
 
     def __init__(
@@ -117,11 +152,13 @@ class SavePoints(keras.callbacks.Callback):
         place: Path,
         batches: CaptionBatches,
         cider: MeasureCider,
+        scheduled_epochs: int,
         writes: bool = True,
     ) -> None:
         super().__init__()
         self.writes = writes
         self.place, self.batches, self.cider = place, batches, cider
+        self.scheduled_epochs = scheduled_epochs
         self.epoch, self.batch, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, float]] = []
         self.interrupted = False
@@ -149,12 +186,12 @@ class SavePoints(keras.callbacks.Callback):
         return [*model.variables, *model.optimizer.variables, *running]
 
     def restore(self, model: keras.Model) -> None:
-        """Takes up the run where its folder stands, if it has begun."""
+        """Resumes the run, if it has begun."""
         self.set_model(model)
         progress = runs.load_progress(self.place)
         if progress is None:
             return
-        for name in ("best", "best_epoch", "since_best"):
+        for name in BEST:
             setattr(self.cider, name, progress[name])
         self.epoch, self.batch = progress["epoch"], progress["batch"]
         self.history, self.seconds = progress["history"], progress["seconds"]
@@ -207,7 +244,9 @@ class SavePoints(keras.callbacks.Callback):
         if self.writes:
             table = history_table(self.history)
             write_csv(self.place / "history.csv", table)
-            write_curves(self.place / "curves.png", table)
+            write_curves(
+                self.place / "curves.png", table, self.cider.best_epoch
+            )
         self.epoch, self.batch, self.seconds = epoch + 1, 0, 0.0
         self.rewards = []
         self.begun = time.monotonic()
@@ -224,10 +263,9 @@ class SavePoints(keras.callbacks.Callback):
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": self.seconds + time.monotonic() - self.begun,
-            "best": self.cider.best,
-            "best_epoch": self.cider.best_epoch,
-            "since_best": self.cider.since_best,
+            **{name: getattr(self.cider, name) for name in BEST},
             "history": self.history,
+            "scheduled_epochs": self.scheduled_epochs,
             "cross_entropy_epochs": self.cross_entropy_epochs,
             "rewards": self.rewards,
         }

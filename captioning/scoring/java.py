@@ -1,0 +1,220 @@
+"""The field's three Java programs: PTB tokenizer, METEOR and SPICE.
+
+The tokenizer and SPICE are started here rather than by pycocoevalcap's
+wrappers: those neither notice a process that died nor stop one that hangs,
+they write into the installed package, and SPICE's starts a large download
+unasked. Every function raises ChildProcessError, with the reason in one line,
+where its program cannot be used.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pycocoevalcap
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.tokenizer.ptbtokenizer import (
+    PUNCTUATIONS,
+    STANFORD_CORENLP_3_4_1_JAR,
+)
+
+# Seconds until a program is stopped, on top of some time per caption. METEOR
+# starts by reading tables for 6 seconds, SPICE by loading a parser.
+PTB_SECONDS, METEOR_SECONDS, SPICE_SECONDS = 60, 120, 600
+# METEOR prints numbers in the user's language and then cannot read "0,5". These
+# options follow the user's own, and the last ones count. (LC_ALL=C would do as
+# well, but Java would then misread paths that are not ASCII.)
+ENGLISH = "-Duser.language=en -Duser.country=US"
+OPTIONS = ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS")  # Java reads both
+_PACKAGE = Path(pycocoevalcap.__path__[0])
+# Only a working tokenizer turns the first of these into the second.
+_KNOWN = (
+    "Two dogs, one brown, aren't asleep.",
+    "two dogs one brown are n't asleep",
+)
+
+
+def ptb(texts: list[str]) -> list[str]:
+    """Tokenises as pycocoevalcap does, with Stanford CoreNLP 3.4.1.
+
+    Args:
+        texts: captions of one line each.
+
+    Returns:
+        The words of each caption, separated by single spaces.
+
+    Raises:
+        ChildProcessError: if any line did not come back.
+    """
+    jar = _PACKAGE / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR
+    command = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    # The known sentence at both ends shows whether the process got through.
+    sent = "\n".join([_KNOWN[0], *texts, _KNOWN[0]])
+    output = _run(
+        [*command, "-preserveLines", "-lowerCase"],
+        sent,
+        PTB_SECONDS + len(texts) / 100,
+    )
+    lines = [
+        " ".join(w for w in line.split(" ") if w and w not in PUNCTUATIONS)
+        for line in output.replace("\r", "").removesuffix("\n").split("\n")
+    ]
+    if len(lines) != len(texts) + 2 or {lines[0], lines[-1]} != {_KNOWN[1]}:
+        raise ChildProcessError("Java's tokenizer gave a wrong answer")
+    return lines[1:-1]
+
+
+def meteor(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
+    """METEOR 1.5 (Denkowski and Lavie 2014).
+
+    Args:
+        made: image -> its caption, tokenised.
+        judged: image -> its references, tokenised; the same keys.
+
+    Raises:
+        ChildProcessError: if its process died or was stopped.
+    """
+    _need_java()
+    # Its protocol separates by "|||".
+    made, judged = (
+        {
+            key: [" ".join(x.replace("|", "").split()) for x in texts]
+            for key, texts in a.items()
+        }
+        for a in (made, judged)
+    )
+    try:
+        with _english_environment():
+            scorer = Meteor()
+    except OSError as error:
+        raise ChildProcessError(f"Java does not start: {error}") from None
+    seconds = METEOR_SECONDS + len(made) / 10
+    watchdog = threading.Timer(seconds, scorer.meteor_p.kill)
+    watchdog.start()
+    try:
+        value = scorer.compute_score(judged, made)[0]
+        if not 0 <= value <= 1:
+            raise ValueError(value)
+    except (OSError, ValueError):
+        raise ChildProcessError(
+            f"METEOR's process died, or was stopped after {seconds:.0f} seconds"
+        ) from None
+    finally:
+        watchdog.cancel()
+        with contextlib.suppress(OSError):
+            scorer.meteor_p.stdin.close()
+        # After an error it still holds its lock, and would wait for it forever
+        # when it is deleted.
+        if scorer.lock.locked():
+            scorer.lock.release()
+    return value
+
+
+def spice(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
+    """SPICE 1.0 (Anderson et al. 2016).
+
+    Args:
+        made: image -> its caption, tokenised.
+        judged: image -> its references, tokenised; the same keys.
+
+    Raises:
+        ChildProcessError: if its models are missing or its process failed.
+    """
+    _need_java()
+    library = _PACKAGE / "spice" / "lib"
+    for jar in ("stanford-corenlp-3.6.0", "stanford-corenlp-3.6.0-models"):
+        if not (library / f"{jar}.jar").exists():
+            raise ChildProcessError(
+                "needs Stanford CoreNLP 3.6.0, which `python -m "
+                "pycocoevalcap.spice.get_stanford_models` downloads, and a "
+                "Java from 8 to 14"
+            )
+    items = [
+        {"image_id": row, "test": made[image][0], "refs": judged[image]}
+        for row, image in enumerate(judged)
+        if made[image][0]
+    ]
+    if not items:
+        return 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder, "captions.json"), Path(folder, "out.json")
+        asked.write_text(json.dumps(items), encoding="utf-8")
+        command = ["-Xmx8G", "-jar", str(_PACKAGE / "spice" / "spice-1.0.jar")]
+        command += [str(asked), "-out", str(answer), "-silent"]
+        _run(command, "", SPICE_SECONDS + 2 * len(items))
+        try:
+            found = json.loads(answer.read_text(encoding="utf-8"))
+            values = [float(x["scores"]["All"]["f"]) for x in found]
+        except (OSError, ValueError, TypeError, LookupError):
+            values = []
+    if len(values) != len(items):
+        raise ChildProcessError("SPICE's answer could not be read")
+    return sum(values) / len(judged)  # an empty caption scores zero
+
+
+def _run(arguments: list[str], sent: str, seconds: float) -> str:
+    """Runs a Java program to its end.
+
+    Args:
+        arguments: of `java`.
+        sent: its standard input.
+        seconds: time after which it is stopped.
+
+    Returns:
+        Its standard output.
+
+    Raises:
+        ChildProcessError: if it did not end well.
+    """
+    _need_java()
+    try:
+        with _english_environment():
+            process = subprocess.run(
+                ["java", *arguments],
+                input=sent.encode("utf-8"),
+                capture_output=True,
+                timeout=seconds,
+            )
+    except subprocess.TimeoutExpired:
+        raise ChildProcessError(
+            f"Java was stopped after {seconds:.0f} seconds"
+        ) from None
+    except OSError as error:
+        raise ChildProcessError(f"Java does not start: {error}") from None
+    if process.returncode:
+        lines = process.stderr.decode("utf-8", "replace").split("\n")
+        told = [x for x in lines if re.search("Error|Exception|Unable", x)]
+        why = f": {told[0].strip()[:150]}" if told else ""
+        raise ChildProcessError(f"Java failed, code {process.returncode}{why}")
+    return process.stdout.decode("utf-8", "replace")
+
+
+def _need_java() -> None:
+    if shutil.which("java") is None:
+        raise ChildProcessError("no Java")
+
+
+@contextlib.contextmanager
+def _english_environment() -> Iterator[None]:
+    """Makes Java programs started inside speak English.
+
+    By the environment, because METEOR's wrapper passes no options on.
+    """
+    before = {name: os.environ.get(name) for name in OPTIONS}
+    for name, value in before.items():
+        os.environ[name] = f"{value or ''} {ENGLISH}".strip()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

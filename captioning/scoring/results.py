@@ -1,0 +1,351 @@
+"""The files of an evaluation: one set, written and replaced together."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from captioning import runs
+from captioning.data import images as photographs
+from captioning.data import prepared
+from captioning.features import cache as features
+from captioning.files import write_csv, write_text
+from captioning.scoring import report
+from captioning.scoring.metrics import Scores
+from config import Config, UserError
+
+FIGURES = 12  # attention figures per evaluation
+PHOTO_SIDE = 448  # pixels, of the photograph in a figure
+FILES = (
+    *("captions.json", "captions.csv", "metrics.json", "report.html"),
+    "attention",
+)
+# What other values of these fields are called in the name of a folder.
+SEARCH = {
+    "beam_size": "beam",
+    "length_exponent": "length",
+    "consensus_temperature": "consensus",
+    "min_caption_length": "min",
+    "no_repeat_ngram": "norepeat",
+}
+DATA = {
+    "dataset": "on-",
+    "layout": "",
+    "val_share": "val",
+    "test_share": "test",
+}
+
+
+def folder_name(
+    config: Config, trained: Config, limit_images: int, captions: str
+) -> str:
+    """Names the folder of an evaluation by its split and what differs.
+
+    The plain name of the split is that of all images, searched by the
+    defaults, in the precision of the run.
+
+    Args:
+        config: what is evaluated, with its precision resolved.
+        trained: the config that trained the run.
+        limit_images: how many images are evaluated; 0 for all.
+        captions: the file whose captions are scored; empty for the run's own.
+    """
+    parts = [config.split]
+    for name, called in DATA.items():
+        if getattr(config, name) != getattr(trained, name):
+            parts.append(f"{called}{getattr(config, name)}")
+    if captions:
+        stem = re.sub(r"[^\w-]+", "_", Path(captions).stem)[:40]
+        digest = hashlib.sha256(Path(captions).read_bytes()).hexdigest()[:8]
+        parts.append(f"captions-{stem}-{digest}")
+    else:
+        for name, called in SEARCH.items():
+            if getattr(config, name) != getattr(Config(), name):
+                parts.append(f"{called}{getattr(config, name):g}")
+        if config.precision != trained.precision:
+            parts.append(config.precision)
+    if limit_images:
+        parts.append(f"limit{limit_images}")
+    return "-".join(parts)
+
+
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Lends a folder to write to, which then takes the place of another.
+
+    A process that ends early leaves the old set of files. What it has written
+    stays in `<folder>-unfinished` until the next evaluation: captions are worth
+    hours and can be scored again.
+
+    Args:
+        folder: what to replace. Files in it that are not evaluate.py's are
+            kept.
+
+    Yields:
+        The path of the new folder, which does not exist yet.
+    """
+    part = folder.with_name(f"{folder.name}-unfinished")
+    old = folder.with_name(f".old-{folder.name}")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # a process ended between the two renames below
+    _discard(old, folder)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        yield part
+    except UserError as error:
+        if (part / "captions.json").exists():
+            raise UserError(
+                f"{error}; the captions are kept in {part}"
+            ) from None
+        raise
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    _discard(old, folder)
+
+
+def _discard(old: Path, folder: Path) -> None:
+    """Deletes a replaced folder, after moving foreign files to the new one."""
+    if not old.exists():
+        return
+    for each in old.iterdir():
+        if each.name not in FILES and not (folder / each.name).exists():
+            os.replace(each, folder / each.name)
+    shutil.rmtree(old)
+
+
+def read_captions(path: Path, split: prepared.Split) -> dict[str, str]:
+    """Reads captions in COCO's results format.
+
+    Returns:
+        image -> caption.
+
+    Raises:
+        UserError: if the file is not in this format.
+    """
+    image_of = dict(zip(map(str, split.image_ids), split.images, strict=True))
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        pairs = [(str(e["image_id"]), e["caption"] or "") for e in entries]
+        # The scorer refuses names that belong to no image of the split.
+        found = {image_of.get(name, name): text for name, text in pairs}
+        if not all(isinstance(text, str) for text in found.values()):
+            raise ValueError("a caption is not a text")
+        if len(found) < len(pairs):
+            raise ValueError("an image occurs twice")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a file of captions ({error}): it has to be a JSON "
+            'list of {"image_id": ..., "caption": ...}'
+        ) from None
+    return found
+
+
+def write_captions(
+    path: Path, split: prepared.Split, captions: Mapping[str, str]
+) -> None:
+    """Writes captions in COCO's results format."""
+    entries = [
+        {"image_id": number, "caption": captions[image]}
+        for image, number in zip(split.images, split.image_ids, strict=True)
+        if image in captions
+    ]
+    write_text(path, json.dumps(entries, ensure_ascii=False, indent=0) + "\n")
+
+
+def all_metrics(
+    config: Config,
+    run: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    scores: Scores,
+) -> dict[str, Any]:
+    """Joins the figures of a model with the scores of its captions.
+
+    Args:
+        config: its decoding fields.
+        run: from `describe_run`.
+        figures: teacher-forced metrics, their intervals and the speed; empty
+            where the captions were read from a file.
+        scores: of the captions.
+    """
+    unavailable = dict(scores.metrics["unavailable"])
+    for name in (
+        *("token_accuracy", "token_accuracy_top5", "perplexity"),
+        "images_per_second",
+    ):
+        if name not in figures:
+            unavailable[name] = "the captions were read from a file"
+    consensus = config.consensus_temperature
+    return {
+        "split": config.split,
+        "run": dict(run),
+        "beam_size": config.beam_size if figures else None,
+        # A single hypothesis has no others to agree with.
+        "consensus_temperature": consensus
+        if figures and config.beam_size > 1
+        else None,
+        **dict.fromkeys(unavailable),
+        **figures,
+        **scores.metrics,
+        "intervals": {
+            **figures.get("intervals", {}),
+            **scores.metrics["intervals"],
+        },
+        "unavailable": unavailable,
+    }
+
+
+def describe_run(
+    members: Sequence[tuple[Config, Path]], images: Sequence[str], own: bool
+) -> dict[str, Any]:
+    """What produced the metrics, as metrics.json has it under `run`.
+
+    Args:
+        members: config and folder of each run; if several were averaged,
+            encoder, epoch and seed are lists.
+        images: what was evaluated.
+        own: whether the captions are the run's own, and not from a file.
+    """
+    of_each = {
+        "encoder": [config.encoder for config, _ in members],
+        "epoch": [runs.best_epoch(place) for _, place in members],
+        "seed": [config.seed for config, _ in members],
+    }
+    # Whichever of them were used.
+    packages = [sys.modules.get(x) for x in ("keras", "tensorflow", "jax")]
+    return {
+        "run": "+".join(place.name for _, place in members),
+        "dataset": members[0][0].dataset,
+        **{
+            name: values if len(members) > 1 else values[0]
+            for name, values in of_each.items()
+        },
+        "precision": members[0][0].precision if own else None,
+        "images_trained_on": count_trained_on(members, images),
+        "versions": {
+            "python": platform.python_version(),
+            **{x.__name__: x.__version__ for x in packages if x},
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def count_trained_on(
+    members: Sequence[tuple[Config, Path]], images: Sequence[str]
+) -> int | None:
+    """How many images any of the runs was trained on; None if not known."""
+    seen = np.zeros(len(images), bool)
+    for config, place in members:
+        description, _ = runs.load_features(place)
+        try:
+            opened = prepared.load_features(config, description, images)
+            pixels = features.load_digests(opened[0])[opened[1]]
+        except UserError:  # captions from a file can be scored without them
+            pixels = np.zeros((len(images), features.DIGEST_BYTES), np.uint8)
+        same_dataset = config.dataset == runs.load_config(place).dataset
+        found = runs.trained_on(place, images, pixels, same_dataset)
+        if found is None:
+            return None
+        seen |= found
+    return int(seen.sum())
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Writes metrics.json."""
+    text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_examples(
+    path: Path,
+    captions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    scores: Scores,
+) -> pd.DataFrame:
+    """Writes captions.csv; returns it, with references as lists of texts."""
+    table = scores.per_image.reset_index()
+    table.insert(1, "caption", [captions.get(i, "") for i in table["image"]])
+    table.insert(2, "references", [references[i] for i in table["image"]])
+    as_json = table["references"].map(
+        lambda each: json.dumps(each, ensure_ascii=False)
+    )
+    write_csv(path, table.assign(references=as_json))
+    return table
+
+
+def write_report(
+    place: Path,
+    title: str,
+    config: Config,
+    metrics: Mapping[str, Any],
+    examples: pd.DataFrame,
+    attention: Mapping[str, np.ndarray],
+    images_dir: Path,
+    history: Path,
+) -> None:
+    """Writes report.html and some attention figures.
+
+    Args:
+        place: the folder of the evaluation.
+        title: of the report.
+        config: its dataset.
+        metrics: as in metrics.json.
+        examples: from `write_examples`.
+        attention: image -> attention weights (words, side, side).
+        images_dir: where the photographs are.
+        history: the run's history.csv, which need not exist.
+    """
+    # Images without a usable reference have no score and no place here.
+    maps = [attention[image] for image in examples["image"]]
+    report.write_report(
+        place / "report.html",
+        title,
+        config.dataset,
+        metrics,
+        examples,
+        maps,
+        images_dir,
+        pd.read_csv(history) if history.exists() else None,
+    )
+    names = figure_names(examples["image"])
+    figures = zip(examples.itertuples(), names, maps, strict=True)
+    for row, name, weights in islice(figures, FIGURES):
+        try:
+            photo, _ = photographs.read_image(
+                images_dir / row.image, PHOTO_SIDE
+            )
+        except photographs.UnusableImage:
+            continue
+        report.write_attention_figure(
+            place / "attention" / name, photo, row.caption.split(), weights
+        )
+
+
+def figure_names(images: Sequence[str]) -> list[str]:
+    """A file name for the attention figure of each image, no two alike.
+
+    Args:
+        images: names of image files, folders and all.
+    """
+    names, taken = [], set()
+    for image in images:
+        stem = Path(image).with_suffix("").as_posix().replace("/", "_")
+        name, number = stem, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.lower())
+        names.append(f"{name}.png")
+    return names

@@ -1,0 +1,103 @@
+"""Token accuracy and perplexity: next words, given the true words so far."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from captioning.data.vocabulary import PAD, UNKNOWN
+from captioning.scoring.metrics import interval, ratio
+
+TOP = 5
+
+
+class Counts(NamedTuple):
+    """Sums over the reference tokens of each image, float64 (images,)."""
+
+    tokens: np.ndarray  # padding not counted, `<end>` counted
+    hits: np.ndarray  # tokens that the model ranks first
+    top: np.ndarray  # tokens among its first TOP
+    loss: np.ndarray  # negative log-likelihoods, in nats
+
+
+def count(
+    predict: Callable[[Any], np.ndarray], batches: Sequence[Any], images: int
+) -> Counts:
+    """Counts what a model gets right.
+
+    A token outside the vocabulary counts, and is never right.
+
+    Args:
+        predict: from the inputs of a batch to its logits, (tokens, vocabulary)
+            or (images, captions, steps, vocabulary).
+        batches: inputs, targets and weights, all images in order.
+        images: how many there are; the last batch may be padded with more.
+    """
+    found = []
+    for place in range(len(batches)):
+        inputs, targets, weights = batches[place]
+        logits = np.asarray(predict(inputs), np.float32)
+        rows = logits.reshape(-1, logits.shape[-1])  # (tokens, vocabulary)
+        tokens = np.asarray(targets).reshape(-1)  # (tokens,)
+        rank, loss = _judge(rows, tokens)
+        known = tokens != UNKNOWN
+        sums = [tokens != PAD, known & (rank == 0), known & (rank < TOP), loss]
+        real = np.asarray(weights).reshape(-1) > 0
+        found.append(
+            [_per_image(each * real, inputs, targets) for each in sums]
+        )
+    columns = map(np.concatenate, zip(*found, strict=True))
+    return Counts(*(each[:images] for each in columns))
+
+
+def _judge(rows: np.ndarray, tokens: np.ndarray) -> tuple[Any, Any]:
+    """The rank of each token, from 0, and its negative log-likelihood.
+
+    Among equal logits the word that comes first in the vocabulary ranks first.
+
+    Args:
+        rows: logits, float32 (tokens, vocabulary).
+        tokens: int (tokens,).
+
+    Returns:
+        int (tokens,) and float32 (tokens,).
+    """
+    own = np.take_along_axis(rows, tokens[:, None], axis=1)  # (tokens, 1)
+    before = np.arange(rows.shape[1]) < tokens[:, None]
+    rank = ((rows > own) | ((rows == own) & before)).sum(axis=1)
+    highest = rows.max(axis=1, keepdims=True)
+    total = np.exp(rows - highest).sum(axis=1)
+    return rank, np.log(total) - (own - highest)[:, 0]
+
+
+def _per_image(values: np.ndarray, inputs: Any, targets: Any) -> np.ndarray:
+    """Sums values of tokens per image of a batch.
+
+    Args:
+        values: (tokens,); of padded captions (images * captions * steps,).
+        inputs: of the batch; `image` has the place of each packed token.
+        targets: of the batch, (tokens,) or (images, captions, steps).
+
+    Returns:
+        float64 (images,).
+    """
+    if "image" in inputs:
+        return np.bincount(inputs["image"], values)
+    return values.reshape(len(targets), -1).sum(axis=1, dtype=np.float64)
+
+
+def figures(counts: Counts) -> dict[str, Any]:
+    """The teacher-forced metrics, as metrics.json has them.
+
+    Returns:
+        The metrics, and under `intervals` the 95% interval of the token
+        accuracy over resampled images.
+    """
+    tokens = counts.tokens.sum()
+    hits = np.column_stack([counts.hits, counts.tokens])  # (images, 2)
+    return {
+        "token_accuracy": float(counts.hits.sum() / tokens),
+        "token_accuracy_top5": float(counts.top.sum() / tokens),
+        "perplexity": float(np.exp(counts.loss.sum() / tokens)),
+        "intervals": {"token_accuracy": interval(hits, ratio)},
+    }

@@ -1,0 +1,114 @@
+"""Which epoch is the best, and when a run ends for want of a better one."""
+
+import contextlib
+import math
+
+import keras
+import numpy as np
+import pytest
+
+from captioning import runs
+from captioning.training import callbacks
+from captioning.training.schedule import Schedule
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """Judges epochs; gives the epochs that were kept, and the callback."""
+
+    def judge_epochs(epochs, patience=4, by_loss=False):
+        kept = []
+        monkeypatch.setattr(
+            runs, "save_weights", lambda model, place, epoch: kept.append(epoch)
+        )
+        ciders = iter([cider for cider, _ in epochs])
+        callback = callbacks.MeasureCider(
+            lambda: next(ciders),
+            contextlib.nullcontext(),
+            *(tmp_path, 1, patience, len(epochs)),
+            by_loss=by_loss,
+        )
+        callback.set_model(type("Model", (), {"stop_training": False})())
+        for number, (_, loss) in enumerate(epochs):
+            logs = {} if loss is None else {"val_loss": loss}
+            callback.on_epoch_end(number, logs)
+            if callback.model.stop_training:
+                break
+        return kept, callback
+
+    return judge_epochs
+
+
+def test_the_highest_cider_is_the_best(judge):
+    kept, callback = judge([(0.1, 3), (0.3, 4), (0.2, 1), (0.4, 5)])
+    assert kept == [1, 2, 4]
+    assert str(callback) == "best CIDEr on val: 0.400, epoch 4"
+
+
+def test_of_equal_cider_the_lower_loss_is_the_better(judge):
+    kept, callback = judge([(0.0, 5), (0.0, 4), (0.0, 4.5), (0.0, 3)])
+    assert kept == [1, 2, 4] and callback.since_best == 0
+
+
+def test_equal_cider_is_no_failure(judge):
+    worse = [(0.0, 5 + n) for n in range(9)]
+    kept, callback = judge(worse, patience=2)
+    assert kept == [1] and not callback.stopped
+
+
+def test_patience_counts_measurements_without_a_better_one(judge):
+    epochs = [(0.3, 1), (0.2, 1), (0.3, 1), (0.1, 1), (0.4, 1)]
+    kept, callback = judge(epochs, patience=2)
+    assert kept == [1] and callback.stopped and callback.since_best == 2
+
+
+def test_where_cider_cannot_judge_the_loss_does(judge):
+    epochs = [(0.0, 5), (0.9, 6), (0.0, 4), (0.9, 4), (0.9, 7), (0.0, 1)]
+    kept, callback = judge(epochs, patience=2, by_loss=True)
+    assert kept == [1, 3] and callback.stopped
+    assert str(callback) == "lowest loss on val: 4.000, epoch 3"
+
+
+def test_self_critical_epochs_without_a_loss(judge):
+    """CIDEr judges them; where it cannot, the last one is kept."""
+    epochs = [(0.3, 5), (0.2, None), (0.3, None), (0.4, None)]
+    assert judge(epochs)[0] == [1, 4]
+    assert judge(epochs, by_loss=True)[0] == [1, 2, 3, 4]
+
+
+def test_what_patience_goes_by_comes_back(tmp_path):
+    """A run that is resumed stops when the undisturbed one would."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    saved, restored = (
+        callbacks.MeasureCider(lambda: 0.0, None, tmp_path, 1, 4, 9)
+        for _ in range(2)
+    )
+    saved.best, saved.best_loss = 0.3, 4.5
+    saved.best_epoch, saved.since_best = 2, 3
+    points = callbacks.SavePoints(tmp_path, None, saved, 7)
+    points.set_model(model)
+    points.start(5)
+    points.save()
+    again = callbacks.SavePoints(tmp_path, None, restored, 7)
+    again.restore(model)
+    assert again.epoch == 5
+    assert runs.load_progress(tmp_path)["scheduled_epochs"] == 7
+    assert vars(restored).keys() == vars(saved).keys()
+    for name in callbacks.BEST:
+        assert getattr(restored, name) == getattr(saved, name) != 0
+
+
+def test_the_rate_warms_up_decays_and_then_stays_low():
+    rate = Schedule(0.01, steps=100, epochs=8, warmup_share=0.05)
+    found = np.array([float(rate(step)) for step in range(900)])
+    assert found[:41].argmax() == 40 and found[40] == pytest.approx(0.01)
+    assert (np.diff(found[40:800]) < 0).all() and found[799] < 1e-7
+    last = found[700:800].mean()
+    np.testing.assert_allclose(found[800:], last, rtol=0.02)
+
+
+def test_a_schedule_of_a_single_step_is_a_number():
+    rate = Schedule(0.01, steps=1, epochs=1, warmup_share=0.05)
+    assert all(math.isfinite(float(rate(step))) for step in range(3))

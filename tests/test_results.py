@@ -1,0 +1,191 @@
+"""The files of an evaluation: named apart, and replaced as one set."""
+
+import numpy as np
+import pytest
+
+from captioning.data.vocabulary import PAD, UNKNOWN
+from captioning.scoring import results, teacher_forced
+from config import Config, UserError, group
+
+TRAINED = Config(precision="float32")
+
+
+def name(limit_images: int = 0, captions: str = "", **fields) -> str:
+    config = Config(**{"precision": "float32", **fields})
+    return results.folder_name(config, TRAINED, limit_images, captions)
+
+
+def test_only_the_defaults_have_the_plain_name_of_the_split(tmp_path):
+    assert name() == "test" and name(split="val") == "val"
+    one, other = tmp_path / "a b.json", tmp_path / "other"
+    other.mkdir()
+    one.write_text("[]")
+    (other / one.name).write_text("[ ]")
+    names = [
+        name(),
+        name(limit_images=100),
+        name(limit_images=10),
+        name(precision="mixed_bfloat16"),
+        name(dataset="mine"),
+        name(layout="coco"),
+        name(val_share=0.1),
+        name(test_share=0.1),
+        name(captions=str(one)),
+        name(captions=str(other / one.name)),
+        *(
+            name(**{field: getattr(Config(), field) + more})
+            for field in results.SEARCH
+            for more in (1, 2)
+        ),
+    ]
+    assert len({each.lower() for each in names}) == len(names)
+    assert name(100, beam_size=5) == "test-beam5-limit100"
+    assert name(captions=str(one)).startswith("test-captions-a_b-")
+
+
+def test_every_decoding_field_has_a_name_of_its_own():
+    assert {*results.SEARCH, "split"} == {*group("decoding")}
+
+
+def files(folder) -> dict[str, str]:
+    return {
+        str(each.relative_to(folder)): each.read_text()
+        for each in folder.rglob("*")
+        if each.is_file()
+    }
+
+
+def write_set(place, text: str) -> None:
+    for each in ("captions.json", "metrics.json", "attention/1.png"):
+        (place / each).parent.mkdir(parents=True, exist_ok=True)
+        (place / each).write_text(text)
+
+
+def test_a_set_of_files_is_replaced_as_a_whole(tmp_path):
+    place = tmp_path / "test"
+    write_set(place, "old")
+    (place / "report.html").write_text("old")
+    (place / "notes.txt").write_text("the user's own")
+    with results.replaced(place) as part:
+        write_set(part, "new")
+        assert files(place)["metrics.json"] == "old"
+    assert files(place) == {
+        "captions.json": "new",
+        "metrics.json": "new",
+        "attention/1.png": "new",
+        "notes.txt": "the user's own",
+    }
+    assert [each.name for each in tmp_path.iterdir()] == ["test"]
+
+
+def test_a_set_that_was_not_finished_leaves_the_old_one(tmp_path):
+    place = tmp_path / "test"
+    write_set(place, "old")
+    with (
+        pytest.raises(UserError, match=r"scorer failed.*test-unfinished"),
+        results.replaced(place) as part,
+    ):
+        part.mkdir()
+        (part / "captions.json").write_text("new")
+        raise UserError("the scorer failed")
+    assert set(files(place).values()) == {"old"}
+    assert files(tmp_path / "test-unfinished") == {"captions.json": "new"}
+    with results.replaced(place) as part:
+        write_set(part, "newer")
+    assert [each.name for each in tmp_path.iterdir()] == ["test"]
+
+
+@pytest.mark.parametrize("renamed", ["old", "both"])
+def test_an_end_between_two_renames_loses_nothing(
+    tmp_path, monkeypatch, renamed
+):
+    """The next evaluation finds what the one that was killed left."""
+    place = tmp_path / "test"
+    write_set(place, "old")
+    (place / "notes.txt").write_text("the user's own")
+
+    def end(*_):
+        raise KeyboardInterrupt
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+        results.replaced(place) as part,
+    ):
+        write_set(part, "new")
+        if renamed == "old":
+            place.rename(tmp_path / ".old-test")
+            end()
+        patch.setattr(results, "_discard", end)
+    if renamed == "both":
+        assert files(place)["metrics.json"] == "new"
+    with pytest.raises(KeyboardInterrupt), results.replaced(place):
+        assert files(place)["notes.txt"] == "the user's own"
+        assert files(place)["metrics.json"] == (
+            "old" if renamed == "old" else "new"
+        )
+        end()
+
+
+def test_attention_figures_of_two_folders_have_names_of_their_own():
+    images = ["1.jpg", "1.png", "a/1.jpg", "a_1.jpg", "b/1.jpg", "A/1.jpg"]
+    names = results.figure_names(images)
+    assert len({each.lower() for each in names}) == len(images)
+    assert names[0] == "1.png"
+    assert not any("/" in each for each in names)
+
+
+# --- teacher-forced ----------------------------------------------------------
+
+
+def test_tokens_are_counted_for_each_image():
+    """By hand: ties, words outside the vocabulary, padding."""
+    words = 9
+    targets = np.array([5, 6, UNKNOWN, 7, 8, 5])
+    images = np.array([0, 0, 0, 1, 1, 0], np.int32)
+    logits = np.zeros((6, words), np.float32)
+    logits[0, 5] = 2  # right
+    logits[1] = np.arange(words)[::-1]  # 6 of 9: among the first seven
+    logits[2, UNKNOWN] = 2  # never right
+    logits[3] = 0  # all alike: 7 stands behind seven others
+    logits[4, [4, 8]] = 3  # a tie, which the first wins
+    logits[5, [5, 8]] = 3  # a tie, which the first wins
+    batch = ({"image": images}, targets, np.ones(6, np.float32))
+    counts = teacher_forced.count(lambda inputs: logits, [batch], 2)
+    assert counts.tokens.tolist() == [4, 2]
+    assert counts.hits.tolist() == [2, 0]
+    assert counts.top.tolist() == [2, 1]
+    own = np.take_along_axis(logits, targets[:, None], 1)[:, 0]
+    loss = np.log(np.exp(logits.astype(float)).sum(1)) - own
+    expected = [loss[images == image].sum() for image in (0, 1)]
+    np.testing.assert_allclose(counts.loss, expected, rtol=1e-5)
+    found = teacher_forced.figures(counts)
+    assert found["token_accuracy"] == 2 / 6
+    assert found["token_accuracy_top5"] == 3 / 6
+    assert found["perplexity"] == pytest.approx(np.exp(loss.mean()))
+    low, high = found["intervals"]["token_accuracy"]
+    assert low == 0 and high == 0.5  # of one image or the other
+
+
+def test_padded_captions_count_like_packed_ones():
+    random = np.random.default_rng(0)
+    targets = random.integers(UNKNOWN, 9, (2, 3, 4))
+    targets[0, 1:, 2:] = targets[1, 2] = PAD
+    logits = random.normal(size=(2, 3, 4, 9)).astype(np.float32)
+    real = targets != PAD
+    # A third image fills the batch up.
+    padded = (
+        {},
+        np.concatenate([targets, np.full((1, 3, 4), PAD)]),
+        np.concatenate([real, np.zeros((1, 3, 4))]),
+    )
+    full = np.concatenate([logits, logits[:1]])
+    one = teacher_forced.count(lambda inputs: full, [padded], 2)
+    packed = (
+        {"image": np.nonzero(real)[0]},
+        targets[real],
+        np.ones(real.sum()),
+    )
+    other = teacher_forced.count(lambda inputs: logits[real], [packed], 2)
+    for name in one._fields:
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name))
