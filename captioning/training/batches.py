@@ -81,9 +81,8 @@ def pad(
 class CaptionBatches(keras.utils.PyDataset):
     """Batches of images, each with several of its captions.
 
-    The order of an epoch, and which images are mirrored in it, depend on the
-    seed and the number of the epoch alone, so that a run that goes on in the
-    middle sees what it would have seen.
+    The order of an epoch depends only on the seed and the number of the epoch,
+    so that a run resumed in the middle sees what it would have seen.
 
     Args:
         features: float16 (rows, regions, channels), memory-mapped.
@@ -92,11 +91,6 @@ class CaptionBatches(keras.utils.PyDataset):
         batch_images: images a batch.
         captions_per_image: captions of each image a batch; 0 takes all.
         seed: of the order; None keeps the order of the images.
-        mirrored: the row of each image's mirrored view, int (images,); None
-            shows every image as it is. Which view an image is shown in is
-            drawn anew every epoch.
-        sided: for each image bool (its captions,): which captions name a
-            side, and are wrong of the mirrored view.
         importance: what the tokens of a caption weigh, for each image float
             (its captions,); None gives every token the weight 1.
         padded: pad the captions instead of packing them, so that all batches
@@ -114,8 +108,6 @@ class CaptionBatches(keras.utils.PyDataset):
         batch_images: int,
         captions_per_image: int = 0,
         seed: int | None = None,
-        mirrored: np.ndarray | None = None,
-        sided: Sequence[np.ndarray] = (),
         importance: Sequence[np.ndarray] | None = None,
         padded: bool | None = None,
         devices: Devices = ALONE,
@@ -125,7 +117,6 @@ class CaptionBatches(keras.utils.PyDataset):
         self.batch_images = batch_images
         self.captions_per_image = captions_per_image
         self.seed = seed
-        self.mirrored, self.sided = mirrored, sided
         self.importance = importance
         padded = use_xla() if padded is None else padded
         self.padded = padded or devices.number > 1
@@ -147,23 +138,6 @@ class CaptionBatches(keras.utils.PyDataset):
         ]
         if self.seed is not None:
             self.order = self._shuffled()
-        self.shown = self.rows  # the row of the view of each image
-        if self.mirrored is not None:
-            mirrors = self._mirrors()  # bool (images,)
-            self.shown = np.where(mirrors, self.mirrored, self.rows)
-
-    def _mirrors(self) -> np.ndarray:
-        """Which images are mirrored in this epoch, bool (images,).
-
-        Half of those of which no caption that is up names a side.
-        """
-        # A stream of its own: the order of the images stays as it is.
-        generator = np.random.default_rng((self.seed or 0, self.epoch, 1))
-        mirrors = generator.random(len(self.rows)) < 0.5
-        for image, sided in enumerate(self.sided):
-            if sided.any() and sided[self._up(image)].any():
-                mirrors[image] = False
-        return mirrors
 
     def _shuffled(self) -> list[np.ndarray]:
         generator = np.random.default_rng((self.seed, self.epoch))
@@ -190,7 +164,7 @@ class CaptionBatches(keras.utils.PyDataset):
         images = self.order[place + self.skip]
         images = images[self.first : self.first + self.share]
         captions = [self.captions[image][self._up(image)] for image in images]
-        features = read_rows(self.features, self.shown[images])
+        features = read_rows(self.features, self.rows[images])
         weighs = [np.ones(len(each), np.float32) for each in captions]
         if self.importance is not None:
             weighs = [self.importance[n][self._up(n)] for n in images]
