@@ -14,8 +14,7 @@ The group of a field says what a change of it means:
 
     place     where things are and what is tolerated: results do not change
     data      which captions and which words: another folder in data/cache/
-    encoder   which image features: another feature folder below it (more
-              views: more rows in the same one)
+    encoder   which image features: another feature folder below it
     model     the shape of the decoder: fixed by the run once it is trained
     training  how it is trained: fixed by the run, except epochs and patience
     decoding  how captions are searched for and scored: free at any time
@@ -189,15 +188,6 @@ class Config:
         "for the sample)",
         least=0,
         most=8,
-    )
-    # Mirrored views are rows more of the same feature folder. Captions that
-    # name a side are never shown with one.
-    feature_views: int = _setting(
-        "encoder",
-        1,
-        "views of an image to cache and train on (2: mirrored as well)",
-        least=1,
-        most=2,
     )
 
     # --- model ---------------------------------------------------------

@@ -223,17 +223,12 @@ def open_cache(config: Config, dataset: Any) -> tuple[Any, list[str], Any]:
     from captioning import backend
     from captioning.data import prepared
     from captioning.features import cache as features
-    from captioning.features import extraction
 
     weights = model.encoder_weights(config)
     description = model.describe_features(config, weights)
     precision = backend.set_precision(config)
     table = dataset.table.drop_duplicates("image")
-    # Only training looks at mirrored views.
-    mirrored = table["image"][table["split"] == "train"]
-    names = extraction.views(
-        table["image"], mirrored if config.feature_views == 2 else []
-    )
+    names = table["image"].tolist()
     cache = features.create(
         prepared.folder(config) / features.key(description),
         description,

@@ -82,7 +82,7 @@ def fit(
     import model as captioning_model
     from captioning import backend, runs
     from captioning.data import prepared
-    from captioning.features.cache import MIRRORED, load_digests
+    from captioning.features.cache import load_digests
     from captioning.scoring.metrics import CIDER_IMAGES
     from captioning.training import callbacks
     from captioning.training.schedule import Schedule
@@ -102,13 +102,8 @@ def fit(
             runs.digest_images(train.images, digests),
         )
     job.wait("begin")
-    mirrored = None
-    if config.feature_views == 2:
-        names = [image + MIRRORED for image in train.images]
-        _, mirrored = prepared.load_features(config, description, names)
     batches, val_batches = make_batches(
-        *(config, cache, (rows, val_rows), (train, val), words),
-        *(devices, mirrored),
+        config, cache, (rows, val_rows), (train, val), words, devices
     )
     decoder = captioning_model.build_model(
         config, len(words), cache.features.shape[-1]
@@ -233,7 +228,6 @@ def make_batches(
     splits: Any,
     words: Any,
     devices: Any,
-    mirrored: Any = None,
 ) -> list[Any]:
     """Batches of the training and of the validation split.
 
@@ -244,20 +238,16 @@ def make_batches(
         splits: both, from `prepared.load_split`.
         words: the vocabulary.
         devices: what shares each batch.
-        mirrored: the row of the mirrored view of each training image.
     """
-    import numpy as np
-
-    from captioning.data.vocabulary import encode, names_a_side
+    from captioning.data.vocabulary import encode
     from captioning.training.batches import CaptionBatches
 
     made = []
-    for split_rows, split, seed, number, other_views in zip(
+    for split_rows, split, seed, number in zip(
         rows,
         splits,
         (config.seed, None),
         (config.captions_per_image, 0),
-        (mirrored, None),
         strict=True,
     ):
         captions = [
@@ -272,11 +262,6 @@ def make_batches(
                 config.step_images,
                 number,
                 seed,
-                other_views,
-                [
-                    np.array([names_a_side(caption) for caption in tokens])
-                    for tokens in split.tokens
-                ],
                 devices=devices,
             )
         )

@@ -207,18 +207,6 @@ def test_photographs_in_two_splits_are_told_by_a_resumed_run_alike(tmp_path):
     assert path.read_text() == wanted
 
 
-def test_a_cache_without_digests_gets_them(tmp_path):
-    make_photos(tmp_path)
-    assert end(start(tmp_path))[0] == 0
-    (digests,) = tmp_path.glob("data/cache/*/*/digests.bin")
-    (path,) = tmp_path.glob("data/cache/*/duplicates.csv")
-    wanted, told = digests.read_bytes(), path.read_bytes()
-    digests.unlink()
-    path.unlink()
-    assert end(start(tmp_path))[0] == 0
-    assert digests.read_bytes() == wanted and path.read_bytes() == told
-
-
 # --- what is left out -----------------------------------------------------
 
 
@@ -273,14 +261,3 @@ def test_an_image_with_one_caption_left_out_keeps_the_others(tmp_path):
     assert end(start(tmp_path))[0] == 0
     (written,) = tmp_path.glob("data/cache/*/captions.csv")
     assert "001.png" in set(pd.read_csv(written)["image"])
-
-
-def test_the_limit_is_of_images_and_not_of_views(tmp_path):
-    make_photos(tmp_path)
-    flags = ("--limit-images", "10")
-    assert end(start(tmp_path, *flags, "--feature-views", "2"))[0] == 0
-    (written,) = tmp_path.glob("data/cache/*/captions.csv")
-    counts = pd.read_csv(written)["split"].value_counts()
-    assert counts.to_dict() == {"train": 10, "val": 10}
-    (images,) = written.parent.glob("*/images.csv")
-    assert len(pd.read_csv(images)) == 30

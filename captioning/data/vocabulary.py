@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,12 +15,6 @@ from config import UserError
 
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
-
-# Words whose meaning a mirror turns round; not "leftover", not "upright".
-_SIDE = re.compile(
-    "(?<![a-z])(left|right)(most|wards?|hand(ed|er)?|side|y|ies)?(?![a-z])"
-    "|clockwise"
-)
 
 
 @functools.cache
@@ -80,15 +73,6 @@ class Vocabulary:
                 break
             words.append(self.words[number])
         return words
-
-
-def names_a_side(caption: Sequence[str]) -> bool:
-    """Whether a tokenised caption is wrong of the mirrored image.
-
-    Args:
-        caption: tokens, of English: left, rightmost, left-hand, clockwise.
-    """
-    return any(_SIDE.search(word) for word in caption)
 
 
 def build(captions: Iterable[Sequence[str]], min_count: int) -> Vocabulary:

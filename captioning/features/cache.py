@@ -5,7 +5,7 @@ A folder holds `features.npy` (images, regions, channels), `images.csv` (row
 row, of the image's pixels) and `finished.bin` (one byte a row, not 0 once the
 row's other bytes are on disk). The array is filled in place; only rows that
 `finished.bin` names count. Rows are only ever appended, so that a cache grows
-with its dataset and, by mirrored views, with `feature_views`.
+with its dataset.
 """
 
 import hashlib
@@ -27,9 +27,6 @@ from config import UserError
 # Raised when images are read or resized differently, so that caches made
 # before are not mixed with new ones.
 PREPROCESSING = "opencv-area-1"
-# Follows the name of an image in images.csv where the row holds its mirrored
-# view. Names are normalised, so none of them has two slashes in a row.
-MIRRORED = "//mirrored"
 DIGEST_BYTES = 16
 
 
@@ -85,8 +82,7 @@ def create(
         folder: where the cache is.
         description: from `describe`.
         versions: of the software, recorded and not compared.
-        images: the names of all images that are wanted; one that ends in
-            MIRRORED is the mirrored view of an image.
+        images: the names of all images that are wanted.
         shape: (regions, channels).
 
     Raises:
@@ -152,16 +148,9 @@ def write(
     """
     path, start = cache.folder / "features.npy", cache.features.offset
     _write_rows(path, start, rows, values)
-    write_digests(cache, rows, digests)
-
-
-def write_digests(
-    cache: Cache, rows: Sequence[int], digests: Sequence[bytes]
-) -> None:
-    """Writes the digests of the pixels of some rows."""
-    values = np.frombuffer(b"".join(digests), np.uint8)
-    values = values.reshape(len(rows), DIGEST_BYTES)
-    _write_rows(cache.folder / "digests.bin", 0, rows, values)
+    table = np.frombuffer(b"".join(digests), np.uint8)
+    table = table.reshape(len(rows), DIGEST_BYTES)
+    _write_rows(cache.folder / "digests.bin", 0, rows, table)
 
 
 def commit(cache: Cache, marks: Mapping[int, int]) -> None:
@@ -180,8 +169,8 @@ def commit(cache: Cache, marks: Mapping[int, int]) -> None:
 def load_digests(cache: Cache) -> np.ndarray:
     """The digests of the pixels of all rows, uint8 (rows, DIGEST_BYTES).
 
-    Equal digests are equal pixels, as the encoder sees them. Only zeros: not
-    known, because the row is not finished or the cache older than digests.
+    Equal digests are equal pixels, as the encoder sees them; rows that are
+    not finished have zeros.
     """
     path, rows = cache.folder / "digests.bin", len(cache.finished)
     table = np.fromfile(path, np.uint8, DIGEST_BYTES * rows)
@@ -327,14 +316,14 @@ def _check_files(folder: Path, shape: tuple[int, int]) -> int:
             f"wanted: {advice}"
         )
     # A process that ended while it lengthened them leaves some longer than
-    # others; digests.bin may be missing.
+    # others.
     for name, start, width in (
         ("features.npy", found.offset, 2 * shape[0] * shape[1]),
         ("digests.bin", 0, DIGEST_BYTES),
     ):
         size = _size(folder / name)
         least, most = start + marked * width, start + named * width
-        if size and not least <= size <= most:
+        if not least <= size <= most:
             raise UserError(
                 f"{folder / name} has {size:,} bytes where {least:,} to "
                 f"{most:,} are wanted: {advice}"

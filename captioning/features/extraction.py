@@ -43,33 +43,19 @@ class Read(NamedTuple):
 
 
 def read(images_dir: Path, name: str, size: int) -> Read:
-    """Reads one view of an image, or says why it cannot be used.
+    """Reads an image, or says why it cannot be used.
 
     Args:
         images_dir: where the images are.
-        name: of the image; with features.MIRRORED at its end, the image is
-            mirrored.
+        name: of the image, below `images_dir`.
         size: the side to resize it to, in pixels.
     """
-    image = name.removesuffix(features.MIRRORED)
     try:
-        pixels, repairs = read_image(images_dir / image, size)
+        pixels, repairs = read_image(images_dir / name, size)
     except UnusableImage as error:
         return Read(name, None, str(error))
-    if image != name:
-        pixels = np.ascontiguousarray(pixels[:, ::-1])
     digest = hashlib.blake2b(pixels, digest_size=features.DIGEST_BYTES)
     return Read(name, pixels, repairs, digest.digest())
-
-
-def views(images: Sequence[str], mirrored: Sequence[str]) -> list[str]:
-    """The names of the rows of images and of their mirrored views.
-
-    Args:
-        images: whose plain view is wanted.
-        mirrored: whose mirrored view is wanted too.
-    """
-    return [*images, *(image + features.MIRRORED for image in mirrored)]
 
 
 def share(names: Sequence[str], number: int, of: int) -> list[str]:
@@ -142,8 +128,7 @@ def fill(
     Args:
         cache: from `features.create`.
         images_dir: where the images are.
-        names: of the rows that are wanted: images, and with features.MIRRORED
-            at the end their mirrored views.
+        names: of the images that are wanted.
         size: the side to resize them to, in pixels.
         build: makes the encoder; called only if there is work for it.
 
@@ -181,24 +166,15 @@ def _look_again(
     """Reads finished images of which something is to be told again.
 
     What was put right in a run before is told in every run; only the reason
-    is wanted, and few images need it. Rows of a cache from before there were
-    digests get theirs.
+    is wanted, and few images need it.
     """
     notes = Notes([], [])
-    known = features.load_digests(cache).any(axis=1)  # (rows,)
     again = [
-        name
-        for name in names
-        if (mark := cache.finished[cache.row[name]])
-        and (mark == REPAIRED or not known[cache.row[name]])
-        and not name.endswith(features.MIRRORED)
+        name for name in names if cache.finished[cache.row[name]] == REPAIRED
     ]
     for batch in read_ahead(images_dir, again, size):
         # Of a file that has gone since, the features are there all the same.
         good = [each for each in batch if each.pixels is not None]
-        new = [each for each in good if not known[cache.row[each.name]]]
-        rows = [cache.row[each.name] for each in new]
-        features.write_digests(cache, rows, [each.digest for each in new])
         notes.repaired.extend((e.name, e.reason) for e in good if e.reason)
     return notes
 
@@ -212,11 +188,10 @@ def _encode_batch(
     """Encodes and writes a batch; returns the marks of its rows."""
     good = [each for each in batch if each.pixels is not None]
     for each in batch:
-        image = each.name.removesuffix(features.MIRRORED)
         if each.pixels is None:
-            notes.skipped.append((image, each.reason))
+            notes.skipped.append((each.name, each.reason))
         elif each.reason:
-            notes.repaired.append((image, each.reason))
+            notes.repaired.append((each.name, each.reason))
     if not good:
         return {}
     rows = [cache.row[each.name] for each in good]
