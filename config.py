@@ -21,6 +21,10 @@ The group of a field says what a change of it means:
 """
 
 import dataclasses
+import os
+import re
+import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,6 +70,24 @@ LAYOUTS = (
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")
 SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}
+SAMPLE = "sample"  # the dataset that is drawn on the spot
+_ADVICE = {
+    "dataset": "give its folder with --dataset-dir",
+    "run_name": "give a plain name, and where the runs are with "
+    "--checkpoints-dir",
+}
+# Values that leave a choice open: `resolve` and the machine make it.
+OPEN = {
+    "run_name": "",
+    "encoder_weights": "auto",
+    "magnification": 0,
+    "batch_images": 0,
+    "precision": "auto",
+}
+# Names of devices, which no file can have on Windows.
+_DEVICES = re.compile(
+    r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]", re.IGNORECASE
+)
 
 
 def _setting(group: str, default: Any, text: str, **limits: Any) -> Any:
@@ -368,25 +390,16 @@ class Config:
     )
 
     @property
-    def step_images(self) -> int:
-        """How many images a training step has."""
-        # A thousand drawn scenes want more and smaller steps.
-        return self.batch_images or (16 if self.dataset == "sample" else 32)
-
-    @property
-    def enlarged(self) -> int:
-        """How many times image_size the encoder gets images in."""
-        # Drawn shapes are large as they are, and the sample is to be quick.
-        return self.magnification or (1 if self.dataset == "sample" else 2)
-
-    @property
     def input_size(self) -> int:
         """Side in pixels of the images that the encoder gets."""
-        return self.image_size * self.enlarged
+        return self.image_size * self.magnification
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             _check(each, getattr(self, each.name))
+        check_name("dataset", self.dataset)
+        if self.run_name:
+            check_name("run_name", self.run_name)
         if self.min_caption_length > self.max_caption_length:
             raise UserError(
                 f"min_caption_length {self.min_caption_length} is above "
@@ -412,6 +425,99 @@ def _check(each: dataclasses.Field, value: Any) -> None:
         raise UserError(
             f"{each.name} {value!r} is none of {', '.join(choices)}"
         )
+
+
+def _name_fault(field_name: str, name: str) -> str:
+    """Why a folder must not have a name, on any platform; empty if it may."""
+    forbidden = re.search(r'[<>:"/\\|?*]', name)
+    if not name.strip(". "):
+        return "it has no letters" if name else "it is empty"
+    if forbidden:
+        return f"it contains {forbidden[0]!r}"
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        return "it contains a control character"
+    if name[0] in ". " or name[-1] in ". ":
+        return "it starts or ends with a dot or a space"
+    if _DEVICES.fullmatch(name.split(".")[0].strip()):
+        return "Windows reserves it"
+    # Endings are added to it; 255 bytes is the usual limit.
+    if len(name.encode()) > 150:
+        return "it is too long"
+    if field_name == "dataset" and name.lower() == "cache":
+        return "that folder of data_dir holds the caches"
+    return ""
+
+
+def check_name(field_name: str, name: str) -> str:
+    """Checks that a dataset or a run has the name of a plain folder.
+
+    Args:
+        field_name: `dataset` or `run_name`.
+        name: its value. Folders of this name are written to.
+
+    Returns:
+        The name.
+
+    Raises:
+        UserError: if it could lead out of its root, or not be created.
+    """
+    fault = _name_fault(field_name, name)
+    if fault:
+        raise UserError(
+            f"{field_name} {name!r} is not a plain folder name ({fault}): "
+            + _ADVICE[field_name]
+        )
+    return name
+
+
+def resolve(config: Config, given: Collection[str] = ()) -> Config:
+    """Settles every choice that a config leaves open.
+
+    A saved config then means the same on another machine and under later
+    defaults. Only `precision` stays open: it depends on the machine, and
+    `captioning.backend.set_precision` settles it.
+
+    Args:
+        config: from defaults and flags.
+        given: the fields that were given as flags.
+
+    Raises:
+        UserError: if the folder of a dataset gives it no usable name.
+    """
+    dataset, place = config.dataset, os.path.realpath(config.dataset_dir)
+    if is_named_by_folder(config, given):
+        dataset = os.path.basename(place)
+    fault = _name_fault("dataset", dataset)
+    home = os.path.realpath(os.path.join(config.data_dir, SAMPLE))
+    if dataset == SAMPLE and config.dataset_dir and place != home:
+        fault = "that is the built-in sample"
+    if fault:
+        raise UserError(
+            f"the dataset in {config.dataset_dir} cannot be called "
+            f"{dataset!r} ({fault}): give it another name with --dataset"
+        )
+    photographs = dataset != SAMPLE
+    weights = config.encoder_weights
+    if weights == "auto":
+        # The drawn sample needs no trained filters.
+        weights = "imagenet" if photographs else "random"
+    return dataclasses.replace(
+        config,
+        dataset=dataset,
+        run_name=config.run_name or f"{dataset}-{config.encoder}",
+        encoder_weights=weights,
+        # Drawn shapes are large as they are, and the sample is to be quick.
+        magnification=config.magnification or (2 if photographs else 1),
+        # A thousand drawn scenes want more and smaller steps.
+        batch_images=config.batch_images or (32 if photographs else 16),
+    )
+
+
+def is_named_by_folder(config: Config, given: Collection[str]) -> bool:
+    """Whether dataset_dir was given alone, so that its folder is the name."""
+    if not config.dataset_dir or "dataset" in given:
+        return False
+    return "dataset_dir" in given or config.dataset == SAMPLE
 
 
 def group(name: str) -> list[str]:

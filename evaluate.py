@@ -14,6 +14,7 @@ together worth in checkpoints/<run>+<run>/evaluation/<split>/. With --export it
 scores nothing, and writes the run as one program, from pixels to words.
 """
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning import command
-from config import Config, UserError
+from config import Config, UserError, check_name
 
 ACTIONS = [
     command.Action(
@@ -37,6 +38,7 @@ ACTIONS = [
         "--runs",
         {
             "nargs": "+",
+            "type": functools.partial(check_name, "run_name"),
             "metavar": "RUN",
             "default": [],
             "help": "average these runs, folders in checkpoints/, of one "
@@ -123,7 +125,7 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
 
     config, run = members[0]
     backend.set_precision(config)
-    description, _ = runs.load_features(run)
+    description, _ = runs.load_description(run)
     weights = captioning_model.check_weights(config, description)
     encoder = captioning_model.build_encoder(config, weights)
     decoder, words = captioning_model.load_decoder(config, run)
@@ -198,11 +200,11 @@ def open_run(
     from captioning import runs
     from captioning.data import prepared
 
-    description, _ = runs.load_features(run)
+    description, _ = runs.load_description(run)
     # The features are cached: weights that are not at hand are not needed.
-    if Path(captioning_model.encoder_weights(config)).exists():
+    if Path(config.encoder_weights).exists():
         captioning_model.check_weights(config, description)
-    cache, rows = prepared.load_features(config, description, images)
+    cache, rows = prepared.open_features(config, description, images)
     decoder, words = captioning_model.load_decoder(config, run)
     return decoder, words, cache.features, rows
 
@@ -228,7 +230,7 @@ def teacher_forced(
         for tokens in split.tokens
     ]
     batches = [
-        CaptionBatches(*each, captions, config.step_images)
+        CaptionBatches(*each, captions, config.batch_images)
         for each in zip(features, rows, strict=True)
     ]
     scored, batches = (

@@ -84,10 +84,11 @@ def fit(
 
     backend.set_seed(config.seed)
     precision = backend.set_precision(config)
-    weights = captioning_model.encoder_weights(config)
-    description = captioning_model.describe_features(config, weights)
-    cache, rows = prepared.load_features(config, description, train.images)
-    _, val_rows = prepared.load_features(config, description, val.images)
+    description = captioning_model.describe_features(
+        config, config.encoder_weights
+    )
+    cache, rows = prepared.open_features(config, description, train.images)
+    _, val_rows = prepared.open_features(config, description, val.images)
     if devices.process == 0:
         runs.begin(config, place, words, description, cache.features.shape[1:])
     job.wait("begin")
@@ -188,7 +189,7 @@ def make_batches(
                 cache.features,
                 split_rows,
                 captions,
-                config.step_images,
+                config.batch_images,
                 number,
                 seed,
                 devices=devices,

@@ -14,7 +14,7 @@ import numpy as np
 from captioning.command import Arguments
 from captioning.data import vocabulary
 from captioning.files import atomic_path, write_text
-from config import Config, UserError, group
+from config import OPEN, Config, UserError, group
 
 # What a run that goes on may change; every other field of these groups is
 # part of what the result depends on.
@@ -25,9 +25,8 @@ EVALUATED = ("dataset", "layout", "val_share", "test_share", "encoder_weights")
 
 
 def folder(config: Config) -> Path:
-    """The folder of the run that a config names."""
-    name = config.run_name or f"{config.dataset}-{config.encoder}"
-    return Path(config.checkpoints_dir) / name
+    """The folder of the run that a resolved config names."""
+    return Path(config.checkpoints_dir) / config.run_name
 
 
 def save_config(config: Config, place: Path) -> None:
@@ -77,7 +76,8 @@ def training_config(arguments: Arguments, place: Path) -> Config:
     fixed = [*group("data"), *group("encoder"), *group("training")]
     for name in fixed:
         old, new = getattr(config, name), getattr(wanted, name)
-        if old != new and name not in CHANGEABLE:
+        # What is left open is what the run has.
+        if old != new and new != OPEN.get(name) and name not in CHANGEABLE:
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"{name} is {old!r} in the run {place} and {new!r} now: give "
@@ -105,7 +105,9 @@ def decoding_config(arguments: Arguments) -> tuple[Config, Path]:
     for name in [*group("data"), *group("encoder")]:
         if name not in (*EVALUATED, "limit_images"):
             _refuse_other(arguments, config, name, place)
-    asked = [name for name in EVALUATED if name in arguments.given]
+    asked = [name for name in EVALUATED if name in _chosen(arguments)]
+    if "dataset_dir" in arguments.given:
+        asked.append("dataset")  # which may be named by its folder
     names = [*group("place"), *group("decoding"), "precision", *asked]
     return _with(config, wanted, names), place
 
@@ -171,15 +173,25 @@ def _keep_model(arguments: Arguments, config: Config, place: Path) -> None:
         _notice_default(config, name)
 
 
+def _chosen(arguments: Arguments) -> dict[str, Any]:
+    """The fields that were given and whose value leaves no choice open."""
+    return {
+        name: value
+        for name, value in arguments.given.items()
+        if name not in OPEN or value != OPEN[name]
+    }
+
+
 def _refuse_other(
     arguments: Arguments, config: Config, name: str, place: Path
 ) -> None:
     """Refuses a flag that contradicts the run."""
     value = getattr(config, name)
-    if arguments.given.get(name, value) != value:
+    given = _chosen(arguments).get(name, value)
+    if given != value:
         raise UserError(
             f"{name} is {value!r} in the run {place}, not "
-            f"{arguments.given[name]!r}: leave the flag out, or train another "
+            f"{given!r}: leave the flag out, or train another "
             "run with --run-name"
         )
 
@@ -226,7 +238,7 @@ def begin(
         known = vocabulary.load(place / "vocabulary.json")
         for what, same in {
             "vocabulary": known == words,
-            "encoder": load_features(place) == (description, tuple(shape)),
+            "encoder": load_description(place) == (description, tuple(shape)),
         }.items():
             if not same:
                 raise UserError(
@@ -239,7 +251,7 @@ def begin(
     save_config(config, place)
 
 
-def load_features(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
+def load_description(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     """Reads which features a run was trained on: description and shape."""
     path = place / "features.json"
     try:

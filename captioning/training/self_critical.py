@@ -195,7 +195,7 @@ class Rounds:
             self.features,
             self.rows[images],
             [vocabulary.encode(each, self.words, longest) for each in drawn],
-            self.config.step_images,
+            self.config.batch_images,
             importance=advantages(rewards),
         )
         return batches, float(rewards.mean())
