@@ -68,13 +68,16 @@ def draw(folder: Path, names: list[str]) -> None:
             (folder / name).write_bytes(b"no image")
 
 
-def create(folder: Path, names=NAMES, shape=SHAPE) -> features.Cache:
-    return features.create(folder, DESCRIPTION, {"keras": "3"}, names, shape)
+def create(
+    folder: Path, names=NAMES, shape=SHAPE, images=Path("images")
+) -> features.Cache:
+    versions = {"keras": "3"}
+    return features.create(folder, DESCRIPTION, versions, images, names, shape)
 
 
 def fill(folder: Path, images: Path, encoder, names=NAMES) -> extraction.Notes:
     """What preprocess.py does with the images of a dataset."""
-    cache = create(folder, names)
+    cache = create(folder, names, images=images)
     return extraction.fill(cache, images, names, SIZE, lambda: encoder)
 
 
@@ -149,7 +152,8 @@ def test_a_full_cache_needs_no_encoder(tmp_path, images):
 
     fill(tmp_path / "cache", images, Encoder(), GOOD)
     before = content(tmp_path / "cache")
-    extraction.fill(create(tmp_path / "cache", GOOD), images, GOOD, SIZE, build)
+    cache = create(tmp_path / "cache", GOOD, images=images)
+    extraction.fill(cache, images, GOOD, SIZE, build)
     assert content(tmp_path / "cache") == before
 
 
