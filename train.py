@@ -202,7 +202,7 @@ def standardise(decoder: Any, cache: Any, rows: Any) -> None:
     """Gives the decoder the statistics of the training features."""
     from captioning.features.cache import channel_statistics
 
-    mean, deviation = channel_statistics(cache, rows)
+    mean, deviation = channel_statistics(cache.features, rows)
     decoder.standardisation.mean.assign(mean)
     decoder.standardisation.deviation.assign(deviation)
 

@@ -256,12 +256,12 @@ def read_rows(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def channel_statistics(
-    cache: Cache, rows: np.ndarray, most: int = 1024
+    features: np.ndarray, rows: np.ndarray, most: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each channel.
 
     Args:
-        cache: the features.
+        features: (all rows, regions, channels).
         rows: of the training split.
         most: how many images, evenly spread over `rows`, to look at; 1,024
             images of 49 regions give a mean to 1/200 of its deviation.
@@ -277,11 +277,11 @@ def channel_statistics(
     total = squares = 0.0
     for start in range(0, len(chosen), 64):
         # Sorted, so that the disk is read in one direction.
-        some = cache.features[np.sort(chosen[start : start + 64])]
+        some = features[np.sort(chosen[start : start + 64])]
         some = some.astype(np.float64)  # (64, regions, channels)
         total = total + some.sum((0, 1))
         squares = squares + np.square(some).sum((0, 1))
-    number = len(chosen) * cache.features.shape[1]
+    number = len(chosen) * features.shape[1]
     mean = total / number
     deviation = np.sqrt(np.maximum(squares / number - mean**2, 0))
     least = max(0.01 * deviation.mean(), 1e-6)
