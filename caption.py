@@ -175,7 +175,7 @@ def load_captioner(config: Config, run: Path) -> Any:
     from captioning.features import extraction
 
     backend.set_precision(config)
-    description, _ = runs.load_features(run)
+    description, _ = runs.load_description(run)
     weights = captioning_model.check_weights(config, description)
     decoder, words = captioning_model.load_decoder(config, run)
     encoder = captioning_model.build_encoder(config, weights)

@@ -7,20 +7,14 @@ What the defaults give: on Flickr8k's validation split, with the flags that
 README.md names, CIDEr 0.577, BLEU-4 22.5 and 41.9% token accuracy (2026-11-27).
 On two CPU cores with bfloat16 that is about ten minutes of preprocess.py, a
 quarter of an hour of train.py, and a minute of evaluate.py. Training takes 2 GB
-of memory for itself, and reads 1.4 GB of features that the system best keeps
-there too. docs/experiments.md has what was tried and what each change brought.
-
-The group of a field says what a change of it means:
-
-    place     where things are and what is tolerated: results do not change
-    data      which captions and which words: another folder in data/cache/
-    encoder   which image features: another feature folder below it
-    model     the shape of the decoder: fixed by the run once it is trained
-    training  how it is trained: fixed by the run, except epochs and patience
-    decoding  how captions are searched for and scored: free at any time
+of memory, and reads 1.4 GB of features that are best cached in memory too.
+docs/experiments.md has what was tried and what each change brought.
 """
 
 import dataclasses
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,7 +37,7 @@ class Encoder(NamedTuple):
 
 # The name that --encoder takes -> where Keras Applications has it. A new
 # encoder is one line here. VGG's block5_conv3 is the layer that Show, Attend
-# and Tell uses (Xu et al. 2015, section 4.3); of the residual networks it is
+# and Tell uses (Xu et al. 2015, section 4.3); for the residual networks it is
 # the last convolutional layer.
 ENCODERS = {
     "vgg16": Encoder("VGG16", "vgg16", "block5_conv3"),
@@ -53,32 +47,54 @@ ENCODERS = {
     "resnet152": Encoder("ResNet152", "resnet", "conv5_block3_out"),
     "mobilenetv2": Encoder("MobileNetV2", "mobilenet_v2", "out_relu"),
 }
-LAYOUTS = (
-    "auto",
-    "karpathy",
-    "huggingface",
-    "coco",
-    "plain",
-    "kaggle30k",
-    "kaggle8k",
-    "token",
-)
+LAYOUTS = ("auto", "karpathy", "huggingface", "coco", "plain")
+LAYOUTS += ("kaggle30k", "kaggle8k", "token")
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")
 SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}
+SAMPLE = "sample"  # the dataset that is drawn on the spot
+
+# Values that leave a choice open: to `resolve`, and precision to the machine.
+OPEN = {"run_name": "", "encoder_weights": "auto", "precision": "auto"}
+OPEN |= {"magnification": 0, "batch_images": 0}
+
+# Names that a folder can have on every platform and that lead nowhere else:
+# no separator, no drive, no dots at the ends, no device of Windows.
+_PLAIN = re.compile(
+    r"(?![. ]|(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$))"
+    r'[^<>:"/\\|?*\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,120}(?<![. ])',
+    re.IGNORECASE,
+)
+_ELSEWHERE = {
+    "dataset": "where the dataset is with --dataset-dir",
+    "run_name": "where the runs are with --checkpoints-dir",
+}
 
 
-def _setting(group: str, default: Any, text: str, **limits: Any) -> Any:
-    """A field.
+def _group(name: str) -> Callable[..., Any]:
+    """Makes fields of one group, which says what a change of them means."""
 
-    Args:
-        group: what a change of it means.
-        default: its value where nothing else is said.
-        text: for --help.
-        limits: `least` and `most` for numbers, `choices` for names.
-    """
-    metadata = {"group": group, "help": text, **limits}
-    return field(default=default, metadata=metadata)
+    def setting(
+        default: Any,
+        text: str,  # for --help
+        least: float | None = None,
+        most: float | None = None,
+        choices: Sequence[str] | None = None,
+    ) -> Any:
+        limits = {"least": least, "most": most, "choices": choices}
+        limits = {k: v for k, v in limits.items() if v is not None}
+        metadata = {"group": name, "help": text, **limits}
+        return field(default=default, metadata=metadata)
+
+    return setting
+
+
+_place = _group("place")
+_data = _group("data")
+_encoder = _group("encoder")
+_model = _group("model")
+_training = _group("training")
+_decoding = _group("decoding")
 
 
 @dataclass(frozen=True)
@@ -89,309 +105,165 @@ class Config:
         UserError: if a value is outside the limits of its field.
     """
 
-    # --- place ---------------------------------------------------------
-    # Roots of what is read and written; both are ignored by git.
-    data_dir: str = _setting("place", "data", "root of the datasets and caches")
-    checkpoints_dir: str = _setting(
-        "place", "checkpoints", "root of the run folders"
-    )
-    # Empty: data/<dataset>. For a dataset that lies somewhere else.
-    dataset_dir: str = _setting(
-        "place", "", "where the dataset is, if not data/<dataset>"
-    )
-    # Empty: <dataset>-<encoder>, so that two encoders do not share a run.
-    run_name: str = _setting(
-        "place", "", "folder in checkpoints/ (empty: <dataset>-<encoder>)"
-    )
+    # --- place: where things are and what is tolerated; results stay the same
+    data_dir: str = _place("data", "root of the datasets and caches")
+    checkpoints_dir: str = _place("checkpoints", "root of the run folders")
+    # Given alone, the dataset is called as the folder is.
+    dataset_dir: str = _place("", "the dataset's folder, if not data/<dataset>")
+    run_name: str = _place("", "run folder (empty: <dataset>-<encoder>)")
     # One broken photograph in twenty is an accident; more is a wrong folder
-    # or a download that stopped half-way, and no reason to train on the rest.
-    max_skipped_share: float = _setting(
-        "place",
-        0.05,
-        "stop if a larger share of the images is unusable",
-        least=0,
-        most=1,
+    # or a download that stopped half-way.
+    max_skipped_share: float = _place(
+        0.05, "stop if a larger share of the images is unusable", 0, 1
     )
 
-    # --- data ----------------------------------------------------------
-    # The sample is drawn on the spot, so that everything runs without a
-    # download; any other name is a folder in data/.
-    dataset: str = _setting(
-        "data", "sample", "'sample', or the name of a folder in data/"
-    )
+    # --- data: which captions and which words; another text folder in the cache
+    # The sample needs no download: it is drawn on the spot.
+    dataset: str = _data(SAMPLE, "'sample', or the name of a folder in data/")
     # A folder may hold the same captions in two layouts; see data/README.md.
-    layout: str = _setting(
-        "data", "auto", "how the captions are laid out", choices=LAYOUTS
-    )
-    # For a quick try; it has a cache folder of its own.
-    limit_images: int = _setting(
-        "data", 0, "use only the first N images of each split (0: all)", least=0
-    )
-    # Words seen fewer times cannot be learned from 30,000 captions and cost
-    # time in the output layer; 4 keeps 97% of Flickr8k's words.
-    min_word_count: int = _setting(
-        "data", 4, "a word needs so many occurrences in train", least=1
-    )
-    # 98% of Flickr8k's captions are shorter, and the decoder's loop costs as
+    layout: str = _data("auto", "layout of the captions", choices=LAYOUTS)
+    # For a quick try.
+    limit_images: int = _data(0, "first N images of each split (0: all)", 0)
+    # Rarer words cannot be learned from 30,000 captions and cost time in the
+    # output layer; 4 keeps 97% of Flickr8k's words.
+    min_word_count: int = _data(4, "occurrences in train that a word needs", 1)
+    # 98% of Flickr8k's captions are shorter, and the decoder's loop takes as
     # many steps as the longest caption has words.
-    max_caption_length: int = _setting(
-        "data", 20, "longer captions are cut here, in words", least=1, most=100
-    )
-    # Only for datasets without a split of their own: about 1,600 images each
-    # of Flickr30k, enough to tell two models apart.
-    val_share: float = _setting(
-        "data",
-        0.05,
-        "share of val where the dataset has no split",
-        least=0,
-        most=1,
-    )
-    test_share: float = _setting(
-        "data",
-        0.05,
-        "share of test where the dataset has no split",
-        least=0,
-        most=1,
-    )
+    max_caption_length: int = _data(20, "words; the rest is cut off", 1, 100)
+    # For datasets without a split of their own: about 1,600 images each of
+    # Flickr30k, enough to tell two models apart.
+    val_share: float = _data(0.05, "val's share if there is no split", 0, 1)
+    test_share: float = _data(0.05, "test's share if there is no split", 0, 1)
 
-    # --- encoder -------------------------------------------------------
-    # ResNet50 runs three times as fast as VGG16 and is cached in half the
-    # bytes (49x2048 instead of 196x512 float16 numbers an image).
-    encoder: str = _setting(
-        "encoder",
-        "resnet50",
-        "the frozen image encoder",
-        choices=tuple(ENCODERS),
-    )
-    # The drawn sample needs no trained filters; photographs do.
-    encoder_weights: str = _setting(
-        "encoder",
+    # --- encoder: which image features; another feature folder in the cache
+    # ResNet50 runs three times as fast as VGG16 and is cached in as many bytes
+    # (49x2048 instead of 196x512 float16 numbers per image).
+    encoder: str = _encoder("resnet50", "frozen encoder", choices=(*ENCODERS,))
+    encoder_weights: str = _encoder(
         "auto",
         "'imagenet', 'random' or a weights file ('auto': random for the "
-        "sample, imagenet elsewhere)",
+        "sample, imagenet otherwise)",
     )
     # What the encoders were trained at.
-    image_size: int = _setting(
-        "encoder",
+    image_size: int = _encoder(
         224,
         "side in pixels, before magnification; images are resized to it whole",
-        least=32,
-        most=2048,
+        32,
+        2048,
     )
-
     # The encoder sees more in a photograph that is enlarged. Its regions are
     # averaged back to those of image_size, so that nothing after it is slower.
-    magnification: int = _setting(
-        "encoder",
-        0,
-        "how many times image_size the encoder gets images in (0: 2, and 1 "
-        "for the sample)",
-        least=0,
-        most=8,
+    magnification: int = _encoder(
+        0, "enlarge images this many times (0: 2, and 1 for the sample)", 0, 8
     )
 
-    # --- model ---------------------------------------------------------
+    # --- model: the shape of the decoder; fixed once a run is trained
     # 512 is what the yardsticks of the field use; the word embeddings are as
-    # wide, so that the deep output adds the three without a projection more.
-    embedding_units: int = _setting(
-        "model", 512, "width of a word embedding", least=1
-    )
-    attention_units: int = _setting(
-        "model", 512, "width of the attention's keys and queries", least=1
-    )
-    decoder_units: int = _setting(
-        "model", 512, "width of the LSTM and of the annotation vectors", least=1
-    )
+    # wide, so that the deep output adds all three without another projection.
+    embedding_units: int = _model(512, "width of a word embedding", 1)
+    attention_units: int = _model(512, "width of attention keys and queries", 1)
+    decoder_units: int = _model(512, "width of LSTM and annotation vectors", 1)
 
-    # --- training ------------------------------------------------------
+    # --- training: fixed once a run has begun, but for epochs and patience
     # On Flickr8k the validation loss is lowest after seven epochs of a
     # schedule of twelve; eight lets the learning rate fall in time. The rate
     # falls over the epochs that a run begins with. Fewer, given later, end it
     # before that; more are trained at the average rate of the last scheduled
     # epoch, which fine-tunes and is not the same as a longer schedule.
-    epochs: int = _setting(
-        "training", 8, "passes over the training captions", least=1
-    )
+    epochs: int = _training(8, "passes over the training captions", 1)
     # Counted in measurements of CIDEr, not in epochs. Equal CIDEr is decided
     # by the validation loss and never counts against a run; where fewer than
     # twenty validation images make CIDEr a matter of chance, the loss decides.
-    patience: int = _setting(
-        "training",
-        4,
-        "stop after this many CIDEr measurements without a better one",
-        least=1,
-    )
+    patience: int = _training(4, "stop after N CIDEr values below the best", 1)
     # Every image brings all of its captions, so that its keys are computed
-    # once: 32 images are 160 captions a step.
-    batch_images: int = _setting(
-        "training",
-        0,
-        "images a training step (0: 32, and 16 for the sample)",
-        least=0,
+    # once: 32 images are 160 captions per step.
+    batch_images: int = _training(
+        0, "images per training step (0: 32, and 16 for the sample)", 0
     )
-    captions_per_image: int = _setting(
-        "training",
-        5,
-        "captions of each image a step; the rest wait for the next epoch",
-        least=1,
+    captions_per_image: int = _training(
+        5, "captions of each image per step; the rest wait an epoch", 1
     )
-    # Higher ones raise the token accuracy a little further, and lower the
+    # Higher rates raise the token accuracy a little further, and lower the
     # scores of the captions: docs/experiments.md.
-    learning_rate: float = _setting(
-        "training", 1e-3, "highest learning rate, after the warm-up", least=0
-    )
+    learning_rate: float = _training(1e-3, "peak rate, after the warm-up", 0)
     # A word's embedding begins near zero, and most words are too rare to move
-    # it far at the rate of the other weights. Token accuracy gains 0.6% by it,
-    # and captions lose nothing: docs/experiments.md.
-    embedding_rate: float = _setting(
-        "training",
-        16.0,
-        "times learning_rate: the learning rate of the word embeddings",
-        least=0,
+    # it far at the rate of the other weights: docs/experiments.md.
+    embedding_rate: float = _training(
+        16.0, "the word embeddings' rate, as a multiple of learning_rate", 0
     )
     # Adam's second moments need some hundred steps before they are worth
     # following at full speed.
-    warmup_share: float = _setting(
-        "training", 0.05, "share of the steps that warm up", least=0, most=1
-    )
-    weight_decay: float = _setting(
-        "training", 0.01, "AdamW's decoupled weight decay", least=0
-    )
-    clip_norm: float = _setting(
-        "training", 5.0, "global norm that gradients are clipped to", least=0
-    )
+    warmup_share: float = _training(0.05, "share of steps that warm up", 0, 1)
+    weight_decay: float = _training(0.01, "AdamW's decoupled weight decay", 0)
+    clip_norm: float = _training(5.0, "global norm gradients are clipped to", 0)
     # Captions differ from each other: one-hot targets are too sure.
-    label_smoothing: float = _setting(
-        "training",
-        0.1,
-        "share of the target spread over all words",
-        least=0,
-        most=1,
+    label_smoothing: float = _training(
+        0.1, "share of the target spread over all words", 0, 1
     )
-    # Xu et al. 2015, equation 14: each region's attention should sum to about
-    # as much as any other's over the caption.
-    attention_regularisation: float = _setting(
-        "training",
-        1.0,
-        "weight of the doubly stochastic attention penalty",
-        least=0,
+    # Xu et al. 2015, equation 14: over a caption, each region's attention
+    # should sum to about as much as any other's.
+    attention_regularisation: float = _training(
+        1.0, "weight of the doubly stochastic attention penalty", 0
     )
-    # With less, Flickr8k's 30,000 captions are learned by heart.
-    word_dropout: float = _setting(
-        "training",
-        0.4,
-        "dropout on the word embeddings and annotation vectors",
-        least=0,
-        most=0.95,
+    # With less, the model overfits Flickr8k's 30,000 captions.
+    word_dropout: float = _training(
+        0.4, "dropout on word embeddings and annotation vectors", 0, 0.95
     )
-    output_dropout: float = _setting(
-        "training", 0.5, "dropout before the output layer", least=0, most=0.95
+    output_dropout: float = _training(
+        0.5, "dropout before the output layer", 0, 0.95
     )
-    # The average of the weights over the last steps captions better than the
-    # last weights do; counted in epochs so that it suits any dataset.
-    ema_epochs: float = _setting(
-        "training",
-        1.0,
-        "epochs that the weights are averaged over (0: none)",
-        least=0,
-        most=100,
+    # Averaged weights caption better than the last ones; counted in epochs so
+    # that it suits any dataset.
+    ema_epochs: float = _training(
+        1.0, "epochs that weights are averaged over (0: none)", 0, 100
     )
-    # Captioning the validation split takes about as long as a tenth of an
-    # epoch of Flickr8k.
-    cider_every: int = _setting(
-        "training", 2, "epochs between measurements of CIDEr", least=1
-    )
-    # After cross-entropy, from its best epoch on: captions that are drawn and
-    # rewarded (Rennie et al. 2017). None by default: Flickr8k's validation
-    # images gained nothing from it, see docs/experiments.md.
-    scst_epochs: int = _setting(
-        "training",
-        0,
-        "epochs of self-critical training after those of cross-entropy",
-        least=0,
-    )
+    # Captioning the validation split takes a tenth of an epoch of Flickr8k.
+    cider_every: int = _training(2, "epochs between measurements of CIDEr", 1)
+    # From the best epoch on, sampled captions are rewarded (Rennie et al.
+    # 2017). None by default: Flickr8k gains nothing, see docs/experiments.md.
+    scst_epochs: int = _training(0, "epochs of self-critical training", 0)
     # Rewards are noisy: small steps.
-    scst_learning_rate: float = _setting(
-        "training",
-        5e-5,
-        "learning rate of self-critical training",
-        least=0,
-    )
-    seed: int = _setting(
-        "training",
-        0,
-        "of weights, dropout and data order",
-        least=0,
-        most=2**32 - 1,
-    )
+    scst_learning_rate: float = _training(5e-5, "its learning rate", 0)
+    seed: int = _training(0, "of weights, dropout, data order", 0, 2**32 - 1)
     # auto: bfloat16 where the processor multiplies it in hardware.
-    precision: str = _setting(
-        "training",
-        "auto",
-        "arithmetic of encoder and decoder",
-        choices=PRECISIONS,
+    precision: str = _training(
+        "auto", "arithmetic of encoder and decoder", choices=PRECISIONS
     )
 
-    # --- decoding ------------------------------------------------------
-    # Twenty give the consensus below something to choose from; a caption that
-    # is taken for its probability alone gets worse with more than five.
-    beam_size: int = _setting(
-        "decoding",
-        20,
-        "hypotheses kept at each step (1: greedy)",
-        least=1,
-        most=100,
-    )
+    # --- decoding: how captions are searched for and scored; always free
+    # Twenty give the consensus below something to choose from; the likeliest
+    # caption of a beam gets worse beyond five.
+    beam_size: int = _decoding(20, "hypotheses per step (1: greedy)", 1, 100)
     # GNMT's length penalty (Wu et al. 2016, equation 14). At 1 captions are as
-    # long as a greedy search writes them; at 0.7 a beam's are half a word
-    # shorter and score less.
-    length_exponent: float = _setting(
-        "decoding", 1.0, "exponent of the length normalisation", least=0, most=5
-    )
+    # long as greedy ones; at 0.7 they are half a word shorter and score less.
+    length_exponent: float = _decoding(1.0, "of length normalisation", 0, 5)
     # The likeliest caption is rarely the one that scores best: that is the one
     # most like the others of its beam. See captioning/decoding/consensus.py.
-    consensus_temperature: float = _setting(
-        "decoding",
+    consensus_temperature: float = _decoding(
         5.0,
-        "the beam's captions choose the one most like them, and count by "
-        "probability ^ (1 / temperature) (0: the likeliest is taken)",
-        least=0,
+        "take the caption most like the others of its beam, which count by "
+        "probability ^ (1 / temperature) (0: take the likeliest)",
+        0,
     )
-    min_caption_length: int = _setting(
-        "decoding", 1, "the shortest caption, in words", least=1
-    )
+    min_caption_length: int = _decoding(1, "shortest caption, in words", 1)
     # Captions of ten words seldom repeat themselves; small models that do are
     # helped by 2 or 3.
-    no_repeat_ngram: int = _setting(
-        "decoding",
-        0,
-        "so many words in a row do not come twice in a caption (0: they may)",
-        least=0,
+    no_repeat_ngram: int = _decoding(
+        0, "words in a row that no caption repeats (0: any may be)", 0
     )
-    split: str = _setting(
-        "decoding", "test", "what evaluate.py scores", choices=SPLITS
-    )
-
-    @property
-    def step_images(self) -> int:
-        """How many images a training step has."""
-        # A thousand drawn scenes want more and smaller steps.
-        return self.batch_images or (16 if self.dataset == "sample" else 32)
-
-    @property
-    def enlarged(self) -> int:
-        """How many times image_size the encoder gets images in."""
-        # Drawn shapes are large as they are, and the sample is to be quick.
-        return self.magnification or (1 if self.dataset == "sample" else 2)
+    split: str = _decoding("test", "what evaluate.py scores", choices=SPLITS)
 
     @property
     def input_size(self) -> int:
         """Side in pixels of the images that the encoder gets."""
-        return self.image_size * self.enlarged
+        return self.image_size * self.magnification
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             _check(each, getattr(self, each.name))
+        check_name("dataset", self.dataset)
+        if self.run_name:
+            check_name("run_name", self.run_name)
         if self.min_caption_length > self.max_caption_length:
             raise UserError(
                 f"min_caption_length {self.min_caption_length} is above "
@@ -404,9 +276,10 @@ class Config:
 
 
 def _check(each: dataclasses.Field, value: Any) -> None:
-    """Holds a value against the kind and the limits of its field."""
-    if not isinstance(value, (int, float) if each.type is float else each.type):
-        raise UserError(f"{each.name} {value!r} is no {each.type.__name__}")
+    """Checks a value against the type and the limits of its field."""
+    kind: Any = each.type
+    if not isinstance(value, (int, float) if kind is float else kind):
+        raise UserError(f"{each.name} {value!r} is not of type {kind.__name__}")
     least, most = each.metadata.get("least"), each.metadata.get("most")
     if least is not None and not value >= least:
         raise UserError(f"{each.name} {value} is below {least}")
@@ -415,14 +288,90 @@ def _check(each: dataclasses.Field, value: Any) -> None:
     choices = each.metadata.get("choices")
     if choices and value not in choices:
         raise UserError(
-            f"{each.name} {value!r} is none of {', '.join(choices)}"
+            f"{each.name} {value!r} is not one of {', '.join(choices)}"
         )
 
 
 def group(name: str) -> list[str]:
     """The names of the fields of a group, in order."""
-    return [
-        each.name
-        for each in dataclasses.fields(Config)
-        if each.metadata["group"] == name
-    ]
+    fields = dataclasses.fields(Config)
+    return [each.name for each in fields if each.metadata["group"] == name]
+
+
+def check_name(field_name: str, name: str) -> str:
+    """Checks that a dataset or a run has the name of a plain folder.
+
+    Args:
+        field_name: `dataset` or `run_name`.
+        name: its value. Folders of this name are written to.
+
+    Returns:
+        The name.
+
+    Raises:
+        UserError: if it could lead out of its root, or not be created.
+    """
+    if not _PLAIN.fullmatch(name):
+        raise UserError(
+            f"{field_name} {name!r} is not a plain folder name: give one, and "
+            f"{_ELSEWHERE[field_name]}"
+        )
+    if field_name == "dataset" and name.lower() == "cache":
+        raise UserError(
+            f"dataset {name!r} would be the folder of the caches: give "
+            "another name, and its folder with --dataset-dir"
+        )
+    return name
+
+
+def resolve(config: Config, given: Collection[str] = ()) -> Config:
+    """Settles every choice that a config leaves open.
+
+    A saved config then means the same on another machine and under later
+    defaults. Only `precision` stays open: it depends on the machine, and
+    `captioning.backend.set_precision` settles it.
+
+    Args:
+        config: from defaults and flags.
+        given: the fields that were given as flags.
+
+    Raises:
+        UserError: if a dataset cannot be called as its folder is.
+    """
+    dataset = config.dataset
+    place = os.path.realpath(config.dataset_dir)
+    if is_named_by_folder(config, given):
+        dataset = os.path.basename(place)
+        if not _PLAIN.fullmatch(dataset) or dataset.lower() == "cache":
+            raise UserError(
+                f"the dataset in {place} cannot be called {dataset!r}: give "
+                "it another name with --dataset"
+            )
+    sample = dataset == SAMPLE
+    home = os.path.realpath(os.path.join(config.data_dir, SAMPLE))
+    if sample and config.dataset_dir and place != home:
+        raise UserError(
+            f"the dataset in {place} cannot be called like the built-in "
+            f"{SAMPLE}: give it another name with --dataset"
+        )
+    weights = config.encoder_weights
+    if weights == "auto":
+        # The drawn sample needs no trained filters; photographs do.
+        weights = "random" if sample else "imagenet"
+    return dataclasses.replace(
+        config,
+        dataset=dataset,
+        run_name=config.run_name or f"{dataset}-{config.encoder}",
+        encoder_weights=weights,
+        # Drawn shapes are large as they are, and the sample is to be quick.
+        magnification=config.magnification or (1 if sample else 2),
+        # A thousand drawn scenes want more and smaller steps.
+        batch_images=config.batch_images or (16 if sample else 32),
+    )
+
+
+def is_named_by_folder(config: Config, given: Collection[str]) -> bool:
+    """Whether dataset_dir was given alone, so that its folder is the name."""
+    if not config.dataset_dir or "dataset" in given:
+        return False
+    return "dataset_dir" in given or config.dataset == SAMPLE

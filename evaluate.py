@@ -16,12 +16,13 @@ program, from pixels to words.
 """
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
 
 from captioning import command
-from config import Config, UserError
+from config import Config, UserError, check_name
 
 ACTIONS = [
     command.Action(
@@ -36,6 +37,7 @@ ACTIONS = [
         "--runs",
         {
             "nargs": "+",
+            "type": functools.partial(check_name, "run_name"),
             "metavar": "RUN",
             "default": [],
             "help": "average these runs, folders in checkpoints/, of one "
@@ -127,7 +129,7 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
 
     config, run = members[0]
     backend.set_precision(config)
-    description, _ = runs.load_features(run)
+    description, _ = runs.load_description(run)
     weights = captioning_model.check_weights(config, description)
     encoder = captioning_model.build_encoder(config, weights)
     decoder, words = captioning_model.load_decoder(config, run)
@@ -224,11 +226,11 @@ def open_run(
     from captioning import runs
     from captioning.data import prepared
 
-    description, _ = runs.load_features(run)
+    description, _ = runs.load_description(run)
     # The features are cached: the encoder's weights need not be at hand.
-    if Path(captioning_model.encoder_weights(config)).exists():
+    if Path(config.encoder_weights).exists():
         captioning_model.check_weights(config, description)
-    cache, rows = prepared.load_features(config, description, images)
+    cache, rows = prepared.open_features(config, description, images)
     decoder, words = captioning_model.load_decoder(config, run)
     return decoder, words, cache.features, rows
 
@@ -262,7 +264,7 @@ def teacher_forced(
         for tokens in split.tokens
     ]
     batches = [
-        CaptionBatches(*each, captions, config.step_images)
+        CaptionBatches(*each, captions, config.batch_images)
         for each in zip(features, rows, strict=True)
     ]
     scored, batches = (

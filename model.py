@@ -81,8 +81,10 @@ def _networks(config: Config) -> tuple[Any, keras.Model, keras.Model]:
     shape = (config.input_size, config.input_size, 3)
     network = application(include_top=False, weights=None, input_shape=shape)
     feature_map = network.get_layer(entry.layer).output
-    if config.enlarged > 1:
-        pooling = keras.layers.AveragePooling2D(config.enlarged, padding="same")
+    if config.magnification > 1:
+        pooling = keras.layers.AveragePooling2D(
+            config.magnification, padding="same"
+        )
         feature_map = pooling(feature_map)
     return application, network, keras.Model(network.input, feature_map)
 
@@ -106,15 +108,8 @@ def describe_features(config: Config, weights: str) -> dict[str, Any]:
         ENCODERS[config.encoder].layer,
         weights_fingerprint(weights),
         config.image_size,
-        config.enlarged,
+        config.magnification,
     )
-
-
-def encoder_weights(config: Config) -> str:
-    """Which weights the encoder has: `imagenet`, `random` or a path."""
-    if config.encoder_weights != "auto":
-        return config.encoder_weights
-    return "random" if config.dataset == "sample" else "imagenet"
 
 
 def weights_fingerprint(weights: str) -> str:
@@ -146,7 +141,7 @@ def check_weights(config: Config, description: dict[str, Any]) -> str:
 
     Args:
         config: its encoder fields.
-        description: from `runs.load_features`.
+        description: from `runs.load_description`.
 
     Returns:
         The weights: `imagenet`, `random` or a path.
@@ -154,7 +149,7 @@ def check_weights(config: Config, description: dict[str, Any]) -> str:
     Raises:
         UserError: if they are not the ones that the run was trained with.
     """
-    weights = encoder_weights(config)
+    weights = config.encoder_weights
     found = weights_fingerprint(weights)
     if found != description["weights"]:
         raise UserError(

@@ -6,18 +6,19 @@
 
 Reads the dataset in data/<dataset>/ (the default one, `sample`, is drawn on
 the spot), runs every image once through the frozen encoder, and leaves the
-result in data/cache/<dataset>/. Killed half-way, it goes on where it stopped.
-Of several workers (0/4, 1/4, 2/4 and 3/4), which may run on machines that share
-the disk, each encodes its part of the images, and the last to end writes the
-rest.
+result in data/cache/<dataset>/. If it is killed, the same command resumes where
+it stopped. Several workers (0/4, 1/4, 2/4 and 3/4) encode a part of the images
+each, on one machine or on several that share the disk; the last one to finish
+writes the rest.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from captioning import command
-from config import SPLITS, Config, UserError
+from config import SAMPLE, SPLITS, Config, UserError, is_named_by_folder
 
 
 def read_worker(text: str) -> tuple[int, int]:
@@ -39,7 +40,7 @@ ACTIONS = [
             "default": None,
             "metavar": "NUMBER/WORKERS",
             "help": "encode only this part of the images, from 0/4 to 3/4; "
-            "the last worker to end completes the cache",
+            "the last worker to finish completes the cache",
         },
     )
 ]
@@ -49,6 +50,7 @@ def main(arguments: command.Arguments) -> None:
     """Preprocesses a dataset."""
     from captioning.data import datasets, prepared
     from captioning.features import workers
+    from captioning.files import lock
 
     config = arguments.config
     directory = dataset_directory(config)
@@ -56,18 +58,25 @@ def main(arguments: command.Arguments) -> None:
         directory, config.layout, config.val_share, config.test_share
     )
     print(dataset.summary)
+    if is_named_by_folder(config, arguments.given):
+        prepared.check_source(config, directory, dataset.images_dir)
     check_skipped(config, dataset.table, dataset.skipped)
     dataset = limit(config, dataset)
     check_splits(config, dataset)
+    if old := prepared.old_layout(config):
+        print(f"Note: {old}. Images are encoded again.", file=sys.stderr)
+    description = describe_features(config)
     place = prepared.folder(config)
+    features = prepared.features_folder(config, description)
     worker = arguments.actions.worker
-    if worker and not encode_part(config, dataset, *worker):
+    if worker and not encode_part(config, dataset, description, *worker):
         return
-    with workers.alone(place):
-        dataset, duplicates, folder = encode_images(config, dataset)
+    with workers.alone(features):
+        dataset, duplicates = encode_images(config, dataset, description)
         check_splits(config, dataset)
-        words, repaired = prepared.save(config, dataset, duplicates)
-        workers.clear(folder)
+        with lock(place, wait=True):
+            words, repaired = prepared.save(config, dataset, duplicates)
+        workers.clear(features, place.name)
     report(dataset, repaired, len(words), len(duplicates))
     print(f"Wrote {place}. Next: {command.next_line('train.py', arguments)}")
 
@@ -77,7 +86,7 @@ def dataset_directory(config: Config) -> Path:
     if config.dataset_dir:
         return Path(config.dataset_dir)
     directory = Path(config.data_dir) / config.dataset
-    if config.dataset == "sample":
+    if config.dataset == SAMPLE:
         from captioning.data.sample import write_sample
 
         write_sample(directory)
@@ -137,49 +146,67 @@ def check_skipped(config: Config, table: Any, skipped: Any) -> None:
         )
 
 
-def encode_part(config: Config, dataset: Any, number: int, of: int) -> bool:
+def describe_features(config: Config) -> dict[str, Any]:
+    """What the features depend on; imports Keras and sets its precision."""
+    command.import_keras()
+    import model
+    from captioning import backend
+
+    backend.set_precision(config)
+    return model.describe_features(config, config.encoder_weights)
+
+
+def encode_part(
+    config: Config,
+    dataset: Any,
+    description: dict[str, Any],
+    number: int,
+    of: int,
+) -> bool:
     """Does the part of one worker.
 
-    What it skips is looked at again, and told, by the one that completes the
+    What it skips is read again, and reported, by the one that completes the
     cache.
 
     Args:
         config: its data and encoder fields.
         dataset: the whole of it.
+        description: of the features.
         number: of this worker, from 0.
         of: how many workers there are.
 
     Returns:
-        Whether it was the last, and shall complete the cache.
+        Whether it was the last, and has to complete the cache.
     """
     from captioning.data import prepared
-    from captioning.features import extraction, workers
+    from captioning.features import workers
 
     place = prepared.folder(config)
-    with workers.worker(place, number):
-        cache, names, build = open_cache(config, dataset)
-        workers.begin_part(cache.folder, number, of)
-        part = extraction.share(names, number, of)
-        extraction.fill(
-            cache, dataset.images_dir, part, config.input_size, build
-        )
-        others = workers.end_part(place, cache.folder, number, of)
+    others = workers.do_part(
+        prepared.features_folder(config, description),
+        place.name,
+        number,
+        of,
+        lambda: fill_cache(config, dataset, description, (number, of)),
+    )
     if others:
         print(
-            f"Worker {number}/{of} has done its part. Still to end: "
-            f"{', '.join(f'{n}/{of}' for n in others)}. The last completes "
-            f"{place}; one that was stopped goes on where it was."
+            f"Worker {number}/{of} has done its part. Unfinished: "
+            f"{', '.join(f'{n}/{of}' for n in others)}. The last one completes "
+            f"{place}; restart a worker that was stopped, and it resumes."
         )
     return not others
 
 
-def encode_images(config: Config, dataset: Any) -> tuple[Any, Any, Path]:
-    """Fills the feature cache.
+def encode_images(
+    config: Config, dataset: Any, description: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Encodes all images that the cache lacks.
 
     Returns:
         The dataset without the images that cannot be used, and with what was
         skipped and repaired; pairs of images with equal pixels in different
-        splits; the folder of the features.
+        splits.
 
     Raises:
         UserError: if too many images cannot be used.
@@ -187,14 +214,11 @@ def encode_images(config: Config, dataset: Any) -> tuple[Any, Any, Path]:
     from captioning.data import datasets
     from captioning.features import extraction
 
-    cache, names, build = open_cache(config, dataset)
-    notes = extraction.fill(
-        cache, dataset.images_dir, names, config.input_size, build
-    )
+    cache, notes = fill_cache(config, dataset, description)
     table = without(dataset.table, [image for image, _ in notes.skipped])
     skipped = dataset.skipped + notes.skipped
-    # What the captions lost is a share of the whole dataset and not of a few
-    # images of it.
+    # What the captions lost is a share of the whole dataset, not of the few
+    # images of a limit.
     check_skipped(
         config, table, notes.skipped if config.limit_images else skipped
     )
@@ -205,50 +229,61 @@ def encode_images(config: Config, dataset: Any) -> tuple[Any, Any, Path]:
     )
     digests = extraction.digests(cache, table["image"].unique())
     duplicates = datasets.equal_pixels_across_splits(digests, table)
-    return dataset, duplicates, cache.folder
+    return dataset, duplicates
 
 
-def open_cache(config: Config, dataset: Any) -> tuple[Any, list[str], Any]:
-    """Opens the feature cache for writing.
+def fill_cache(
+    config: Config,
+    dataset: Any,
+    description: dict[str, Any],
+    worker: tuple[int, int] = (0, 1),
+) -> tuple[Any, Any]:
+    """Fills the feature cache, or the part of one worker.
 
     Returns:
-        The cache, the names of the rows that are wanted, and a function that
-        builds the encoder.
+        The cache, and what was skipped and repaired.
     """
-    command.import_keras()
     import cv2
     import keras
 
     import model
-    from captioning import backend
     from captioning.data import prepared
-    from captioning.features import cache as features
+    from captioning.features import cache, extraction
 
-    weights = model.encoder_weights(config)
-    description = model.describe_features(config, weights)
-    precision = backend.set_precision(config)
-    table = dataset.table.drop_duplicates("image")
-    names = table["image"].tolist()
-    cache = features.create(
-        prepared.folder(config) / features.key(description),
-        description,
-        {
-            "keras": keras.version(),
-            "backend": keras.backend.backend(),
-            "opencv": cv2.__version__,
-            "precision": precision,
-        },
-        names,
-        model.feature_shape(config),
-    )
+    precision = keras.config.dtype_policy().name
+    versions = {
+        "keras": keras.version(),
+        "backend": keras.backend.backend(),
+        "opencv": cv2.__version__,
+        "precision": precision,
+    }
 
     def build() -> Any:
+        weights = config.encoder_weights
         print(
             f"Encoding with {config.encoder} ({weights} weights, {precision})"
         )
         return model.build_encoder(config, weights).predict_on_batch
 
-    return cache, names, build
+    names = dataset.table["image"].drop_duplicates().tolist()
+    opened = cache.create(
+        prepared.features_folder(config, description),
+        description,
+        versions,
+        dataset.images_dir,
+        names,
+        model.feature_shape(config),
+    )
+    part = extraction.share(names, *worker)
+    notes = extraction.fill(
+        opened, dataset.images_dir, part, config.input_size, build
+    )
+    if notes.changed:
+        print(
+            f"{notes.changed:,} images changed after they had been encoded, "
+            "and were encoded again"
+        )
+    return opened, notes
 
 
 def report(dataset: Any, repaired: int, words: int, duplicates: int) -> None:

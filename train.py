@@ -91,10 +91,11 @@ def fit(
     # Saved as what it is, so that the run means the same on another machine.
     precision = backend.set_precision(config)
     config = dataclasses.replace(config, precision=precision)
-    weights = captioning_model.encoder_weights(config)
-    description = captioning_model.describe_features(config, weights)
-    cache, rows = prepared.load_features(config, description, train.images)
-    _, val_rows = prepared.load_features(config, description, val.images)
+    description = captioning_model.describe_features(
+        config, config.encoder_weights
+    )
+    cache, rows = prepared.open_features(config, description, train.images)
+    _, val_rows = prepared.open_features(config, description, val.images)
     if devices.process == 0:
         digests = load_digests(cache)[rows]
         runs.begin(
@@ -259,7 +260,7 @@ def make_batches(
                 cache.features,
                 split_rows,
                 captions,
-                config.step_images,
+                config.batch_images,
                 number,
                 seed,
                 devices=devices,
@@ -272,7 +273,7 @@ def standardise(decoder: Any, cache: Any, rows: Any) -> None:
     """Gives the decoder the statistics of the training features."""
     from captioning.features.cache import channel_statistics
 
-    mean, deviation = channel_statistics(cache, rows)
+    mean, deviation = channel_statistics(cache.features, rows)
     decoder.standardisation.mean.assign(mean)
     decoder.standardisation.deviation.assign(deviation)
 

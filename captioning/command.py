@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from captioning import job
-from config import SPLIT_SYNONYMS, Config, UserError, group
+from config import SPLIT_SYNONYMS, Config, UserError, group, resolve
 
 BACKENDS = ("tensorflow", "jax")
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -137,10 +137,14 @@ def parse(
         arguments: the command line; None takes it from sys.argv.
 
     Returns:
-        The config, the fields that were given, and the actions.
+        The config with its open choices resolved, the fields that were given,
+        and the actions.
     """
     parser = _parser(description, actions)
-    known, unknown = parser.parse_known_args(arguments)
+    try:
+        known, unknown = parser.parse_known_args(arguments)
+    except UserError as error:  # of a flag's own reader
+        parser.error(str(error))
     if unknown:
         flags = [s for a in parser._actions for s in a.option_strings]
         word = unknown[0].split("=")[0]
@@ -150,7 +154,7 @@ def parse(
     names = {each.name for each in dataclasses.fields(Config)}
     given = {k: v for k, v in vars(known).items() if k in names}
     try:
-        config = Config(**given)
+        config = resolve(Config(**given), given)
     except UserError as error:
         parser.error(str(error))
     return Arguments(config, given, known)

@@ -1,12 +1,15 @@
-"""Files that are whole or not there: atomic writes, and a lock."""
+"""Atomic writes, and a lock on a folder."""
 
 import contextlib
+import functools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from config import UserError
 
@@ -29,8 +32,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(part, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(part, path)
+        _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a new name last through a power cut, before what relies on it."""
+    if os.name == "nt":  # which opens no folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every disk can
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,33 +73,51 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
     """Holds a lock that ends with the process, however that ends.
 
     Args:
-        path: the folder that is locked. The lock file lies beside it, so
-            that the folder can be moved; it stays, and means nothing by
-            itself.
-        wait: for another process to release it, instead of raising.
+        path: the folder to lock. The lock file lies beside it, so that the
+            folder can be moved; the file stays and means nothing by itself.
+        wait: for another process to release the lock, instead of raising.
 
     Raises:
-        UserError: if another process holds it.
+        UserError: if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    locked, path = path, path.with_name(f".{path.name}.lock")
-    with open(path, "a+") as handle:
+    file = path.with_name(f".{path.name}.lock")
+    timeout = -1 if wait else 0
+    held = FileLock(file, fallback_to_soft=False)
+    try:
         try:
-            _lock(handle, wait)
-        except OSError:
-            raise UserError(
-                f"another process is at work on {locked}: wait for it to end"
-            ) from None
+            held.acquire(timeout)
+        except OSError as error:
+            # Timeout is an OSError too. An error that names a file is about
+            # opening it; others come from flock, which some disks lack.
+            if isinstance(error, Timeout) or error.filename:
+                raise
+            _note_soft_lock(error.strerror or str(error))
+            # Where its process is gone, filelock takes the marker away.
+            held = SoftFileLock(file.with_suffix(".softlock"))
+            held.acquire(timeout)
+    except Timeout:
+        raise UserError(
+            f"another process is at work on {path}: wait for it to end"
+            + _owner(held)
+        ) from None
+    try:
         yield
+    finally:
+        held.release()
 
 
-def _lock(handle: Any, wait: bool) -> None:
-    if os.name == "nt":
-        import msvcrt
+def _owner(held: BaseFileLock) -> str:
+    """What to do about a marker whose process may be on another machine."""
+    if not isinstance(held, SoftFileLock):
+        return ""
+    return f" (if none is running on any machine, delete {held.lock_file})"
 
-        mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK
-        msvcrt.locking(handle.fileno(), mode, 1)
-    else:
-        import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+@functools.cache
+def _note_soft_lock(reason: str) -> None:
+    print(
+        f"Note: this disk has no file locks ({reason}); marker files keep "
+        "other processes out instead.",
+        file=sys.stderr,
+    )

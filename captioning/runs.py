@@ -16,7 +16,7 @@ import pandas as pd
 
 from captioning.data import vocabulary
 from captioning.files import atomic_path, write_csv, write_text
-from config import Config, UserError, group
+from config import OPEN, Config, UserError, group
 
 # What may change when a run is resumed; its result depends on all other fields
 # of these groups.
@@ -24,16 +24,13 @@ CHANGEABLE = ("epochs", "patience", "scst_epochs")
 # What else evaluate.py and caption.py may be given: which images to caption,
 # and where the encoder's weights are now. `limit_images` is theirs to obey.
 EVALUATED = ("dataset", "layout", "val_share", "test_share", "encoder_weights")
-# Values that leave a choice open. A run that is resumed keeps what was chosen.
-OPEN = {"precision": "auto"}
 IMAGES = "training_images.csv"
 UNKNOWN_PIXELS = "0" * 16
 
 
 def folder(config: Config) -> Path:
-    """The folder of the run that a config names."""
-    name = config.run_name or f"{config.dataset}-{config.encoder}"
-    return Path(config.checkpoints_dir) / name
+    """The folder of the run that a resolved config names."""
+    return Path(config.checkpoints_dir) / config.run_name
 
 
 def save_config(config: Config, place: Path) -> None:
@@ -115,6 +112,7 @@ def training_config(
     fixed = [*group("data"), *group("encoder"), *group("training")]
     for name in fixed:
         old, new = getattr(config, name), getattr(wanted, name)
+        # What is left open is what the run has.
         if old != new and new != OPEN.get(name) and name not in CHANGEABLE:
             flag = "--" + name.replace("_", "-")
             raise UserError(
@@ -151,7 +149,9 @@ def decoding_config(
     for name in [*group("data"), *group("encoder")]:
         if name not in (*EVALUATED, "limit_images"):
             _refuse_other(given, config, name, place)
-    asked = [name for name in (*EVALUATED, "precision") if name in given]
+    asked = [n for n in (*EVALUATED, "precision") if n in _chosen(given)]
+    if "dataset_dir" in given:
+        asked.append("dataset")  # which may be named by its folder
     names = [*group("place"), *group("decoding"), *asked]
     return _with(config, wanted, names), place
 
@@ -218,14 +218,24 @@ def _keep_model(given: Mapping[str, Any], config: Config, place: Path) -> None:
         _notice_default(config, name)
 
 
+def _chosen(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that were given and whose value leaves no choice open."""
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in OPEN or value != OPEN[name]
+    }
+
+
 def _refuse_other(
     given: Mapping[str, Any], config: Config, name: str, place: Path
 ) -> None:
     """Refuses a flag that contradicts the run."""
     value = getattr(config, name)
-    if given.get(name, value) != value:
+    found = _chosen(given).get(name, value)
+    if found != value:
         raise UserError(
-            f"{name} is {value!r} in the run {place}, not {given[name]!r}: "
+            f"{name} is {value!r} in the run {place}, not {found!r}: "
             "leave the flag out, or train another run with --run-name"
         )
 
@@ -275,7 +285,7 @@ def begin(
         before = _load_images(place)
         for what, same in {
             "vocabulary has": known == words,
-            "encoder has": load_features(place) == (description, tuple(shape)),
+            "encoder has": load_description(place) == (description, tuple(shape)),
             "training images have": before is None or images.equals(before),
         }.items():
             if not same:
@@ -355,7 +365,7 @@ def trained_on(
     return seen.to_numpy()
 
 
-def load_features(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
+def load_description(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     """Reads the description and shape of the features a run was trained on."""
     path = place / "features.json"
     try:

@@ -12,10 +12,13 @@ import pandas as pd
 SCRIPT = Path(__file__).parent / "tiny_preprocess.py"
 
 
-def start(folder: Path, *flags: str, pause: float = 0) -> subprocess.Popen:
+def start(
+    folder: Path, *flags: str, pause: float = 0, dataset: str = "photos"
+) -> subprocess.Popen:
     """Starts preprocess.py, with a tiny encoder, on data/photos."""
+    named = ["--dataset", dataset] if dataset else []
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--dataset", "photos", *flags],
+        [sys.executable, str(SCRIPT), *named, *flags],
         cwd=folder,
         env={**os.environ, "PAUSE": str(pause)},
         stdout=subprocess.PIPE,

@@ -112,7 +112,7 @@ def done(tmp_path_factory) -> tuple[Path, str]:
     )
     code, out, err = end(start(here, "--max-skipped-share", "0.6"))
     assert code == 0, err
-    (cache,) = here.glob("data/cache/photos")
+    (cache,) = here.glob("data/cache/photos/text-*")
     return cache, out
 
 
@@ -148,7 +148,7 @@ def test_everything_that_can_be_used_is_used_and_told_of_if_changed(done):
 
 def test_everything_that_cannot_be_used_is_skipped_with_its_reason(done):
     cache, _ = done
-    here = cache.parent.parent.parent
+    here = cache.parents[3]
     wanted = {
         (name.format(here=here), reason)
         for name, (_, reason) in SKIPPED.items()
@@ -161,7 +161,7 @@ def test_everything_that_cannot_be_used_is_skipped_with_its_reason(done):
 
 def test_what_was_skipped_has_no_finished_row(done):
     cache, _ = done
-    (finished,) = cache.glob("*/finished.bin")
+    (finished,) = cache.parent.glob("features/*/finished.bin")
     names = pd.read_csv(finished.parent / "images.csv")["image"]
     marks = np.fromfile(finished, np.uint8)
     assert {*names[marks > 0]} == {*USED, "val.jpg"}

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import os
+from pathlib import Path
 
 import pytest
 
-from config import ENCODERS, Config, UserError, group
+from config import ENCODERS, OPEN, Config, UserError, group, resolve
 
 FIELDS = dataclasses.fields(Config)
 GROUPS = ("place", "data", "encoder", "model", "training", "decoding")
@@ -101,3 +103,117 @@ def test_each_encoder_is_one_of_keras_applications(name):
     encoder = ENCODERS[name]
     assert callable(getattr(applications, encoder.application))
     assert callable(getattr(applications, encoder.module).preprocess_input)
+
+
+# --- names ----------------------------------------------------------------
+
+BAD_NAMES = [
+    *("a/b", "/abs", "a/", "..", "../x", "a\\b", "\\\\host\\x", ".", "..."),
+    *("C:", "C:x", "C:\\x", " ", ". .", "a\0b", "a\nb", "a.", "a ", " a"),
+    *(".hidden", "con", "NUL", "nul.txt", "Com1", "lpt9.tar.gz", "aux .x"),
+    *("a*", "a?", "a|b", "<a>", '"a"', "x" * 121, "\ud800"),
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+def test_only_the_name_of_a_plain_folder_names_a_dataset_or_a_run(name):
+    message = refusal(dataset=name)
+    assert "dataset" in message and "--dataset-dir" in message
+    message = refusal(run_name=name)
+    assert "run_name" in message and "--checkpoints-dir" in message
+
+
+def test_a_dataset_is_not_called_as_the_folder_of_the_caches():
+    for name in ("cache", "Cache"):
+        assert "caches" in refusal(dataset=name)
+        Config(run_name=name)
+    assert "plain folder name" in refusal(dataset="")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("flickr30k", "my photos", "v1.2", "caf\u00e9 \u72ac", "a+b", "-x"),
+        *("nullable", "com10", "a..b", "caches", "console", "x" * 120),
+    ],
+)
+def test_other_names_are_accepted(name):
+    config = Config(dataset=name, run_name=name)
+    assert resolve(config).run_name == name
+
+
+# --- choices that are left open -------------------------------------------
+
+
+def test_a_resolved_config_leaves_only_the_machine_a_choice():
+    for dataset in ("sample", "mine"):
+        config = resolve(Config(dataset=dataset))
+        left = {n for n, value in OPEN.items() if getattr(config, n) == value}
+        assert left == {"precision"}
+        assert resolve(config) == config
+
+
+def test_photographs_are_enlarged_and_the_sample_is_not():
+    assert resolve(Config()).input_size == 224
+    assert resolve(Config(dataset="flickr8k")).input_size == 448
+    config = Config(dataset="flickr8k", magnification=1)
+    assert resolve(config).input_size == 224
+    assert Config(magnification=3, image_size=32).input_size == 96
+
+
+def test_the_sample_is_learnt_in_smaller_steps():
+    sample, other = resolve(Config()), resolve(Config(dataset="flickr8k"))
+    assert sample.batch_images < other.batch_images
+    for dataset in ("sample", "flickr8k"):
+        config = Config(dataset=dataset, batch_images=3)
+        assert resolve(config).batch_images == 3
+
+
+def test_the_sample_has_random_weights_unless_told_otherwise():
+    assert resolve(Config()).encoder_weights == "random"
+    assert resolve(Config(dataset="mine")).encoder_weights == "imagenet"
+    for weights in ("imagenet", "random", "w.h5"):
+        config = resolve(Config(encoder_weights=weights))
+        assert config.encoder_weights == weights
+
+
+# --- dataset_dir ----------------------------------------------------------
+
+
+def test_dataset_dir_alone_names_the_dataset(tmp_path, monkeypatch):
+    (tmp_path / "farm" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "farm")
+    for folder in (".", "../farm", "inner/..", str(tmp_path / "farm") + "/"):
+        config = resolve(Config(dataset_dir=folder), ["dataset_dir"])
+        assert (config.dataset, config.run_name) == ("farm", "farm-resnet50")
+        assert config.encoder_weights == "imagenet"
+        assert config.magnification == 2
+        # The same if it stands in config.py.
+        assert resolve(Config(dataset_dir=folder)).dataset == "farm"
+    os.symlink(tmp_path / "farm", tmp_path / "link")
+    config = Config(dataset_dir=str(tmp_path / "link"))
+    assert resolve(config, ["dataset_dir"]).dataset == "farm"
+
+
+def test_a_dataset_that_is_named_keeps_its_name():
+    config = Config(dataset="trip", dataset_dir="/some/farm")
+    assert resolve(config, ["dataset", "dataset_dir"]).dataset == "trip"
+    assert resolve(config).dataset == "trip"
+    # A flag that names the folder counts for more than a name in config.py.
+    assert resolve(config, ["dataset_dir"]).dataset == "farm"
+
+
+@pytest.mark.parametrize("folder", ["/", "x/cache", "x/a:b", "x/.y", "x/con"])
+def test_a_folder_that_gives_no_name_wants_one(folder):
+    with pytest.raises(UserError, match="another name with --dataset") as e:
+        resolve(Config(dataset_dir=folder), ["dataset_dir"])
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("given", [[], ["dataset_dir"], ["dataset"]])
+def test_photographs_are_not_called_like_the_sample(given):
+    """Whose encoder has random weights."""
+    with pytest.raises(UserError, match="the built-in sample"):
+        resolve(Config(dataset_dir="elsewhere/sample"), given)
+    own = Config(dataset_dir=str(Path("data") / "sample"))
+    assert resolve(own, given).encoder_weights == "random"

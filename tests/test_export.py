@@ -43,6 +43,7 @@ def run(tmp_path_factory, request):
         encoder="mobilenetv2",
         encoder_weights="random",
         image_size=64,
+        magnification=1,
         decoder_units=16,
         attention_units=16,
         embedding_units=16,
@@ -78,7 +79,7 @@ def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
     config, place, pixels, features = run
     cache = type("Cache", (), {"features": features})
     rows = np.arange(len(features))
-    monkeypatch.setattr(prepared, "load_features", lambda *_: (cache, rows))
+    monkeypatch.setattr(prepared, "open_features", lambda *_: (cache, rows))
     words = vocabulary.load(place / "vocabulary.json").words[4:]
     split = prepared.Split(
         list(rows), list(rows), [], [[[words[0]]]] * len(rows)

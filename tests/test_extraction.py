@@ -26,7 +26,7 @@ def encode(images: np.ndarray) -> np.ndarray:
 def fill(place: Path, folder: Path, encoder=encode) -> extraction.Notes:
     images = folder / "data" / "photos" / "images"
     names = sorted(path.name for path in images.iterdir())
-    cache = features.create(place, DESCRIPTION, {}, names, SHAPE)
+    cache = features.create(place, DESCRIPTION, {}, images, names, SHAPE)
     return extraction.fill(cache, images, names, 32, lambda: encoder)
 
 
@@ -121,7 +121,7 @@ def test_a_full_disk_when_the_tables_are_written_is_one_line(
 ):
     make_photos(tmp_path)
     assert end(start(tmp_path))[0] == 0
-    (whole,) = tmp_path.glob("data/cache/*/captions.csv")
+    (whole,) = tmp_path.glob("data/cache/*/*/captions.csv")
     # All but the captions fits.
     flags = ("--data-dir", str(small_disk), "--dataset-dir", "data/photos")
     worker = start(tmp_path, *flags, "--worker", "0/2")
@@ -147,10 +147,10 @@ def test_another_encoder_leaves_the_old_cache_as_it_is(tmp_path):
     make_photos(tmp_path, 20)
     flags = ("--max-skipped-share", "0.5")
     assert end(start(tmp_path, *flags))[0] == 0
-    (old,) = tmp_path.glob("data/cache/*/resnet50-*")
+    (old,) = tmp_path.glob("data/cache/*/features/resnet50-*")
     before = {path.name: path.read_bytes() for path in old.iterdir()}
     assert end(start(tmp_path, *flags, "--encoder", "vgg16"))[0] == 0
-    (new,) = tmp_path.glob("data/cache/*/vgg16-*")
+    (new,) = tmp_path.glob("data/cache/*/features/vgg16-*")
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
     assert {path.name for path in new.iterdir()} == set(before)
 
@@ -196,13 +196,16 @@ def test_photographs_in_two_splits_are_told_by_a_resumed_run_alike(tmp_path):
     code, out, _ = end(start(tmp_path))
     assert code == 0
     assert "1 pairs of images with equal pixels lie in two splits" in out
-    (path,) = tmp_path.glob("data/cache/*/duplicates.csv")
+    (path,) = tmp_path.glob("data/cache/*/*/duplicates.csv")
     wanted = "image,split,other_image,other_split\n003.png,train,100.png,val\n"
     assert path.read_text() == wanted
     path.unlink()
-    # The digests come from the cache: the files are not read again.
+    # The digests come from the cache: files that look the same stay closed.
     for name in ("003.png", "100.png"):
-        (tmp_path / "data" / "photos" / "images" / name).write_bytes(b"gone")
+        image = tmp_path / "data" / "photos" / "images" / name
+        status = image.stat()
+        image.write_bytes(bytes(status.st_size))
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert end(start(tmp_path))[0] == 0
     assert path.read_text() == wanted
 
@@ -223,7 +226,7 @@ def test_images_in_no_split_do_not_count_as_broken(tmp_path):
     code, out, err = end(start(tmp_path))
     assert code == 0, err
     assert "40 images" in out
-    (path,) = tmp_path.glob("data/cache/*/skipped.csv")
+    (path,) = tmp_path.glob("data/cache/*/*/skipped.csv")
     assert path.read_text().count("in no split list") == 80
 
 
@@ -248,7 +251,7 @@ def test_of_a_few_images_only_these_count_as_broken(tmp_path):
     assert code == 1 and "1 of 8 images are unusable" in err
     code, _, err = end(start(tmp_path, *flags, "0.13"))
     assert code == 0, err
-    (skipped,) = tmp_path.glob("data/cache/*/skipped.csv")
+    (skipped,) = tmp_path.glob("data/cache/*/*/skipped.csv")
     wanted = "image,reason\ngone.png,missing\n001.png,not an image\n"
     assert skipped.read_text() == wanted
 
@@ -259,5 +262,5 @@ def test_an_image_with_one_caption_left_out_keeps_the_others(tmp_path):
     with open(path, "a", encoding="utf-8") as handle:
         handle.write("001.png,...,train\n")
     assert end(start(tmp_path))[0] == 0
-    (written,) = tmp_path.glob("data/cache/*/captions.csv")
+    (written,) = tmp_path.glob("data/cache/*/*/captions.csv")
     assert "001.png" in set(pd.read_csv(written)["image"])

@@ -1,6 +1,7 @@
 """The feature cache: filled, killed, resumed, lengthened, refused."""
 
 import errno
+import io
 import json
 import mmap
 import os
@@ -68,13 +69,16 @@ def draw(folder: Path, names: list[str]) -> None:
             (folder / name).write_bytes(b"no image")
 
 
-def create(folder: Path, names=NAMES, shape=SHAPE) -> features.Cache:
-    return features.create(folder, DESCRIPTION, {"keras": "3"}, names, shape)
+def create(
+    folder: Path, names=NAMES, shape=SHAPE, images=Path("images")
+) -> features.Cache:
+    versions = {"keras": "3"}
+    return features.create(folder, DESCRIPTION, versions, images, names, shape)
 
 
 def fill(folder: Path, images: Path, encoder, names=NAMES) -> extraction.Notes:
     """What preprocess.py does with the images of a dataset."""
-    cache = create(folder, names)
+    cache = create(folder, names, images=images)
     return extraction.fill(cache, images, names, SIZE, lambda: encoder)
 
 
@@ -149,12 +153,13 @@ def test_a_full_cache_needs_no_encoder(tmp_path, images):
 
     fill(tmp_path / "cache", images, Encoder(), GOOD)
     before = content(tmp_path / "cache")
-    extraction.fill(create(tmp_path / "cache", GOOD), images, GOOD, SIZE, build)
+    cache = create(tmp_path / "cache", GOOD, images=images)
+    extraction.fill(cache, images, GOOD, SIZE, build)
     assert content(tmp_path / "cache") == before
 
 
 def test_only_what_is_missing_is_computed(tmp_path, images, undisturbed):
-    cache = create(undisturbed)
+    cache = create(undisturbed, images=images)
     before = content(undisturbed)
     for name in ("b.png", "i.png"):
         cache.features[cache.row[name]] = 0
@@ -278,6 +283,11 @@ def test_a_cache_that_was_half_made_is_made_the_rest_of_the_way(
         if begun:
             fill(folder, images, Encoder(), begun)
         stopped = interrupted_create(folder, last)
+        if begun:  # and what was there can be read all the while
+            cache = features.load(folder, DESCRIPTION)
+            for name in set(begun) & set(GOOD):
+                found = cache.features[cache.row[name]]
+                np.testing.assert_array_equal(found, expected(images, name))
         fill(folder, images, Encoder())
         results.append(content(folder))
         last += 1
@@ -298,14 +308,101 @@ def test_a_full_disk_ends_the_run_and_leaves_what_is_done(
     assert content(tmp_path / "cache") == content(undisturbed)
 
 
-def test_a_row_is_marked_only_after_its_bytes_are_on_disk(tmp_path):
-    cache, marked = create(tmp_path), []
-    recorder = types.SimpleNamespace(
-        flush=lambda: marked.append(cache.finished.tolist())
-    )
-    features.commit(cache._replace(features=recorder), {1: 1, 3: 2})
-    assert marked == [[0] * len(NAMES)]
-    assert cache.finished.tolist()[:5] == [0, 1, 0, 2, 0]
+class Disk:
+    """What a disk holds for certain after a power cut: what was synced.
+
+    At each fsync it checks that nothing in finished.bin, which may have come
+    to the disk by itself, counts on bytes that would be lost.
+    """
+
+    def __init__(self, folder: Path, monkeypatch) -> None:
+        self.folder, self.safe, self.renamed = folder, {}, {}
+        self.fsync, self.replace = os.fsync, os.replace
+        monkeypatch.setattr(os, "fsync", self.watch_fsync)
+        monkeypatch.setattr(os, "replace", self.watch_replace)
+
+    def watch_fsync(self, handle: int) -> None:
+        self.fsync(handle)
+        status = os.fstat(handle)
+        for path in self.folder.iterdir():
+            if os.path.samestat(path.stat(), status):
+                self.safe[path.name] = path.read_bytes()
+        if os.path.samestat(self.folder.stat(), status):
+            # The new names, and with them what was synced under the old ones.
+            for name, old in self.renamed.items():
+                self.safe[name] = self.safe.get(old, b"")
+        self.check()
+
+    def watch_replace(self, old, new) -> None:
+        self.replace(old, new)
+        if Path(new).parent == self.folder:
+            self.renamed[Path(new).name] = Path(old).name
+
+    def check(self) -> None:
+        path = self.folder / "finished.bin"
+        marks = path.read_bytes() if path.exists() else b""
+        lines = self.safe.get("images.csv", b"").splitlines()[1:]
+        assert len(lines) >= len(marks), "names are lost"
+        if marks:
+            stored = io.BytesIO(self.safe["features.npy"])
+            np.lib.format.read_magic(stored)
+            shape, *_ = np.lib.format.read_array_header_1_0(stored)
+            assert shape[0] >= len(marks), "the header is lost"
+            assert len(stored.read()) >= 2 * np.prod(shape), "rows are lost"
+            assert len(self.safe["digests.bin"]) >= 16 * len(marks)
+        for row, mark in enumerate(marks):
+            if mark:
+                assert self.row("features.npy", row) == self.now[row]
+                assert self.row("digests.bin", row) == self.digests[row]
+
+    def row(self, name: str, row: int) -> bytes:
+        data, width = self.safe[name], features.DIGEST_BYTES
+        start = 0
+        if name == "features.npy":
+            width = 2 * SHAPE[0] * SHAPE[1]
+            start = 10 + int.from_bytes(data[8:10], "little")
+        return data[start + row * width :][:width]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows syncs no folders")
+@pytest.mark.parametrize("begun", [[], NAMES[:4]], ids=["new", "longer"])
+def test_a_row_is_marked_only_after_its_bytes_are_on_disk(
+    tmp_path, images, undisturbed, monkeypatch, begun
+):
+    wanted = content(undisturbed)
+    folder = tmp_path / "watched"
+    folder.mkdir()
+    monkeypatch.setattr(extraction, "COMMIT_SECONDS", 0)
+    disk = Disk(folder, monkeypatch)
+    disk.safe = wanted
+    disk.now = [disk.row("features.npy", row) for row in range(len(NAMES))]
+    disk.digests = [disk.row("digests.bin", row) for row in range(len(NAMES))]
+    disk.safe = {}
+    if begun:
+        fill(folder, images, Encoder(), begun)
+    fill(folder, images, Encoder())
+    assert disk.safe.keys() >= content(folder).keys()
+    for name, data in content(folder).items():
+        assert disk.safe[name] == data, f"{name} is not on disk"
+
+
+def test_a_row_is_taken_back_on_disk_before_its_file_is_recorded(
+    tmp_path, images, undisturbed, monkeypatch
+):
+    """Else old features would count as those of the new file."""
+    draw(images, ["new.png"])
+    os.replace(images / "new.png", images / "a.png")
+    finished = undisturbed / "finished.bin"
+    seen = []
+
+    def watch(*_) -> None:
+        seen.append(finished.read_bytes()[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(features, "write_csv", watch)
+    with pytest.raises(KeyboardInterrupt):
+        fill(undisturbed, images, Encoder())
+    assert seen == [0]
 
 
 # --- other images, other settings -----------------------------------------
@@ -397,13 +494,13 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 
 
 def test_a_disk_that_is_too_small_for_new_images_keeps_the_old(
-    undisturbed, monkeypatch
+    images, undisturbed, monkeypatch
 ):
     before = content(undisturbed)
     leave_free(monkeypatch, 0)
-    create(undisturbed)  # what is there needs no more
+    create(undisturbed, images=images)  # what is there needs no more
     with pytest.raises(UserError, match="make room"):
-        create(undisturbed, [*NAMES, *map(str, range(1000))])
+        create(undisturbed, [*NAMES, *map(str, range(1000))], images=images)
     assert content(undisturbed) == before
 
 
@@ -454,7 +551,7 @@ def lengthen(path: Path, data: bytes) -> None:
 
 
 def list_images(folder: Path, *lines: str) -> None:
-    text = "\n".join(["image", *lines]) + "\n"
+    text = "\n".join(["image,size,modified", *lines]) + "\n"
     (folder / "images.csv").write_text(text, encoding="utf-8")
 
 
@@ -490,7 +587,7 @@ MISFITS = {
     ),
     "features.npy long": (
         lambda f: lengthen(f / "features.npy", b"abc"),
-        "bytes where",
+        "bytes instead of",
     ),
     "features.npy an archive": (
         lambda f: overwrite(f / "features.npy", 0, b"PK\3\4"),
@@ -500,7 +597,7 @@ MISFITS = {
         lambda f: overwrite(f / "features.npy", 10, b"{{('" + b"?" * 9),
         "features.npy",
     ),
-    "images.csv cut": (lambda f: list_images(f, "a.png"), "1"),
+    "images.csv cut": (lambda f: list_images(f, "a.png,1,1"), "1"),
     "images.csv torn": (lambda f: list_images(f, "a.png", "b,c"), "images.csv"),
     "images.csv gone": (lambda f: (f / "images.csv").unlink(), "images.csv"),
 }
@@ -530,24 +627,25 @@ def test_digests_that_do_not_fit_are_refused(images, undisturbed, change):
     wanted = path.read_bytes()
     path.write_bytes((wanted + bytes(16))[: len(wanted) + change])
     before = content(undisturbed)
-    with pytest.raises(UserError, match=r"digests\.bin has .* bytes where"):
+    with pytest.raises(UserError, match=r"digests\.bin has .* bytes instead"):
         create(undisturbed)
     assert content(undisturbed) == before
 
 
-def test_features_that_are_being_made_are_not_to_be_deleted(undisturbed):
-    list_images(undisturbed, *NAMES, "new.png")
-    with pytest.raises(UserError, match=r"run preprocess\.py again") as error:
-        features.load(undisturbed, DESCRIPTION)
-    assert "delete" not in str(error.value)
+def test_rows_that_are_being_added_are_left_out(undisturbed):
+    list_images(undisturbed, *[f"{name},1,1" for name in [*NAMES, "new.png"]])
+    assert list(features.load(undisturbed, DESCRIPTION).row) == NAMES
 
 
 @pytest.mark.parametrize("length", [0, 3])
 def test_rows_without_a_mark_do_not_count(images, undisturbed, length):
     before = content(undisturbed)
     cut(undisturbed / "finished.bin", length)
-    with pytest.raises(UserError):
-        features.load(undisturbed, DESCRIPTION)
+    if length:
+        assert len(features.load(undisturbed, DESCRIPTION).row) == length
+    else:
+        with pytest.raises(UserError, match="no finished features"):
+            features.load(undisturbed, DESCRIPTION)
     encoder = Encoder()
     fill(undisturbed, images, encoder)
     assert encoder.images == len(GOOD) - length
@@ -576,42 +674,37 @@ def test_other_versions_are_recorded_and_not_compared(undisturbed):
 # --- statistics -----------------------------------------------------------
 
 
-def cache_of(array: np.ndarray) -> features.Cache:
-    return features.Cache(Path(), array.astype(np.float16), np.ones(0), {})
-
-
 def test_the_statistics_are_those_of_numpy():
     random = np.random.default_rng(0)
     scale = np.array([1, 10, 0.1])
-    cache = cache_of(random.normal(5 * scale, scale, (150, *SHAPE)))
+    array = random.normal(5 * scale, scale, (150, *SHAPE)).astype(np.float16)
     rows = random.permutation(150)[:131]
-    mean, deviation = features.channel_statistics(cache, rows)
-    chosen = cache.features[rows].astype(np.float64).reshape(-1, SHAPE[1])
+    mean, deviation = features.channel_statistics(array, rows)
+    chosen = array[rows].astype(np.float64).reshape(-1, SHAPE[1])
     assert mean.dtype == deviation.dtype == np.float32
     np.testing.assert_allclose(mean, chosen.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(deviation, chosen.std(axis=0), rtol=1e-5)
 
 
 def test_the_statistics_do_not_overflow_float16():
-    cache = cache_of(np.full((200, *SHAPE), 60_000))
-    mean, _ = features.channel_statistics(cache, np.arange(200))
-    np.testing.assert_allclose(mean, cache.features[0, 0], rtol=1e-6)
+    array = np.full((200, *SHAPE), 60_000, np.float16)
+    mean, _ = features.channel_statistics(array, np.arange(200))
+    np.testing.assert_allclose(mean, array[0, 0], rtol=1e-6)
 
 
 def test_some_rows_stand_for_all_when_there_are_many():
     squares = np.square(np.arange(11))[:, None, None]
-    cache = cache_of(squares * np.ones((11, *SHAPE)))
-    mean, _ = features.channel_statistics(cache, np.arange(11), most=3)
+    array = squares * np.ones((11, *SHAPE), np.float16)
+    mean, _ = features.channel_statistics(array, np.arange(11), most=3)
     np.testing.assert_allclose(mean, (0 + 25 + 100) / 3, rtol=1e-6)
 
 
 def test_a_channel_that_never_fires_is_not_blown_up():
     alternating = np.tile([[0, 2, 0], [0, 4, 8]], (10, 2, 1))
-    cache = cache_of(alternating)
-    _, deviation = features.channel_statistics(cache, np.arange(10))
+    _, deviation = features.channel_statistics(alternating, np.arange(10))
     np.testing.assert_allclose(deviation, [0.01 * (0 + 1 + 4) / 3, 1, 4])
     _, deviation = features.channel_statistics(
-        cache_of(np.zeros((10, *SHAPE))), np.arange(10)
+        np.zeros((10, *SHAPE)), np.arange(10)
     )
     np.testing.assert_allclose(deviation, 1e-6)
 

@@ -1,5 +1,7 @@
 """Atomic writes, and the lock that ends with its process."""
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -22,13 +24,19 @@ with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
+NO_FLOCK = """
+import errno, fcntl, os
+def flock(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = flock
+"""
 
 
-@pytest.fixture
-def holder(tmp_path):
+@contextlib.contextmanager
+def held(path: Path, before: str = ""):
     """Another process that holds the lock."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
+        [sys.executable, "-c", before + HOLDER, str(path)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
@@ -37,6 +45,12 @@ def holder(tmp_path):
     yield process
     process.kill()
     process.communicate()
+
+
+@pytest.fixture
+def holder(tmp_path):
+    with held(tmp_path / "run") as process:
+        yield process
 
 
 # --- atomic writes --------------------------------------------------------
@@ -83,7 +97,9 @@ def test_the_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
         files.os, "replace", lambda *a: (done.append("replace"), replace(*a))
     )
     write_text(tmp_path / "x.json", "x")
-    assert done == ["fsync", "replace"]
+    # And last the name itself, which Windows does not let us wait for.
+    wanted = ["fsync", "replace"] + ["fsync"] * (os.name != "nt")
+    assert done == wanted
 
 
 def test_text_is_written_as_utf_8(tmp_path):
@@ -161,3 +177,72 @@ def test_two_folders_have_two_locks(tmp_path):
 def test_what_goes_wrong_under_a_lock_is_not_taken_for_a_lock(tmp_path):
     with pytest.raises(OSError, match="odd"), lock(tmp_path / "run"):
         raise OSError("odd")
+
+
+def test_a_folder_that_cannot_be_written_is_not_taken_for_a_lock(tmp_path):
+    (tmp_path / ".run.lock").mkdir()  # root may write anywhere else
+    with pytest.raises(OSError) as error, lock(tmp_path / "run"):
+        pass
+    assert error.value.filename
+    assert os.listdir(tmp_path) == [".run.lock"]
+
+
+# --- disks without locks --------------------------------------------------
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    """A disk that refuses locks, with one error after the other."""
+    fcntl = pytest.importorskip("fcntl")
+    files._note_soft_lock.cache_clear()
+
+    def refuse_with(number: int) -> None:
+        def flock(*_) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    refuse_with(errno.ENOSYS)
+    return refuse_with
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM, errno.EINVAL],
+)
+def test_a_disk_without_locks_is_said_once_and_used(
+    tmp_path, no_flock, capsys, number
+):
+    no_flock(number)
+    for _ in range(2):
+        with lock(tmp_path / "run"), lock(tmp_path / "other"):
+            assert "another process" in refused(tmp_path / "run")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and os.strerror(number) in told
+    assert "another process is" not in told
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as error, lock(path):
+        pass
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_killed_process_leaves_no_lock_there_either(tmp_path, no_flock):
+    with held(tmp_path / "run", NO_FLOCK) as process:
+        refused(tmp_path / "run")
+        process.kill()
+        process.wait()
+        with lock(tmp_path / "run"):
+            refused(tmp_path / "run")
+        with lock(tmp_path / "run", wait=True):
+            pass
+
+
+def test_a_marker_of_another_machine_is_named(tmp_path, no_flock):
+    marker = tmp_path / ".run.softlock"
+    with lock(tmp_path / "run"):
+        pid, host, *rest = marker.read_text().split("\n")
+    marker.write_text("\n".join([pid, host + "-2", *rest]))
+    assert f"delete {marker}" in refused(tmp_path / "run")

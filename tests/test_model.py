@@ -452,7 +452,7 @@ def test_the_sizes_of_a_config_shape_the_model():
 @pytest.fixture(scope="module")
 def small_encoder():
     keras.config.set_dtype_policy("float32")
-    config = Config(encoder="mobilenetv2", image_size=64)
+    config = Config(encoder="mobilenetv2", image_size=64, magnification=1)
     return config, build_encoder(config, "random")
 
 
@@ -488,7 +488,7 @@ def test_random_encoder_weights_are_the_same_every_time(small_encoder):
 
 
 def test_the_encoder_preprocesses_rgb_as_keras_applications_does():
-    config = Config(encoder="vgg16", image_size=32)
+    config = Config(encoder="vgg16", image_size=32, magnification=1)
     encoder = build_encoder(config, "random")
     image = np.zeros((1, 32, 32, 3), np.uint8)
     image[..., 0] = 255  # red, in RGB
@@ -511,7 +511,7 @@ def test_the_encoder_preprocesses_rgb_as_keras_applications_does():
 
 @pytest.mark.parametrize("encoder", ["vgg16", "resnet50", "mobilenetv2"])
 def test_random_features_fit_into_float16(encoder):
-    config = Config(encoder=encoder, image_size=64)
+    config = Config(encoder=encoder, image_size=64, magnification=1)
     images = np.random.randint(0, 256, (2, 64, 64, 3), np.uint8)
     found = build_encoder(config, "random").predict_on_batch(images)
     found = np.asarray(found, np.float32)
@@ -529,7 +529,8 @@ def test_random_features_fit_into_float16(encoder):
     ],
 )
 def test_the_feature_maps_are_those_of_the_papers(encoder, size, shape):
-    assert feature_shape(Config(encoder=encoder, image_size=size)) == shape
+    config = Config(encoder=encoder, image_size=size, magnification=1)
+    assert feature_shape(config) == shape
 
 
 def test_regions_are_averages_of_squares_of_the_feature_map(small_encoder):
@@ -560,19 +561,6 @@ def test_regions_are_averages_of_squares_of_the_feature_map(small_encoder):
     )
 
 
-def test_photographs_are_enlarged_and_the_sample_is_not():
-    assert Config().input_size == 224
-    assert Config(dataset="flickr8k").input_size == 448
-    assert Config(dataset="flickr8k", magnification=1).input_size == 224
-    assert Config(magnification=3, image_size=32).input_size == 96
-
-
-def test_the_sample_is_learnt_in_smaller_steps():
-    assert Config().step_images < Config(dataset="flickr8k").step_images
-    assert Config(batch_images=3).step_images == 3
-    assert Config(dataset="flickr8k", batch_images=3).step_images == 3
-
-
 def test_magnification_makes_other_features_of_one_shape():
     plain, enlarged = Config(magnification=1), Config(magnification=2)
     one, other = (
@@ -583,6 +571,6 @@ def test_magnification_makes_other_features_of_one_shape():
 
 
 def test_another_encoder_has_other_features():
-    one = describe_features(Config(), "random")
-    other = describe_features(Config(image_size=256), "random")
+    one = describe_features(Config(magnification=1), "random")
+    other = describe_features(Config(image_size=256, magnification=1), "random")
     assert one != other

@@ -48,16 +48,17 @@ METRICS = Path("evaluation") / "test" / "metrics.json"
 
 
 def test_the_pipeline_leaves_the_files_of_the_contract(home):
-    # A lock file lies beside it.
     (cache,) = (home / "data" / "cache").glob("[!.]*")
-    assert cache.name.startswith("small-")
+    assert cache.name == "small"
+    (text,) = cache.glob("text-*")
     for name in ("captions.csv", "vocabulary.json", "skipped.csv"):
-        assert (cache / name).stat().st_size
-    (features,) = cache.glob("*/features.npy")
+        assert (text / name).stat().st_size
+    (features,) = cache.glob("features/*/features.npy")
     array = np.load(features, mmap_mode="r")
     assert array.dtype == np.float16 and array.shape == (360, 9, 2048)
     assert json.loads((features.parent / "meta.json").read_text())["weights"]
-    assert len(pd.read_csv(features.parent / "images.csv")) == 360
+    table = pd.read_csv(features.parent / "images.csv")
+    assert list(table) == ["image", "size", "modified"] and len(table) == 360
     run_folder = home / RUN
     for name in (
         "config.json",

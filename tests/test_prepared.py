@@ -68,25 +68,23 @@ def another_value(name: str):
 CHANGES = [name for name in group("data") if name != "dataset"]
 
 
-def test_the_defaults_have_the_plain_name_of_the_dataset():
-    assert prepared.folder(Config()) == Path("data/cache/sample")
-    config = Config(dataset="flickr8k", data_dir="else/where")
-    assert prepared.folder(config) == Path("else/where/cache/flickr8k")
+def test_the_folder_is_that_of_the_dataset_and_named_by_a_digest():
+    place = prepared.folder(Config(dataset="flickr8k", data_dir="else/where"))
+    assert place.parent == Path("else/where/cache/flickr8k")
+    stem, digits = place.name.split("-")
+    assert stem == "text" and len(digits) == 8 and int(digits, 16) >= 0
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_another_data_field_is_another_folder(name):
-    changed = prepared.folder(Config(**{name: another_value(name)}))
-    assert changed.parent == Path("data/cache")
-    stem, digits = changed.name.rsplit("-", 1)
-    assert stem == "sample" and len(digits) == 8 and int(digits, 16) >= 0
-
-
-def test_each_change_has_a_folder_of_its_own():
+def test_each_change_of_a_data_field_has_a_folder_of_its_own():
     changes = [{name: another_value(name)} for name in CHANGES]
     changes += [{}, {"limit_images": 2}, {**changes[0], **changes[1]}]
     folders = [prepared.folder(Config(**each)) for each in changes]
     assert len(set(folders)) == len(folders)
+
+
+def test_a_whole_number_is_the_same_as_the_number(tmp_path):
+    one, other = (Config(val_share=0.1, test_share=x) for x in (0, 0.0))
+    assert prepared.folder(one) == prepared.folder(other)
 
 
 def test_the_other_fields_leave_the_folder_as_it_is():
@@ -94,6 +92,15 @@ def test_the_other_fields_leave_the_folder_as_it_is():
         encoder="vgg16", decoder_units=8, epochs=3, beam_size=2, run_name="x"
     )
     assert prepared.folder(config) == prepared.folder(Config())
+
+
+def test_features_are_shared_by_all_text_folders():
+    one, other = Config(), Config(limit_images=3, min_word_count=9)
+    place = prepared.features_folder(one, DESCRIPTION)
+    assert place == prepared.features_folder(other, DESCRIPTION)
+    assert place.parent == Path("data/cache/sample/features")
+    another = {**DESCRIPTION, "layer": "conv4"}
+    assert place != prepared.features_folder(one, another)
 
 
 # --- captions -------------------------------------------------------------
@@ -252,18 +259,19 @@ def test_a_split_that_is_not_there_is_told_with_those_that_are(config):
 @pytest.fixture
 def cache(config) -> features.Cache:
     """Finished features of two images, and a row that is not finished."""
-    place = prepared.folder(config) / features.key(DESCRIPTION)
-    names = ["a.png", "m.png", "z.png"]
-    made = features.create(place, DESCRIPTION, {}, names, (4, 3))
+    prepared.save(config, dataset(PLAIN))
+    place = prepared.features_folder(config, DESCRIPTION)
+    names, images = ["a.png", "m.png", "z.png"], Path("images")
+    made = features.create(place, DESCRIPTION, {}, images, names, (4, 3))
     made.features[:] = np.arange(3)[:, None, None]
     features.commit(made, {0: 1, 2: 2})
     return made
 
 
 def test_the_rows_of_images_are_found_in_the_order_asked_for(config, cache):
-    found, rows = prepared.load_features(config, DESCRIPTION, ["z.png"] * 2)
+    found, rows = prepared.open_features(config, DESCRIPTION, ["z.png"] * 2)
     assert rows.tolist() == [2, 2]
-    found, rows = prepared.load_features(
+    found, rows = prepared.open_features(
         config, DESCRIPTION, ["z.png", "a.png"]
     )
     assert found.features[rows, 0, 0].tolist() == [2, 0]
@@ -271,12 +279,12 @@ def test_the_rows_of_images_are_found_in_the_order_asked_for(config, cache):
 
 @pytest.mark.parametrize("names", [["z.png", "m.png"], ["z.png", "new.png"]])
 def test_features_that_are_not_finished_are_refused(config, cache, names):
-    message = refusal(prepared.load_features, config, DESCRIPTION, names)
+    message = refusal(prepared.open_features, config, DESCRIPTION, names)
     assert "lacks the features of 1 images" in message
     assert "run preprocess.py again" in message
 
 
 def test_features_of_another_encoder_are_not_there(config, cache):
     other = {**DESCRIPTION, "weights": "imagenet"}
-    message = refusal(prepared.load_features, config, other, ["a.png"])
+    message = refusal(prepared.open_features, config, other, ["a.png"])
     assert "run preprocess.py first" in message

@@ -13,13 +13,13 @@ import pytest
 from captioning import command, runs
 from captioning.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioning.features import cache as features
-from config import Config, UserError, group
+from config import Config, UserError, group, resolve
 
 WORDS = Vocabulary((*SPECIAL_WORDS, "dog"))
 DESCRIPTION = features.describe("resnet50", "conv5", "random-0", 8)
 SHAPE = (4, 3)
 IMAGES = runs.digest_images(["a.jpg", "b.jpg"], np.eye(2, 16, dtype=np.uint8))
-TRAINED = Config(epochs=6, learning_rate=0.01, precision="float32")
+TRAINED = resolve(Config(epochs=6, learning_rate=0.01, precision="float32"))
 LIKE_TRAINED = ["--learning-rate", "0.01", "--precision", "float32"]
 
 
@@ -58,9 +58,10 @@ def refusal(function, *arguments) -> str:
 
 
 def test_a_run_is_named_after_dataset_and_encoder_unless_it_has_a_name():
-    assert runs.folder(Config()) == Path("checkpoints/sample-resnet50")
+    found = runs.folder(resolve(Config()))
+    assert found == Path("checkpoints/sample-resnet50")
     config = Config(dataset="flickr8k", encoder="vgg16", checkpoints_dir="x")
-    assert runs.folder(config) == Path("x/flickr8k-vgg16")
+    assert runs.folder(resolve(config)) == Path("x/flickr8k-vgg16")
     named = dataclasses.replace(config, run_name="mine")
     assert runs.folder(named) == Path("x/mine")
 
@@ -118,7 +119,7 @@ def test_a_config_that_was_spoiled_is_refused_in_one_line(tmp_path, text):
 
 def test_a_new_run_takes_what_config_and_flags_say(checkpoints):
     config = training_config(checkpoints / "new", "--epochs", "3")
-    assert config == Config(epochs=3)
+    assert config == resolve(Config(epochs=3))
 
 
 def test_a_run_goes_on_with_its_own_config(place, capsys):
@@ -143,7 +144,7 @@ def test_places_and_decoding_are_those_of_now(place):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--batch-images", "8"], "batch_images is 0"),
+        (["--batch-images", "8"], "batch_images is 16"),
         (["--seed", "1"], "seed is 0"),
         (["--image-size", "64"], "image_size is 224"),
         (["--max-caption-length", "9"], "max_caption_length is 20"),
@@ -221,7 +222,7 @@ def test_a_run_is_resumed_in_its_precision_on_any_machine(place):
 
 def test_decoding_ignores_the_training_fields_of_now(place):
     config, _ = decoding_config("--epochs", "50", "--batch-images", "3")
-    assert config.epochs == 6 and config.batch_images == 0
+    assert config.epochs == 6 and config.batch_images == 16
 
 
 def test_decoding_may_look_at_another_dataset(place):
@@ -281,7 +282,7 @@ def test_a_run_that_begins_is_complete_without_the_data(tmp_path):
     runs.begin(TRAINED, tmp_path, WORDS, DESCRIPTION, SHAPE, IMAGES)
     assert runs.load_config(tmp_path) == TRAINED
     assert runs.vocabulary.load(tmp_path / "vocabulary.json") == WORDS
-    assert runs.load_features(tmp_path) == (DESCRIPTION, SHAPE)
+    assert runs.load_description(tmp_path) == (DESCRIPTION, SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_a_run_does_not_go_on_with_other_words_or_features(
     runs.begin(TRAINED, tmp_path, **given)
     message = refusal(runs.begin, TRAINED, tmp_path, *(given | change).values())
     assert f"the {told} ha" in message and "--fresh" in message
-    assert runs.load_features(tmp_path) == (DESCRIPTION, SHAPE)
+    assert runs.load_description(tmp_path) == (DESCRIPTION, SHAPE)
 
 
 def test_what_was_trained_on_is_found_by_pixels_and_within_a_dataset_by_name(
@@ -341,7 +342,7 @@ def test_a_run_without_a_record_of_its_images_is_not_known(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "5", '{"shape": 3}'])
 def test_spoiled_notes_on_the_features_are_refused(tmp_path, text):
     (tmp_path / "features.json").write_text(text, encoding="utf-8")
-    assert "features.json" in refusal(runs.load_features, tmp_path)
+    assert "features.json" in refusal(runs.load_description, tmp_path)
 
 
 # --- weights --------------------------------------------------------------

@@ -5,28 +5,30 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from captioning.features import extraction, workers
+from captioning.files import lock
 from config import UserError
 from tests.processes import end, make_photos, start
-
-WRITTEN = (
-    *("captions.csv", "vocabulary.json", "skipped.csv", "repaired.csv"),
-    *("duplicates.csv", "tiny/features.npy", "tiny/images.csv"),
-    *("tiny/finished.bin", "tiny/digests.bin"),
-)
 
 
 def written(folder: Path) -> dict[str, bytes]:
     """The bytes of everything that preprocessing leaves."""
-    (cache,) = (folder / "data" / "cache").glob("photos*")
-    (tiny,) = (path.parent for path in cache.glob("*/features.npy"))
-    found = {
-        name: (cache / name.replace("tiny", tiny.name)).read_bytes()
-        for name in WRITTEN
+    cache = folder / "data" / "cache" / "photos"
+    files = {
+        str(path.relative_to(cache)): path
+        for path in cache.rglob("*")
+        # These two know the folder, or when the photographs were written.
+        if path.is_file()
+        and path.suffix != ".lock"
+        and path.name not in ("dataset.json", "meta.json", "images.csv")
     }
-    assert not list(tiny.glob("worker-*")), "marks are left"
+    assert not any("worker-" in name for name in files), "marks are left"
+    found = {name: path.read_bytes() for name, path in files.items()}
+    (path,) = cache.glob("features/*/images.csv")
+    found["images"] = pd.read_csv(path)["image"].to_json().encode()
     return found
 
 
@@ -48,7 +50,7 @@ def wait_for(condition, what: str) -> None:
 
 
 def finished_rows(folder: Path) -> np.ndarray:
-    paths = list(folder.glob("data/cache/photos*/*/finished.bin"))
+    paths = list(folder.glob("data/cache/photos/features/*/finished.bin"))
     data = paths[0].read_bytes() if paths else b""
     return np.flatnonzero(np.frombuffer(data, np.uint8))
 
@@ -71,7 +73,7 @@ def test_four_workers_one_of_them_killed_write_what_a_single_run_writes(
     done = [end(processes[n]) for n in (0, 1, 3)]
     assert [code for code, _, _ in done] == [0, 0, 0]
     assert all("Next:" not in out for _, out, _ in done)
-    assert not list(tmp_path.glob("data/cache/*/captions.csv"))
+    assert not list(tmp_path.glob("data/cache/*/*/captions.csv"))
     before = finished_rows(tmp_path)
     assert len(before) < 119
     code, out, err = end(start(tmp_path, "--worker", "2/4"))
@@ -111,17 +113,91 @@ def test_workers_and_a_run_alone_keep_out_of_each_others_way(tmp_path):
     assert code == 0, err
 
 
-def refused(held, told: str) -> None:
-    with pytest.raises(UserError, match=told), held:
-        pass
+def nothing() -> None:
+    pass
 
 
-def test_locks_end_with_their_block(tmp_path):
-    with workers.worker(tmp_path, 0), workers.worker(tmp_path, 1):
-        refused(workers.alone(tmp_path), "worker-0")
-        refused(workers.worker(tmp_path, 1), "worker-1")
-    with workers.alone(tmp_path):
-        refused(workers.worker(tmp_path, 0), "another process")
+def refused(told: str, work, *arguments) -> None:
+    with pytest.raises(UserError, match=told):
+        work(*arguments)
+
+
+def work_alone(folder: Path, work=nothing) -> None:
+    with workers.alone(folder):
+        work()
+
+
+def test_locks_end_with_their_work(tmp_path):
+    place = tmp_path / "key"
+
+    def while_two_work() -> None:
+        refused("worker-0-of-2", work_alone, place)
+        refused("worker-1-of-2", workers.do_part, place, "a", 1, 2, nothing)
+        # On other images, or in other parts.
+        refused("worker-0", workers.do_part, place, "b", 1, 2, nothing)
+        refused("worker-0", workers.do_part, place, "a", 1, 3, nothing)
+
+    def while_one_works() -> None:
+        # It waits for the other one as long as that has left no mark.
+        workers.do_part(place, "a", 1, 2, while_two_work)
+
+    assert workers.do_part(place, "a", 0, 2, while_one_works) == []
+
+    def while_alone() -> None:
+        refused("another", workers.do_part, place, "a", 0, 2, nothing)
+        refused("another process", work_alone, place)
+
+    work_alone(place, while_alone)
+    assert workers.do_part(place, "a", 0, 2, nothing) == []
+    workers.clear(place, "b")
+    assert workers.do_part(place, "b", 0, 2, nothing) == [1]
+    workers.clear(place, "a")
+    assert workers.do_part(place, "a", 0, 2, nothing) == [1]
+
+
+def test_whoever_sees_the_mark_of_a_worker_finds_its_lock_free(
+    tmp_path, monkeypatch
+):
+    place = tmp_path / "key"
+    write, seen = workers.write_text, []
+
+    def write_and_look(path: Path, text: str) -> None:
+        write(path, text)
+        seen.append(path.name)
+        with lock(place.with_name(f"{place.name}.{path.stem}")):
+            pass
+
+    monkeypatch.setattr(workers, "write_text", write_and_look)
+    workers.do_part(place, "a", 0, 2, nothing)
+    assert seen == ["worker-0-of-2-a.txt"]
+
+
+def test_a_worker_that_fails_leaves_no_mark(tmp_path):
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.do_part(tmp_path / "key", "a", 0, 2, fail)
+    assert workers.do_part(tmp_path / "key", "a", 1, 2, nothing) == [0]
+
+
+def test_runs_on_other_captions_of_the_same_images_take_turns(tmp_path):
+    make_photos(tmp_path)
+    first = start(tmp_path, "--limit-images", "9", pause=1)
+    wait_for(lambda: len(finished_rows(tmp_path)), "row of the first")
+    for flags in ([], ["--worker", "0/2"]):
+        code, _, err = end(start(tmp_path, *flags))
+        assert code == 1 and len(err.splitlines()) == 1
+        assert "another process is at work" in err
+    first.kill()
+    first.communicate()
+    worker = start(tmp_path, "--worker", "1/2", pause=1)
+    count = len(finished_rows(tmp_path))
+    wait_for(lambda: len(finished_rows(tmp_path)) > count, "further row")
+    code, _, err = end(start(tmp_path, "--limit-images", "9"))
+    assert code == 1 and "another process is at work" in err
+    worker.kill()
+    worker.communicate()
 
 
 def test_the_parts_of_the_workers_are_all_rows_once():

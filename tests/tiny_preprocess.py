@@ -32,9 +32,8 @@ def encode(images: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Runs the script."""
     model: Any = ModuleType("model")
-    model.encoder_weights = lambda config: "tiny"
     model.describe_features = lambda config, weights: features.describe(
-        config.encoder, "quarters", weights, config.image_size
+        config.encoder, "quarters", "tiny", config.image_size
     )
     model.feature_shape = lambda config: (4, 3)
     model.build_encoder = lambda config, weights: SimpleNamespace(
@@ -43,7 +42,10 @@ def main() -> None:
     keras: Any = ModuleType("keras")
     keras.version = lambda: "none"
     keras.backend = SimpleNamespace(backend=lambda: "none")
-    keras.config = SimpleNamespace(set_dtype_policy=lambda policy: None)
+    keras.config = SimpleNamespace(
+        set_dtype_policy=lambda policy: None,
+        dtype_policy=lambda: SimpleNamespace(name="float32"),
+    )
     sys.modules |= {"model": model, "keras": keras}
     command.import_keras = lambda: None
     extraction.BATCH, extraction.COMMIT_SECONDS = 4, 0.0

@@ -1,6 +1,13 @@
-"""What preprocess.py leaves for the other scripts: data/cache/<dataset>/."""
+"""What preprocess.py leaves for the other scripts: data/cache/<dataset>/.
+
+text-<8 hex>/       captions, vocabulary, what was skipped; one folder for
+                    each combination of the data fields
+features/<key>/     features; one folder for each encoder, shared by all
+                    text folders
+"""
 
 import dataclasses
+import glob
 import hashlib
 import json
 import sys
@@ -32,25 +39,71 @@ class Split(NamedTuple):
     tokens: list[list[list[str]]]  # the same, tokenised
 
 
-def folder(config: Config) -> Path:
-    """The cache folder of a dataset, as the data fields want it.
+def root(config: Config) -> Path:
+    """The cache folder of a dataset."""
+    return Path(config.data_dir) / "cache" / config.dataset
 
-    Fields that are at their defaults leave the plain name, so that a quick
-    try with other values never overwrites the real thing.
+
+def folder(config: Config) -> Path:
+    """The text folder of a dataset.
+
+    It is named by a digest of the values of all data fields, so that neither
+    a quick try nor an edited default overwrites anything.
     """
-    fields = {name: getattr(config, name) for name in group("data")}
-    changed = {
-        each.name: fields[each.name]
-        for each in dataclasses.fields(Config)
-        if each.name in fields
-        and each.name != "dataset"
-        and fields[each.name] != each.default
-    }
-    name = config.dataset
-    if changed:
-        text = json.dumps(changed, sort_keys=True)
-        name += "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Path(config.data_dir) / "cache" / name
+    text = json.dumps(_fields(config), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return root(config) / f"text-{digest}"
+
+
+def features_folder(config: Config, description: dict[str, Any]) -> Path:
+    """The folder of the features that `features.describe` describes."""
+    return root(config) / "features" / features.key(description)
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    """The data fields; 1 and 1.0 are one value."""
+    kinds = {each.name: each.type for each in dataclasses.fields(Config)}
+    return {n: kinds[n](getattr(config, n)) for n in group("data")}
+
+
+def check_source(config: Config, directory: Path, images_dir: Path) -> None:
+    """Refuses a dataset where the cache is that of another of the same name.
+
+    Args:
+        config: with a dataset that is named by its folder.
+        directory: that folder.
+        images_dir: where the images are.
+
+    Raises:
+        UserError: if the cached images are in another folder.
+    """
+    here, now = directory.resolve(), str(images_dir.resolve())
+    place = root(config)
+    files = [*place.glob("text-*/dataset.json")]
+    files += place.glob("features/*/meta.json")
+    for path in sorted(files):
+        was = Path(_read_json(path).get("images_dir", now))
+        if str(was) != now and was.is_dir() and not was.is_relative_to(here):
+            raise UserError(
+                f"{place} is the cache of another dataset called "
+                f"{config.dataset}, with images in {was}: give this one "
+                "another name, with --dataset NAME together with --dataset-dir"
+            )
+
+
+def old_layout(config: Config) -> str:
+    """What is left of caches of an older layout, in words; empty if nothing."""
+    place = root(config)
+    old = [*place.glob("captions.csv")]
+    old += [path.parent for path in place.glob("*/features.npy")]
+    # Data fields that were not at their defaults made a folder of their own.
+    digits = "[0-9a-f]" * 8
+    pattern = f"{glob.escape(place.name)}-{digits}/captions.csv"
+    old += [path.parent for path in place.parent.glob(pattern)]
+    if not old:
+        return ""
+    names = ", ".join(str(path) for path in sorted(old))
+    return f"{names}: of an older cache layout, not read, and can be deleted"
 
 
 def save(
@@ -95,7 +148,7 @@ def save(
     splits = dict(zip(table["image"], table["split"], strict=True))
     pairs = [(a, splits[a], b, splits[b]) for a, b in duplicates]
     write_csv(place / "duplicates.csv", pairs, DUPLICATES)
-    fields = {name: getattr(config, name) for name in group("data")}
+    fields = _fields(config)
     fields["images_dir"] = str(dataset.images_dir.resolve())
     write_text(place / "dataset.json", json.dumps(fields, indent=2) + "\n")
     return words, len(repaired)
@@ -161,8 +214,7 @@ def _read(config: Config) -> pd.DataFrame:
 
 def images_dir(config: Config) -> Path:
     """Where the images were when they were preprocessed."""
-    path = folder(config) / "dataset.json"
-    return Path(json.loads(path.read_text(encoding="utf-8"))["images_dir"])
+    return Path(_read_json(folder(config) / "dataset.json")["images_dir"])
 
 
 def load_vocabulary(config: Config) -> Vocabulary:
@@ -170,7 +222,7 @@ def load_vocabulary(config: Config) -> Vocabulary:
     return vocabulary.load(folder(config) / "vocabulary.json")
 
 
-def load_features(
+def open_features(
     config: Config, description: dict[str, Any], images: Iterable[str]
 ) -> tuple[features.Cache, np.ndarray]:
     """Opens the features of some images.
@@ -184,35 +236,55 @@ def load_features(
         The cache and the row of each image, int (images,).
 
     Raises:
-        UserError: if the features are not there or not complete.
+        UserError: if the features are missing, incomplete, or of images in
+            another folder.
     """
-    cache = features.load(
-        folder(config) / features.key(description), description
-    )
-    rows = np.array([cache.row.get(image, -1) for image in images])
+    place = features_folder(config, description)
+    cache = features.load(place, description)
+    _check_images_dir(config, place)
+    rows = np.array([cache.row.get(image, -1) for image in images], int)
     missing = int(np.sum((rows < 0) | (cache.finished[rows] == 0)))
     if missing:
         raise UserError(
             f"{cache.folder} lacks the features of {missing:,} images: run "
-            "preprocess.py again with the same flags, it goes on where it "
+            "preprocess.py again with the same flags; it resumes where it "
             "stopped"
         )
     return cache, rows
 
 
+def _check_images_dir(config: Config, place: Path) -> None:
+    """Refuses features that were since taken from another folder."""
+    was, now = images_dir(config), features.images_dir(place)
+    if str(was) != now and was.is_dir():
+        raise UserError(
+            f"the images of {folder(config)} were in {was}, and the features "
+            f"in {place} are now of those in {now}: run preprocess.py again "
+            "with the same flags"
+        )
+
+
 def _check_fields(config: Config, place: Path) -> None:
-    """Holds the data fields against those the cache was made with."""
+    """Compares the data fields with those the text folder was made with."""
     path = place / "dataset.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    found = _read_json(path)
+    if not found:
+        old = old_layout(config)
         raise UserError(
             f"there is no preprocessed dataset in {place}: run preprocess.py "
-            "first, with the same flags"
-        ) from None
-    for name in group("data"):
-        if found.get(name) != getattr(config, name):
+            "first, with the same flags" + (f" ({old})" if old else "")
+        )
+    for name, wanted in _fields(config).items():
+        if found.get(name) != wanted:
             raise UserError(
-                f"{path}: {name} is {found.get(name)!r}, not "
-                f"{getattr(config, name)!r}: run preprocess.py again"
+                f"{path}: {name} is {found.get(name)!r}, not {wanted!r}: run "
+                "preprocess.py again"
             )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; empty if it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -1,13 +1,22 @@
 """The feature cache on disk: one memory-mapped float16 array.
 
-A folder holds `features.npy` (images, regions, channels), `images.csv` (row
--> image), `meta.json` (what the features depend on), `digests.bin` (16 bytes a
-row, of the image's pixels) and `finished.bin` (one byte a row, not 0 once the
-row's other bytes are on disk). The array is filled in place; only rows that
-`finished.bin` names count. Rows are only ever appended, so that a cache grows
-with its dataset.
+A folder holds
+
+    features.npy    float16 (rows, regions, channels)
+    images.csv      row -> image, with size and modification time of its file
+    digests.bin     16 bytes per row: a digest of the image's pixels
+    finished.bin    one byte per row, not 0 once the row's other bytes are on
+                    disk; only these rows count
+    meta.json       what the features depend on, the versions that made them,
+                    and the folder that the images were last seen in
+
+Rows are only ever appended, so that all text folders of a dataset share one
+cache and no image is encoded twice. Files grow in the order images.csv,
+features.npy, digests.bin, finished.bin: wherever a process is killed,
+finished.bin names no row that the others lack.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -24,10 +33,11 @@ import pandas as pd
 from captioning.files import lock, write_csv, write_text
 from config import UserError
 
-# Raised when images are read or resized differently, so that caches made
-# before are not mixed with new ones.
+# Changes when images are read or resized differently, so that old features
+# are not mixed with new ones.
 PREPROCESSING = "opencv-area-1"
 DIGEST_BYTES = 16
+FILE = ["size", "modified"]  # columns of images.csv: bytes, nanoseconds
 
 
 class Cache(NamedTuple):
@@ -37,6 +47,7 @@ class Cache(NamedTuple):
     features: np.ndarray  # float16 (rows, regions, channels), memory-mapped
     finished: np.ndarray  # uint8 (rows,), memory-mapped
     row: dict[str, int]  # image -> row
+    files: np.ndarray  # size and modification time, int64 (rows, 2)
 
 
 def describe(
@@ -70,10 +81,11 @@ def create(
     folder: Path,
     description: dict[str, Any],
     versions: dict[str, str],
+    images_dir: Path,
     images: Sequence[str],
     shape: tuple[int, int],
 ) -> Cache:
-    """Opens a cache for writing; makes it, or makes it longer, if need be.
+    """Opens a cache for writing; creates or extends it as needed.
 
     Images that the cache knows keep their rows; new ones follow. Several
     processes may call it at once.
@@ -82,37 +94,52 @@ def create(
         folder: where the cache is.
         description: from `describe`.
         versions: of the software, recorded and not compared.
+        images_dir: where the images are.
         images: the names of all images that are wanted.
         shape: (regions, channels).
 
     Raises:
         UserError: if the disk is too small, or what is there does not fit.
     """
-    with lock(folder, wait=True):
-        made = (folder / "meta.json").exists()
-        if made:
+    with _table_lock(folder):
+        if (folder / "meta.json").exists():
             _check_meta(folder, description)
-        marked = _check_files(folder, shape)
-        names = _names(folder) if (folder / "images.csv").exists() else []
-        known = set(names)
-        names += [name for name in images if name not in known]
-        shape = (len(names), *shape)
-        _check_disk(folder, shape)
+        advice = f"delete {folder} and run preprocess.py again"
+        marked, table = _check_files(folder, shape, advice)
+        meta = _read_meta(folder / "meta.json") or {
+            **description,
+            "versions": versions,
+        }
+        was, now = meta.get("images_dir", ""), str(images_dir.resolve())
+        known = set(table["image"])
+        new = [name for name in images if name not in known]
+        if new:
+            added = pd.DataFrame({"image": new, **dict.fromkeys(FILE, 0)})
+            table = pd.concat([table, added] if known else [added])
+            table = table.reset_index(drop=True)
+        full = (len(table), *shape)
+        _check_disk(folder, full)
         folder.mkdir(parents=True, exist_ok=True)
-        if not made:
-            meta = {**description, "versions": versions}
-            write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-        write_csv(folder / "images.csv", {"image": names})
-        # finished.bin comes last: its rows are in the other files, whenever
-        # the process ends.
-        _lengthen_array(folder / "features.npy", shape, marked == 0)
-        _lengthen(folder / "digests.bin", DIGEST_BYTES * len(names))
-        _lengthen(folder / "finished.bin", len(names))
-        return _map(folder, names, shape, "r+")
+        if was != now and os.path.isdir(was):
+            # Other files under the same names, perhaps of equal size and
+            # time: only their pixels can tell.
+            table[FILE] = 0
+        if new or was != now:
+            write_csv(folder / "images.csv", table)
+        if was != now:
+            text = json.dumps({**meta, "images_dir": now}, indent=2)
+            write_text(folder / "meta.json", text + "\n")
+        _lengthen_array(folder / "features.npy", full, keep=marked > 0)
+        _lengthen(folder / "digests.bin", DIGEST_BYTES * len(table))
+        _lengthen(folder / "finished.bin", len(table))
+        return _map(folder, table, len(table), "r+")
 
 
 def load(folder: Path, description: dict[str, Any]) -> Cache:
     """Opens a cache for reading.
+
+    Rows that another process is adding, or was when it was killed, are left
+    out.
 
     Raises:
         UserError: if it is not there, or does not fit its own files or the
@@ -124,8 +151,36 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
             "with the same flags"
         )
     _check_meta(folder, description)
-    names = _names(folder)
-    return _map(folder, names, None, "r")
+    # It says more, or finishes what was begun.
+    advice = "run preprocess.py again with the same flags"
+    marked, table = _check_files(folder, None, advice)
+    if not marked:
+        raise UserError(f"{folder} has no finished features yet: {advice}")
+    return _map(folder, table.iloc[:marked], marked, "r")
+
+
+def images_dir(folder: Path) -> str:
+    """The folder that the images of a cache were last in; may be empty."""
+    return _read_meta(folder / "meta.json").get("images_dir", "")
+
+
+def record_files(
+    cache: Cache, rows: Sequence[int] | np.ndarray, files: np.ndarray
+) -> None:
+    """Writes which files some rows are of.
+
+    Args:
+        cache: from `create`.
+        rows: int (rows,).
+        files: size and modification time of each, int64 (rows, 2).
+    """
+    if not len(rows):
+        return
+    with _table_lock(cache.folder):
+        table = _read_table(cache.folder / "images.csv", "")
+        table.loc[rows, FILE] = files
+        write_csv(cache.folder / "images.csv", table)
+    cache.files[rows] = files
 
 
 def write(
@@ -136,15 +191,15 @@ def write(
 ) -> None:
     """Writes rows to the disk; `commit` makes them count.
 
-    Not through the memory map: a write tells of a full disk by an error, a
-    map by killing the process; and of two machines that write to one page of
+    Not through the memory map: on a full disk a write fails with an error,
+    while a map kills the process; and when two machines write to one page of
     a network disk through maps, one undoes what the other wrote.
 
     Args:
         cache: from `create`.
         rows: where to.
         values: float16 (rows, regions, channels).
-        digests: of the pixels of each row, DIGEST_BYTES.
+        digests: of the pixels of each row, DIGEST_BYTES long.
     """
     path, start = cache.folder / "features.npy", cache.features.offset
     _write_rows(path, start, rows, values)
@@ -154,13 +209,12 @@ def write(
 
 
 def commit(cache: Cache, marks: Mapping[int, int]) -> None:
-    """Marks rows as finished, after their bytes are on disk.
+    """Marks rows as finished, or as not.
 
     Args:
-        cache: from `create`; the rows have been written to its features.
-        marks: row -> what to write for it in `finished`.
+        cache: from `create`; `write` has put the rows on disk.
+        marks: row -> its byte in finished.bin; 0 takes the row back.
     """
-    cache.features.flush()
     rows = sorted(marks)
     values = np.array([marks[row] for row in rows], np.uint8)
     _write_rows(cache.folder / "finished.bin", 0, rows, values)
@@ -181,8 +235,8 @@ def load_digests(cache: Cache) -> np.ndarray:
 def read_rows(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Reads rows of a cache, asking the disk for all of them at once.
 
-    Else the system reads what is not in memory piece by piece, each when the
-    one before has come: a fourth as fast, from a disk that seeks.
+    Otherwise the system reads what is not in memory piece by piece, each
+    after the one before: a quarter of the speed on a disk that seeks.
 
     Args:
         features: (all rows, regions, channels), memory-mapped or not.
@@ -202,21 +256,20 @@ def read_rows(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def channel_statistics(
-    cache: Cache, rows: np.ndarray, most: int = 1024
+    features: np.ndarray, rows: np.ndarray, most: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each channel.
 
     Args:
-        cache: the features.
+        features: (all rows, regions, channels).
         rows: of the training split.
         most: how many images, evenly spread over `rows`, to look at; 1,024
-            images of 49 regions tell a mean to a two-hundredth of its
-            deviation.
+            images of 49 regions give a mean to 1/200 of its deviation.
 
     Returns:
-        Mean and standard deviation, float32 (channels,). A channel that
-        hardly ever fires is not blown up: no deviation is below a hundredth
-        of the mean deviation.
+        Mean and standard deviation, float32 (channels,). So that channels
+        that hardly ever fire are not blown up, no deviation is below a
+        hundredth of the mean deviation.
     """
     chosen = rows[
         np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
@@ -224,11 +277,11 @@ def channel_statistics(
     total = squares = 0.0
     for start in range(0, len(chosen), 64):
         # Sorted, so that the disk is read in one direction.
-        some = cache.features[np.sort(chosen[start : start + 64])]
+        some = features[np.sort(chosen[start : start + 64])]
         some = some.astype(np.float64)  # (64, regions, channels)
         total = total + some.sum((0, 1))
         squares = squares + np.square(some).sum((0, 1))
-    number = len(chosen) * cache.features.shape[1]
+    number = len(chosen) * features.shape[1]
     mean = total / number
     deviation = np.sqrt(np.maximum(squares / number - mean**2, 0))
     least = max(0.01 * deviation.mean(), 1e-6)
@@ -238,25 +291,31 @@ def channel_statistics(
     )
 
 
-def _names(folder: Path) -> list[str]:
-    path = folder / "images.csv"
+def _table_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return lock(folder.with_name(f"{folder.name}.table"), wait=True)
+
+
+def _read_table(path: Path, advice: str) -> pd.DataFrame:
+    """Reads images.csv; its columns are image and those of FILE."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        return table["image"].tolist()
+        return table[["image", *FILE]].astype(dict.fromkeys(FILE, "int64"))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read ({reason}): delete {folder} and run "
-            "preprocess.py again"
-        ) from None
+        raise UserError(f"{path} cannot be read ({reason}): {advice}") from None
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """Reads meta.json; empty if it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _check_meta(folder: Path, description: dict[str, Any]) -> None:
     path = folder / "meta.json"
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        found = {}
+    found = _read_meta(path)
     for name, wanted in description.items():
         if found.get(name) != wanted:
             raise UserError(
@@ -286,62 +345,77 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_files(folder: Path, shape: tuple[int, int]) -> int:
-    """Holds the files of a cache that grows against each other.
+def _check_files(
+    folder: Path, shape: tuple[int, int] | None, advice: str
+) -> tuple[int, pd.DataFrame]:
+    """Checks that the files of a cache fit each other.
 
-    What is missing or cut off would be filled up with zeros, and count.
+    What is missing or cut off would otherwise be filled with zeros, and
+    count.
+
+    Args:
+        folder: where the cache is.
+        shape: (regions, channels) that are wanted; None takes any.
+        advice: what to do if they do not fit.
 
     Returns:
-        How many rows `finished.bin` has; 0 if the cache is still to be made.
+        How many rows `finished.bin` has, 0 if the cache is still to be made;
+        and the table in images.csv, which may have more.
     """
     marked = _size(folder / "finished.bin")
+    names = folder / "images.csv"
     if not marked:
-        return 0
-    advice = f"delete {folder} and run preprocess.py again"
-    for name in ("meta.json", "images.csv"):
-        if not (folder / name).exists():
-            raise UserError(f"{folder / name} is missing: {advice}")
-    named = len(_names(folder))
-    if named < marked:
+        empty = pd.DataFrame(columns=["image", *FILE])
+        return 0, _read_table(names, advice) if names.exists() else empty
+    for path in (folder / "meta.json", names):
+        if not path.exists():
+            raise UserError(f"{path} is missing: {advice}")
+    table = _read_table(names, advice)
+    if len(table) < marked:
         raise UserError(
-            f"{folder / 'images.csv'} names {named} images where {marked} rows "
-            f"are wanted: {advice}"
+            f"{names} names {len(table)} images instead of {marked}: {advice}"
         )
     path = folder / "features.npy"
-    found = _open_array(path, "r", advice)
-    fits = found.shape[1:] == shape and found.dtype == np.float16
-    if not fits or len(found) < marked:
+    found = _open_array(path, advice)
+    wanted = (marked, *(shape or found.shape[1:]))
+    fits = found.shape[1:] == wanted[1:] and found.dtype == np.float16
+    if not fits or len(found) < marked or found.ndim != 3:
         raise UserError(
-            f"{path} has the shape {found.shape} where {(marked, *shape)} is "
-            f"wanted: {advice}"
+            f"{path} has the shape {found.shape} and type {found.dtype} "
+            f"instead of {wanted} and float16: {advice}"
         )
-    # A process that ended while it lengthened them leaves some longer than
-    # others.
+    # A process that was killed while it extended the cache leaves some files
+    # longer than others.
     for name, start, width in (
-        ("features.npy", found.offset, 2 * shape[0] * shape[1]),
+        ("features.npy", found.offset, 2 * int(np.prod(wanted[1:]))),
         ("digests.bin", 0, DIGEST_BYTES),
     ):
         size = _size(folder / name)
-        least, most = start + marked * width, start + named * width
+        least, most = start + marked * width, start + len(table) * width
         if not least <= size <= most:
             raise UserError(
-                f"{folder / name} has {size:,} bytes where {least:,} to "
-                f"{most:,} are wanted: {advice}"
+                f"{folder / name} has {size:,} bytes instead of {least:,} to "
+                f"{most:,}: {advice}"
             )
-    return marked
+    return marked, table
 
 
-def _lengthen_array(path: Path, shape: tuple[int, ...], anew: bool) -> None:
-    """Makes features.npy as long as `shape` says, keeping what it holds.
+def _lengthen_array(path: Path, shape: tuple[int, ...], keep: bool) -> None:
+    """Makes features.npy as long as `shape` says.
 
-    numpy leaves room in the header for the first dimension to grow, so that
-    the header can be written anew in front of the rows.
+    NumPy pads the header so that the first dimension has room to grow: the
+    header can be rewritten in front of the rows.
+
+    Args:
+        path: the file.
+        shape: (rows, regions, channels).
+        keep: what the file holds; otherwise it is created.
     """
     header = io.BytesIO()
     fields = {"descr": "<f2", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, fields)
     size = header.tell() + 2 * int(np.prod(shape, dtype=np.int64))
-    if anew:
+    if not keep:
         path.unlink(missing_ok=True)
     _lengthen(path, size)
     with open(path, "r+b") as handle:
@@ -353,7 +427,7 @@ def _lengthen_array(path: Path, shape: tuple[int, ...], anew: bool) -> None:
 def _lengthen(path: Path, size: int) -> None:
     """Makes a file `size` bytes long; what is new is 0, and reserved.
 
-    Reserved, so that a disk that fills up later does not stop what was begun.
+    Reserved, so that a disk that fills up later does not stop the work.
     """
     with open(path, "ab") as handle:
         old = handle.tell()
@@ -374,7 +448,7 @@ def _lengthen(path: Path, size: int) -> None:
 def _write_rows(
     path: Path, start: int, rows: Sequence[int], values: np.ndarray
 ) -> None:
-    """Writes rows of equal length; what follows each other at once.
+    """Writes rows of equal length to the disk, neighbours in one go.
 
     Args:
         path: the file.
@@ -405,8 +479,8 @@ def _write_rows(
 def _open_synchronous(path: str, flags: int) -> int:
     """Opens a file whose writes are on the disk when they return.
 
-    Network disks then send the bytes that were written and no others; else
-    they may send the whole page, with old bytes of other machines' rows.
+    Network disks then send only the bytes that were written; otherwise they
+    may send the whole page, with old bytes of other machines' rows.
     """
     return os.open(path, flags | getattr(os, "O_DSYNC", 0))
 
@@ -415,34 +489,23 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _open_array(path: Path, mode: str, advice: str) -> np.ndarray:
+def _open_array(path: Path, advice: str) -> np.memmap:
     try:
-        return np.lib.format.open_memmap(path, mode)
-    # What numpy raises for a header of odd bytes is not documented.
+        return np.lib.format.open_memmap(path, "r")
+    # What numpy raises for a damaged header is not documented.
     except Exception as error:
-        raise UserError(f"{path} does not fit ({error}): {advice}") from None
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from None
 
 
-def _map(
-    folder: Path, names: list[str], shape: tuple[int, ...] | None, mode: str
-) -> Cache:
+def _map(folder: Path, table: pd.DataFrame, rows: int, mode: Any) -> Cache:
+    """Maps the first rows of the files of a cache."""
     path = folder / "features.npy"
-    # It tells more, or ends what was begun.
-    advice = "run preprocess.py again with the same flags"
-    features = _open_array(path, mode, advice)
-    marked = _size(folder / "finished.bin")
-    expected = (len(names), *(shape or features.shape)[1:])
-    fits = features.shape == expected and features.dtype == np.float16
-    if not fits or marked != len(names):
-        raise UserError(
-            f"{path} has the shape {features.shape} and {marked} finished "
-            f"rows where {expected} is wanted: {advice}"
-        )
-    size, wanted = _size(path), features.offset + features.nbytes
-    if size != wanted:
-        raise UserError(
-            f"{path} has {size:,} bytes where {wanted:,} are wanted: {advice}"
-        )
-    finished = np.memmap(folder / "finished.bin", np.uint8, mode)
-    row = {name: place for place, name in enumerate(names)}
-    return Cache(folder, features, finished, row)
+    found = _open_array(path, "")
+    shape = (rows, *found.shape[1:])
+    return Cache(
+        folder,
+        np.memmap(path, np.float16, mode, found.offset, shape),
+        np.memmap(folder / "finished.bin", np.uint8, mode, 0, (rows,)),
+        {name: row for row, name in enumerate(table["image"])},
+        table[FILE].to_numpy(np.int64, copy=True),
+    )

@@ -1,5 +1,6 @@
 """Runs images through the frozen encoder into the feature cache."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -21,20 +22,21 @@ BATCH = 32  # images a forward pass
 # take 1.8 GB while they are decoded, so there are few.
 READERS = min(os.cpu_count() or 2, 8)
 AHEAD = 3  # batches read while the encoder works
-COMMIT_SECONDS = 10.0  # between two marks on disk of what is finished
+COMMIT_SECONDS = 10.0  # between two commits of what is finished
 
-REPAIRED = 2  # in finished.bin: a row that counts, of an image put right
+DONE, REPAIRED = 1, 2  # in finished.bin: a row that counts
 
 
 class Notes(NamedTuple):
-    """Image and reason, for skipped.csv and repaired.csv."""
+    """What `fill` has to say, for skipped.csv and repaired.csv."""
 
-    skipped: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]  # image and reason
     repaired: list[tuple[str, str]]
+    changed: int  # images that changed after they had been encoded
 
 
 class Read(NamedTuple):
-    """One image that was looked at."""
+    """One image that was read."""
 
     name: str
     pixels: np.ndarray | None  # uint8 RGB (size, size, 3)
@@ -59,7 +61,7 @@ def read(images_dir: Path, name: str, size: int) -> Read:
 
 
 def share(names: Sequence[str], number: int, of: int) -> list[str]:
-    """The part of the rows that is up to one of several workers.
+    """The part of the rows that one of several workers encodes.
 
     Whole batches, so that a worker writes rows that follow each other.
 
@@ -78,7 +80,7 @@ def share(names: Sequence[str], number: int, of: int) -> list[str]:
 def read_ahead(
     images_dir: Path, names: Sequence[str], size: int
 ) -> Iterator[list[Read]]:
-    """Reads images in batches, some batches ahead of who takes them."""
+    """Reads images in batches, some batches ahead of the consumer."""
     starts = iter(range(0, len(names), BATCH))
     with ThreadPoolExecutor(READERS) as pool:
 
@@ -100,8 +102,8 @@ def encode(
 ) -> np.ndarray:
     """Runs up to BATCH images through the encoder.
 
-    The batch is filled up to one size, so that the encoder is compiled once
-    and an image's features do not depend on how many come with it.
+    The batch is padded to one size, so that the encoder is compiled once and
+    an image's features do not depend on how many come with it.
 
     Args:
         images: uint8 RGB (size, size, 3) each.
@@ -123,7 +125,7 @@ def fill(
     size: int,
     build: Callable[[], Callable[[np.ndarray], np.ndarray]],
 ) -> Notes:
-    """Computes the features that the cache lacks.
+    """Computes the features that the cache lacks, or has of older files.
 
     Args:
         cache: from `features.create`.
@@ -133,10 +135,12 @@ def fill(
         build: makes the encoder; called only if there is work for it.
 
     Returns:
-        What was skipped and what was repaired, in this run or before, sorted.
+        What was skipped and repaired, in this run or before, sorted; and how
+        many images changed after they had been encoded.
     """
+    repaired, changed = _check_again(cache, images_dir, names, size)
+    skipped: list[tuple[str, str]] = []
     todo = [name for name in names if not cache.finished[cache.row[name]]]
-    notes = _look_again(cache, images_dir, names, size)
     encoder = functools.cache(build)
     marks: dict[int, int] = {}
     last = time.monotonic()
@@ -150,54 +154,87 @@ def fill(
     try:
         with bar:
             for batch in read_ahead(images_dir, todo, size):
-                marks |= _encode_batch(cache, batch, encoder, notes)
+                good = [each for each in batch if each.pixels is not None]
+                bad = [each for each in batch if each.pixels is None]
+                skipped += [(each.name, each.reason) for each in bad]
+                repaired += [(e.name, e.reason) for e in good if e.reason]
+                marks |= _encode_batch(cache, good, encoder)
                 bar.update(len(batch))
                 if time.monotonic() - last > COMMIT_SECONDS:
                     features.commit(cache, marks)
                     marks, last = {}, time.monotonic()
     finally:
         features.commit(cache, marks)
-    return Notes(sorted(set(notes.skipped)), sorted(set(notes.repaired)))
+    return Notes(sorted(skipped), sorted(repaired), changed)
 
 
-def _look_again(
+def _check_again(
     cache: features.Cache, images_dir: Path, names: Sequence[str], size: int
-) -> Notes:
-    """Reads finished images of which something is to be told again.
+) -> tuple[list[tuple[str, str]], int]:
+    """Takes back finished rows whose image is another one by now.
 
-    What was put right in a run before is told in every run; only the reason
-    is wanted, and few images need it.
+    Files of the size and time that they had are not opened, but for those
+    that were repaired: the reason is reported in every run.
+
+    Returns:
+        Image and reason of those that were repaired and are unchanged; how
+        many rows were taken back.
     """
-    notes = Notes([], [])
-    again = [
-        name for name in names if cache.finished[cache.row[name]] == REPAIRED
-    ]
-    for batch in read_ahead(images_dir, again, size):
-        # Of a file that has gone since, the features are there all the same.
-        good = [each for each in batch if each.pixels is not None]
-        notes.repaired.extend((e.name, e.reason) for e in good if e.reason)
-    return notes
+    rows = np.array([cache.row[name] for name in names], int)
+    files = file_states(images_dir, names)  # (names, 2)
+    moved = (files != cache.files[rows]).any(axis=1)  # (names,)
+    marks = cache.finished[rows]
+    again = np.flatnonzero((marks != 0) & (moved | (marks == REPAIRED)))
+    table = features.load_digests(cache)
+    repaired, found = [], {}
+    bar = tqdm(
+        read_ahead(images_dir, [names[place] for place in again], size),
+        total=-(-len(again) // BATCH),
+        unit="batch",
+        desc="Checking files",
+        delay=2,
+    )
+    for each in (each for batch in bar for each in batch):
+        row = cache.row[each.name]
+        if each.digest != table[row].tobytes():
+            found[row] = 0
+        else:
+            found[row] = REPAIRED if each.reason else DONE
+            if each.reason:
+                repaired.append((each.name, each.reason))
+    # The marks go first, so that no row counts for a file it is not of.
+    changed = {r: m for r, m in found.items() if m != cache.finished[r]}
+    features.commit(cache, changed)
+    features.record_files(cache, rows[moved], files[moved])
+    return repaired, sum(not mark for mark in found.values())
+
+
+def file_states(images_dir: Path, names: Sequence[str]) -> np.ndarray:
+    """Size and modification time of files.
+
+    Returns:
+        Bytes and nanoseconds, int64 (names, 2); zeros for a missing file.
+    """
+    states = np.zeros((len(names), 2), np.int64)
+    for place, name in enumerate(names):
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(images_dir / name)
+            states[place] = status.st_size, status.st_mtime_ns
+    return states
 
 
 def _encode_batch(
     cache: features.Cache,
     batch: list[Read],
     encoder: Callable[[], Callable[[np.ndarray], np.ndarray]],
-    notes: Notes,
 ) -> dict[int, int]:
-    """Encodes and writes a batch; returns the marks of its rows."""
-    good = [each for each in batch if each.pixels is not None]
-    for each in batch:
-        if each.pixels is None:
-            notes.skipped.append((each.name, each.reason))
-        elif each.reason:
-            notes.repaired.append((each.name, each.reason))
-    if not good:
+    """Encodes and writes images; returns the marks of their rows."""
+    if not batch:
         return {}
-    rows = [cache.row[each.name] for each in good]
-    values = encode([each.pixels for each in good], encoder())
-    features.write(cache, rows, values, [each.digest for each in good])
-    marks = [REPAIRED if each.reason else 1 for each in good]
+    rows = [cache.row[each.name] for each in batch]
+    values = encode([each.pixels for each in batch], encoder())
+    features.write(cache, rows, values, [each.digest for each in batch])
+    marks = [REPAIRED if each.reason else DONE for each in batch]
     return dict(zip(rows, marks, strict=True))
 
 

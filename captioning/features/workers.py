@@ -1,84 +1,88 @@
-"""Several processes or machines share the work on one cache folder.
+"""Several processes or machines share the work on one feature folder.
 
 A worker holds a lock of its own, a process that works alone the lock of the
-folder; neither begins while the other is there. All locks are taken behind
-one more, the door, so that nobody slips in between looking and taking. A
-worker that has done its part leaves a mark; who leaves the last one goes on
-alone and completes the cache.
+folder; neither begins while the other is at work, nor do workers on other
+images. All locks are taken behind one more, the door, so that nobody slips in
+between looking and taking. A worker that has finished its part leaves a mark;
+the one that leaves the last mark goes on alone and completes the cache.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from captioning.files import lock, write_text
 
 
 @contextlib.contextmanager
-def alone(place: Path) -> Iterator[None]:
-    """Holds a cache folder for this process and no other.
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a feature folder for this process and no other.
 
     Raises:
         UserError: if another process is at work on it, alone or as a worker.
     """
     with contextlib.ExitStack() as held:
-        with _door(place):
-            held.enter_context(lock(place))
-            for path in sorted(place.glob(".worker-*.lock")):
-                name = path.name.removeprefix(".").removesuffix(".lock")
-                with lock(place / name):
-                    pass
+        with _door(folder):
+            held.enter_context(lock(folder))
+            _refuse_workers(folder)
         yield
 
 
-@contextlib.contextmanager
-def worker(place: Path, number: int) -> Iterator[None]:
-    """Holds the part of one worker.
-
-    Raises:
-        UserError: if another process has this part, or works alone.
-    """
-    with contextlib.ExitStack() as held:
-        with _door(place):
-            with lock(place):
-                pass
-            held.enter_context(lock(place / f"worker-{number}"))
-        yield
-
-
-def begin_part(folder: Path, number: int, of: int) -> None:
-    """Takes back the mark that a worker may have left before."""
-    _mark(folder, number, of).unlink(missing_ok=True)
-
-
-def end_part(place: Path, folder: Path, number: int, of: int) -> list[int]:
-    """Marks the part of a worker as done.
+def do_part(
+    folder: Path, text: str, number: int, of: int, work: Callable[[], None]
+) -> list[int]:
+    """Does the part of one worker.
 
     Args:
-        place: the cache folder.
-        folder: where the marks are: that of the features, below `place`.
+        folder: of the features.
+        text: the name of the text folder, whose images are the work.
         number: of the worker.
         of: how many workers there are.
+        work: does the part.
 
     Returns:
-        The workers that are not done. To one worker only it is empty, even if
-        several end at once.
+        The workers that are not done. For one worker only it is empty, even
+        if several finish at once.
+
+    Raises:
+        UserError: if another process has this part, works alone, or is a
+            worker on other images.
     """
-    with _door(place):
-        write_text(_mark(folder, number, of), "done\n")
-        each = range(of)
-        return [n for n in each if not _mark(folder, n, of).exists()]
+    mark = _mark(folder, text, number, of)
+    with contextlib.ExitStack() as held:
+        with _door(folder):
+            with lock(folder):
+                _refuse_workers(folder, but=f"-of-{of}-{text}")
+            name = f"{folder.name}.{mark.stem}"
+            held.enter_context(lock(folder.with_name(name)))
+            mark.unlink(missing_ok=True)
+        work()
+        with _door(folder):
+            # Whoever sees the mark finds the lock free.
+            held.close()
+            write_text(mark, "done\n")
+            marks = [_mark(folder, text, n, of) for n in range(of)]
+            return [n for n, each in enumerate(marks) if not each.exists()]
 
 
-def clear(folder: Path) -> None:
-    """Removes all marks, of a cache that is complete."""
-    for path in folder.glob("worker-*-of-*.txt"):
+def clear(folder: Path, text: str) -> None:
+    """Removes the marks of all workers on the images of a text folder."""
+    for path in folder.glob(f"worker-*-of-*-{text}.txt"):
         path.unlink()
 
 
-def _door(place: Path) -> contextlib.AbstractContextManager[None]:
-    return lock(place / "door", wait=True)
+def _refuse_workers(folder: Path, but: str = "") -> None:
+    """Raises a UserError if there is a worker, but for those of one job."""
+    for path in sorted(folder.parent.glob(f".{folder.name}.worker-*lock")):
+        name = path.name[1:].rpartition(".")[0]
+        if not but or not name.endswith(but):
+            with lock(path.with_name(name)):
+                pass
 
 
-def _mark(folder: Path, number: int, of: int) -> Path:
-    return folder / f"worker-{number}-of-{of}.txt"
+def _door(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return lock(folder.with_name(f"{folder.name}.door"), wait=True)
+
+
+def _mark(folder: Path, text: str, number: int, of: int) -> Path:
+    return folder / f"worker-{number}-of-{of}-{text}.txt"

@@ -248,9 +248,9 @@ def count_trained_on(
     """How many images any of the runs was trained on; None if not known."""
     seen = np.zeros(len(images), bool)
     for config, place in members:
-        description, _ = runs.load_features(place)
+        description, _ = runs.load_description(place)
         try:
-            opened = prepared.load_features(config, description, images)
+            opened = prepared.open_features(config, description, images)
             pixels = features.load_digests(opened[0])[opened[1]]
         except UserError:  # captions from a file can be scored without them
             pixels = np.zeros((len(images), features.DIGEST_BYTES), np.uint8)

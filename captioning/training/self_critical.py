@@ -192,14 +192,14 @@ class Rounds:
             # After the longest caption `<end>` was no choice.
             each[:, -1] = vocabulary.PAD
         # The loss is a sum: over about as many words in every batch.
-        batches = -(-len(images) // self.config.step_images)
+        batches = -(-len(images) // self.config.batch_images)
         words = sum(np.count_nonzero(each[:, 1:]) for each in rows)
         importance = advantages(rewards) * batches / words
         return CaptionBatches(
             self.features,
             self.rows[images],
             rows,
-            self.config.step_images,
+            self.config.batch_images,
             importance=importance,
         ), float(rewards.mean())
 

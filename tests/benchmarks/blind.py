@@ -35,7 +35,7 @@ def exchange_images(cache: Path, blind: Path) -> None:
     """
     shutil.rmtree(blind, ignore_errors=True)
     shutil.copytree(cache, blind, copy_function=_link)
-    for path in blind.glob("*/images.csv"):
+    for path in blind.glob("features/*/images.csv"):
         names = pd.read_csv(path, dtype=str, keep_default_na=False)
         exchanged = names.sample(frac=1, random_state=0)
         path.unlink()  # a link: the original must stay as it is
@@ -52,7 +52,7 @@ def _link(source: str, target: str) -> None:
 def main(arguments: command.Arguments) -> None:
     """Trains and evaluates the blind model."""
     config: Config = arguments.config
-    cache = prepared.folder(config)
+    cache = prepared.root(config)
     data_dir = Path(config.data_dir) / "blind"
     exchange_images(cache, data_dir / "cache" / cache.name)
     flags = [*sys.argv[1:], "--data-dir", str(data_dir), "--run-name", "blind"]

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from captioning import command  # noqa: E402
 from captioning.features import cache as features  # noqa: E402
 from captioning.features import extraction  # noqa: E402
-from config import Config  # noqa: E402
+from config import Config, resolve  # noqa: E402
 
 SIZES = {"224x224": (224, 224), "500x375": (500, 375)}  # width, height
 ROWS = (1_000, 100_000)
@@ -70,7 +70,7 @@ def build(encoder: str, precision: str, weights: Path) -> Encode:
     policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision]
     keras.config.set_dtype_policy(policy)
     path = weights / f"{encoder}_notop.weights.h5"
-    config = Config(encoder=encoder)
+    config = resolve(Config(encoder=encoder))
     built = model.build_encoder(
         config, str(path) if path.exists() else "random"
     )

@@ -16,7 +16,6 @@ files to NumPy arrays, as the scripts see them; what is done once, compilation
 above all, stands in a column of its own. Nothing here gates.
 """
 
-import dataclasses
 import math
 import sys
 import tempfile
@@ -31,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from captioning import command  # noqa: E402
-from config import Config  # noqa: E402
+from config import Config, resolve  # noqa: E402
 from tests.benchmarks import floors  # noqa: E402
 from tests.benchmarks.yardsticks import CHANNELS, REGIONS  # noqa: E402
 
@@ -255,7 +254,8 @@ def main(arguments: command.Arguments) -> None:
     from captioning import backend
 
     # As photographs are encoded, and not the drawn sample.
-    config = dataclasses.replace(arguments.config, dataset="flickr30k")
+    fields = {**arguments.given, "dataset": "flickr30k"}
+    config = resolve(Config(**fields), fields)
     actions = arguments.actions
     backend.set_seed(config.seed)
     precision = backend.set_precision(config)

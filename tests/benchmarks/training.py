@@ -100,7 +100,7 @@ def make_batches(
     """Training batches as train.py makes them, with all captions."""
     from captioning.training.batches import CaptionBatches
 
-    images = config.step_images
+    images = config.batch_images
     return CaptionBatches(features, rows, captions, images, seed=config.seed)
 
 
@@ -133,7 +133,7 @@ def measure_memory(
     shape = (MANY_ROWS, REGIONS, CHANNELS)
     np.lib.format.open_memmap(folder / "many.npy", "w+", np.float16, shape)
     features = np.load(folder / "many.npy", mmap_mode="r")
-    images = MEMORY_STEPS * config.step_images
+    images = MEMORY_STEPS * config.batch_images
     rows = np.random.default_rng(0).choice(MANY_ROWS, images, replace=False)
     some = list(itertools.islice(itertools.cycle(captions), images))
     batches = make_batches(config, features, rows, some)

@@ -1,0 +1,356 @@
+"""The layout of data/cache: text folders that share the features."""
+
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from captioning.data import prepared
+from captioning.data.images import read_image
+from captioning.features import cache as features
+from config import Config, UserError
+from tests.processes import end, make_photos, start
+
+DESCRIPTION = features.describe("resnet50", "quarters", "tiny", 32)
+CACHE = Path("data") / "cache" / "photos"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A folder with data/photos, and what is made of it."""
+    make_photos(tmp_path, 40)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def good(*flags: str, **options) -> str:
+    """Runs preprocess.py, which has to succeed; gives what it printed."""
+    flags = ("--max-skipped-share", "0.5", *flags)
+    code, out, err = end(start(Path(), *flags, **options))
+    assert code == 0, err
+    return out + err
+
+
+def bad(*flags: str, **options) -> str:
+    """Runs preprocess.py, which has to fail in one line; gives that line."""
+    code, _, err = end(start(Path(), *flags, **options))
+    assert code == 1 and err.count("\n") == 1, err
+    return err
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def config(**fields) -> Config:
+    return Config(dataset="photos", **fields)
+
+
+def features_of(wanted: Config, split: str) -> dict[str, np.ndarray]:
+    """Image -> its features, as train.py gets them."""
+    images = prepared.load_split(wanted, split).images
+    cache, rows = prepared.open_features(wanted, DESCRIPTION, images)
+    found = features.read_rows(cache.features, rows)
+    return dict(zip(images, found, strict=True))
+
+
+def expected(image: Path) -> np.ndarray:
+    """What the tiny encoder makes of a photograph."""
+    pixels = read_image(image, 32)[0].reshape(2, 16, 2, 16, 3)
+    return pixels.mean((1, 3)).reshape(4, 3).astype(np.float16)
+
+
+def assert_true(wanted: Config, folder: str = "data/photos") -> None:
+    """Every image has the features of its file."""
+    for split in ("train", "val"):
+        for name, found in features_of(wanted, split).items():
+            image = Path(folder) / "images" / name
+            np.testing.assert_array_equal(found, expected(image), name)
+
+
+# --- text folders ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--min-word-count", "--max-caption-length"])
+def test_another_vocabulary_overwrites_and_encodes_nothing(home, flag):
+    assert "Encoding" in good()
+    before = content(CACHE)
+    told = good(flag, "3")
+    assert "Encoding" not in told
+    after = content(CACHE)
+    assert {name: after[name] for name in before} == before
+    assert len(list(CACHE.glob("text-*"))) == 2
+    assert all("/" in name and "text-" in name for name in {*after} - {*before})
+
+
+def test_an_edited_default_overwrites_and_encodes_nothing(home, monkeypatch):
+    """The folder of 4 stays that of 4, whatever the default is."""
+    default = prepared.folder(config())
+    monkeypatch.setattr(
+        prepared.dataclasses.fields(Config)[0], "default", "elsewhere"
+    )
+    monkeypatch.setattr(Config, "min_word_count", 7)
+    assert prepared.folder(config(min_word_count=4)) == default
+
+
+def test_more_images_extend_the_features_and_leave_the_rest(home):
+    good("--limit-images", "5")
+    few = config(limit_images=5)
+    (array,) = CACHE.glob("features/*/features.npy")
+    rows = np.load(array)
+    text = content(prepared.folder(few))
+    told = good()
+    assert "Encoding" in told and "changed" not in told
+    np.testing.assert_array_equal(np.load(array)[: len(rows)], rows)
+    assert len(np.load(array)) == 40
+    assert content(prepared.folder(few)) == text
+    for each in (few, config()):
+        assert_true(each)
+    assert "Encoding" not in good("--limit-images", "7")
+    assert_true(config(limit_images=7))
+
+
+def test_a_text_folder_lists_what_is_wrong_with_its_own_images(home):
+    good("--limit-images", "4")
+    images = home / "data" / "photos" / "images"
+    (images / "037.png").write_bytes(b"no picture")
+    good()
+    good("--limit-images", "3")
+    lists = {
+        each: pd.read_csv(prepared.folder(each) / "skipped.csv")["image"]
+        for each in (config(), config(limit_images=3))
+    }
+    assert [*lists[config()]] == ["037.png"]
+    assert lists[config(limit_images=3)].empty
+    path = prepared.folder(config()) / "repaired.csv"
+    assert "007.png" in path.read_text()
+    path = prepared.folder(config(limit_images=3)) / "repaired.csv"
+    assert "007.png" not in path.read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_features_that_grow_can_be_killed_at_any_moment(home):
+    """What was there is readable all the while, and the end is the same."""
+    few = config(limit_images=5)
+    good("--limit-images", "5")
+    shutil.copytree("data", "undisturbed/data")
+    good("--data-dir", "undisturbed/data")
+    moments = random.Random(0)
+    for _ in range(6):
+        process = start(Path(), "--max-skipped-share", "0.5", pause=0.05)
+        time.sleep(moments.uniform(0.5, 1.5))
+        process.kill()
+        process.communicate()
+        assert_true(few)
+    good()
+    assert_true(few)
+    assert_true(config())
+    for name in ("features.npy", "finished.bin", "digests.bin"):
+        (one,) = CACHE.glob(f"features/*/{name}")
+        assert one.read_bytes() == ("undisturbed" / one).read_bytes()
+
+
+# --- other files under the same name --------------------------------------
+
+
+def rewrite(image: Path, seed: int = 1) -> None:
+    """Puts another photograph into a file."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)
+    image.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+
+
+def test_photographs_that_changed_are_encoded_again(home):
+    good()
+    for name in ("001.png", "002.png", "005.png"):
+        rewrite(home / "data" / "photos" / "images" / name)
+    told = good()
+    assert "3 images changed after they had been encoded" in told
+    assert_true(config())
+    assert "changed" not in good()
+
+
+def test_files_that_were_only_touched_are_not(home):
+    good()
+    image = home / "data" / "photos" / "images" / "001.png"
+    os.utime(image, ns=(0, 10**18 + 1))
+    (table,) = CACHE.glob("features/*/images.csv")
+    told = good()
+    assert "Encoding" not in told and "changed" not in told
+    found = pd.read_csv(table, index_col="image").loc["001.png"]
+    assert found.tolist() == [image.stat().st_size, 10**18 + 1]
+    # And from then on not even opened.
+    shutil.copy(image.with_name("002.png"), image)
+    image.write_bytes(
+        image.read_bytes()[: int(found["size"])].ljust(int(found["size"]), b"x")
+    )
+    os.utime(image, ns=(0, 10**18 + 1))
+    assert "changed" not in good()
+
+
+def test_a_photograph_that_breaks_is_left_out(home):
+    good()
+    (home / "data" / "photos" / "images" / "001.png").write_bytes(b"broken")
+    good()
+    assert "001.png" not in features_of(config(), "train")
+    skipped = (prepared.folder(config()) / "skipped.csv").read_text()
+    assert "001.png,not an image" in skipped
+
+
+def test_a_repaired_photograph_that_is_exchanged_is_no_longer_repaired(home):
+    good()
+    path = prepared.folder(config()) / "repaired.csv"
+    assert "007.png" in path.read_text()
+    rewrite(home / "data" / "photos" / "images" / "007.png")
+    assert "1 images changed" in good()
+    assert "007.png" not in path.read_text()
+    assert_true(config())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_run_that_is_killed_while_it_exchanges_leaves_nothing_old(home):
+    good()
+    images = home / "data" / "photos" / "images"
+    changed = sorted(images.iterdir())[:30]
+    for seed, image in enumerate(changed, 1):
+        rewrite(image, seed)
+    process = start(Path(), pause=0.3)
+    (marks,) = CACHE.glob("features/*/finished.bin")
+    before = np.count_nonzero(np.fromfile(marks, np.uint8))
+    while np.count_nonzero(np.fromfile(marks, np.uint8)) == before:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    with pytest.raises(UserError, match="lacks the features of"):
+        features_of(config(), "train")
+    good()
+    assert_true(config())
+
+
+def exchange(home: Path) -> Path:
+    """Another folder with photographs of the same names, sizes and times."""
+    folder = home / "other" / "photos"
+    shutil.copytree(home / "data" / "photos", folder)
+    for seed, image in enumerate(sorted((folder / "images").iterdir()), 1):
+        rewrite(image, seed)
+        original = home / "data" / "photos" / "images" / image.name
+        size = max(image.stat().st_size, original.stat().st_size)
+        for each in (image, original):
+            each.write_bytes(each.read_bytes().ljust(size, b"\0"))
+            os.utime(each, ns=(0, 10**18))
+    return folder
+
+
+def test_another_folder_for_a_dataset_is_another_set_of_photographs(home):
+    folder = exchange(home)
+    good()
+    good("--limit-images", "5")
+    told = good("--dataset-dir", "other/photos")
+    assert "40 images changed" in told
+    assert_true(config(), folder)
+    # Captions of the old ones are not trained on with features of the new.
+    with pytest.raises(UserError, match="were in") as error:
+        features_of(config(limit_images=5), "train")
+    assert "\n" not in str(error.value)
+    assert "40 images changed" in good()
+    assert_true(config())
+    assert_true(config(limit_images=5))
+
+
+def test_a_dataset_that_was_moved_is_not_encoded_again(home):
+    good()
+    (home / "data" / "photos").rename(home / "photos")
+    told = good("--dataset-dir", "photos")
+    assert "Encoding" not in told and "changed" not in told
+    assert_true(config(), "photos")
+
+
+# --- names ----------------------------------------------------------------
+
+
+def test_a_dataset_is_called_as_its_folder_is(home):
+    told = good("--dataset-dir", "data/photos/images/..", dataset="")
+    assert "train.py --dataset-dir data/photos/images/.. " in told
+    assert_true(config())
+
+
+def test_two_datasets_of_one_name_do_not_share_a_cache(home):
+    exchange(home)
+    good("--dataset-dir", "data/photos", dataset="")
+    before = content(CACHE)
+    line = bad("--dataset-dir", "other/photos", dataset="")
+    assert "--dataset NAME" in line and "--dataset-dir" in line
+    assert str(home / "data" / "photos") in line
+    assert content(CACHE) == before
+    good("--dataset-dir", "other/photos", dataset="second")
+    assert content(CACHE) == before
+    assert_true(Config(dataset="second"), "other/photos")
+
+
+def test_captions_of_another_layout_are_of_the_same_dataset(home):
+    """Which may have its images in another folder below."""
+    good("--dataset-dir", "data/photos", dataset="")
+    place = home / "data" / "photos"
+    shutil.copytree(place / "images", place / "images2")
+    text = (place / "captions.csv").read_text()
+    (place / "results.csv").write_text(
+        "\n".join(
+            f"{line.split(',')[0]}| 0| {line.split(',')[1]}"
+            for line in text.splitlines()[1:]
+        )
+    )
+    (place / "images" / "039.png").unlink()
+    flags = ("--dataset-dir", "data/photos", "--layout", "kaggle30k")
+    good(*flags, dataset="")
+
+
+# --- older caches ---------------------------------------------------------
+
+
+def test_caches_of_an_older_layout_are_named_and_left_alone(home):
+    old = home / CACHE
+    (old / "resnet50-32-01234567").mkdir(parents=True)
+    (old / "resnet50-32-01234567" / "features.npy").write_bytes(b"old")
+    (old / "captions.csv").write_text("image,split,caption,tokens\n")
+    other = old.with_name("photos-89abcdef")
+    other.mkdir()
+    (other / "captions.csv").write_text("image,split,caption,tokens\n")
+    stranger = old.with_name("photos-of-mine")
+    stranger.mkdir()
+    (stranger / "captions.csv").write_text("image,split,caption,tokens\n")
+    before = content(old.parent)
+    with pytest.raises(UserError, match="older cache layout") as error:
+        prepared.load_split(config(), "train")
+    assert "run preprocess.py first" in str(error.value)
+    told = [line for line in good().splitlines() if "older" in line]
+    assert len(told) == 1 and "can be deleted" in told[0]
+    for name in ("resnet50-32-01234567", "captions.csv", other.name):
+        assert name in told[0]
+    assert stranger.name not in told[0]
+    after = content(old.parent)
+    assert {name: after[name] for name in before} == before
+    assert_true(config())
+
+
+def test_a_new_cache_is_not_taken_for_an_old_one(home):
+    good()
+    good("--min-word-count", "2")
+    assert "older" not in good()
+
+
+def test_meta_and_dataset_json_record_the_folder_of_the_images(home):
+    good()
+    wanted = str(home / "data" / "photos" / "images")
+    for path in [*CACHE.glob("text-*/dataset.json"), *CACHE.rglob("meta.json")]:
+        assert json.loads(path.read_text())["images_dir"] == wanted
