@@ -82,13 +82,13 @@ def main(arguments: command.Arguments) -> None:
     with lock(place), results.replaced(place) as part:
         figures, attention = {}, {}
         if not actions.captions:
-            from captioning.decoding import search
+            from captioning.decoding import captioner
 
             found, figures = caption_split(members, split)
             pairs = list(zip(split.images, found, strict=True))
             captions = {image: each.caption for image, each in pairs}
             attention = {
-                image: search.square(each.attention) for image, each in pairs
+                image: captioner.square(each.attention) for image, each in pairs
             }
         # Before anything is scored: hours of work are on disk first.
         results.write_captions(part / "captions.json", split, captions)
@@ -125,15 +125,15 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
     command.import_keras()
     import model as captioning_model
     from captioning import backend, runs
-    from captioning.decoding import export, search
+    from captioning.decoding import captioner, export
 
     config, run = members[0]
     backend.set_precision(config)
     description, _ = runs.load_description(run)
     weights = captioning_model.check_weights(config, description)
     encoder = captioning_model.build_encoder(config, weights)
-    decoder, words = captioning_model.load_decoder(config, run)
-    searcher = search.build(decoder, config)
+    decoder, words = captioner.load_decoder(config, run)
+    searcher = captioner.build(decoder, config)
     export.save(encoder, searcher, words, config.input_size, folder)
     print(
         f"Wrote {folder}: uint8 RGB images (batch, {config.input_size}, "
@@ -195,7 +195,7 @@ def caption_split(
         What the search found for each image, and the figures that need the
         model: teacher-forced ones and the speed.
     """
-    from captioning.decoding import search
+    from captioning.decoding import captioner
 
     config, images = members[0][0], len(split.images)
     opened = [open_run(*each, split.images) for each in members]
@@ -205,12 +205,12 @@ def caption_split(
     print(
         f"Captioning {images:,} images, beam size {config.beam_size}{averaged}"
     )
-    searcher = search.build(decoders, config)
+    searcher = captioner.build(decoders, config)
     # The first batch compiles the search, which is no part of its speed.
     warm_up = [each[:1] for each in rows]
-    search.caption_together(searcher, features, warm_up, words)
+    captioner.caption_rows(searcher, features, warm_up, words)
     begun = time.monotonic()
-    found = search.caption_together(
+    found = captioner.caption_rows(
         searcher, features, rows, words, progress=True
     )
     speed = images / (time.monotonic() - begun)
@@ -225,13 +225,14 @@ def open_run(
     import model as captioning_model
     from captioning import runs
     from captioning.data import prepared
+    from captioning.decoding import captioner
 
     description, _ = runs.load_description(run)
     # The features are cached: the encoder's weights need not be at hand.
     if Path(config.encoder_weights).exists():
         captioning_model.check_weights(config, description)
     cache, rows = prepared.open_features(config, description, images)
-    decoder, words = captioning_model.load_decoder(config, run)
+    decoder, words = captioner.load_decoder(config, run)
     return decoder, words, cache.features, rows
 
 
@@ -253,11 +254,10 @@ def teacher_forced(
         split: from `prepared.load_split`.
         words: the vocabulary.
     """
-    import model as captioning_model
-    from captioning import backend
     from captioning.data.vocabulary import encode
+    from captioning.decoding import captioner
     from captioning.scoring import teacher_forced
-    from captioning.training.batches import CaptionBatches, JointBatches
+    from captioning.training.batches import CaptionBatches
 
     captions = [
         encode(tokens, words, config.max_caption_length)
@@ -267,15 +267,8 @@ def teacher_forced(
         CaptionBatches(*each, captions, config.batch_images)
         for each in zip(features, rows, strict=True)
     ]
-    scored, batches = (
-        (decoders[0], batches[0])
-        if len(decoders) == 1
-        else (captioning_model.Ensemble(decoders), JointBatches(batches))
-    )
-    scored.compile(jit_compile=backend.use_xla())
-    counts = teacher_forced.count(
-        scored.predict_on_batch, batches, len(split.images)
-    )
+    scored = captioner.teacher_force(decoders, batches)
+    counts = teacher_forced.count(scored, len(split.images))
     return teacher_forced.figures(counts)
 
 

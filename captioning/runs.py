@@ -285,7 +285,8 @@ def begin(
         before = _load_images(place)
         for what, same in {
             "vocabulary has": known == words,
-            "encoder has": load_description(place) == (description, tuple(shape)),
+            "encoder has": load_description(place)
+            == (description, tuple(shape)),
             "training images have": before is None or images.equals(before),
         }.items():
             if not same:

@@ -1,17 +1,23 @@
 """Features in, captions out: what a search finds, as words and attention."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from keras import ops
 from tqdm import tqdm
 
+from captioning import runs
 from captioning.backend import use_xla
+from captioning.data import vocabulary
 from captioning.data.vocabulary import Vocabulary
-from captioning.decoding.search import IMPOSSIBLE, BeamSearch, Sample
+from captioning.decoding.search import IMPOSSIBLE, BeamSearch, Sample, average
 from captioning.features.cache import read_rows
+from captioning.training.batches import CaptionBatches
 from config import Config
+from model import CaptioningModel, build_model
 
 BATCH = 50  # images searched at a time
 
@@ -46,6 +52,25 @@ class Captioned(NamedTuple):
         return self.n_best[0].caption
 
 
+def load_decoder(
+    config: Config, run: Path
+) -> tuple[CaptioningModel, Vocabulary]:
+    """Builds the decoder of a trained run, with its best weights.
+
+    Args:
+        config: from `runs.decoding_config`.
+        run: the run folder.
+
+    Returns:
+        The decoder and its vocabulary.
+    """
+    words = vocabulary.load(run / "vocabulary.json")
+    _, (_, channels) = runs.load_description(run)
+    decoder = build_model(config, len(words), channels)
+    runs.load_weights(decoder, run)
+    return decoder, words
+
+
 def build(
     decoders: keras.Model | Sequence[keras.Model], config: Config
 ) -> BeamSearch:
@@ -67,7 +92,7 @@ def caption_rows(
     search: BeamSearch,
     features: Sequence[np.ndarray],
     rows: Sequence[np.ndarray],
-    vocabulary: Vocabulary,
+    words: Vocabulary,
     progress: bool = False,
 ) -> list[Captioned]:
     """Captions images whose features are cached, batch by batch.
@@ -76,7 +101,7 @@ def caption_rows(
         search: from `build`.
         features: for each decoder, float16 (all rows, regions, channels).
         rows: for each decoder, the rows of the images in its features.
-        vocabulary: the words.
+        words: the vocabulary.
         progress: whether to show a bar.
 
     Returns:
@@ -88,7 +113,7 @@ def caption_rows(
             found = search.predict_on_batch(batch)
             found = {name: np.asarray(each) for name, each in found.items()}
             captioned += [
-                _captioned(found, place, vocabulary) for place in range(count)
+                _captioned(found, place, words) for place in range(count)
             ]
             bar.update(count)
     return captioned
@@ -115,6 +140,32 @@ def sample_rows(
     )
 
 
+def teacher_force(
+    decoders: Sequence[CaptioningModel], batches: Sequence[CaptionBatches]
+) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]]:
+    """Scores the words of captions, each given the true words before it.
+
+    Args:
+        decoders: of one vocabulary; their features may differ.
+        batches: for each decoder, the same captions in the same order.
+
+    Yields:
+        Inputs, targets and weights of each batch, and the logits of its one
+        decoder or the logarithm of the mean probability of several, float32
+        (tokens, vocabulary).
+    """
+    for decoder in decoders:
+        decoder.compile(jit_compile=use_xla())
+    for place in range(len(batches[0])):
+        found = []
+        for decoder, each in zip(decoders, batches, strict=True):
+            inputs, targets, weights = each[place]
+            found.append(decoder.predict_on_batch(inputs))
+        if len(found) > 1:
+            found = [average([ops.log_softmax(each) for each in found])]
+        yield inputs, targets, weights, np.asarray(found[0], np.float32)
+
+
 def _batches(
     features: Sequence[np.ndarray], rows: Sequence[np.ndarray]
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
@@ -132,12 +183,12 @@ def _batches(
 
 
 def _captioned(
-    found: dict[str, np.ndarray], place: int, vocabulary: Vocabulary
+    found: dict[str, np.ndarray], place: int, words: Vocabulary
 ) -> Captioned:
     """What a search gave for one image of a batch."""
     n_best = [
-        Hypothesis(vocabulary.decode(words), float(score), float(log))
-        for words, score, log in zip(
+        Hypothesis(words.decode(each), float(score), float(log))
+        for each, score, log in zip(
             found["words"][place],
             found["scores"][place],
             found["log_probabilities"][place],

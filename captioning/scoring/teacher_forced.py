@@ -1,11 +1,11 @@
 """Token accuracy and perplexity: next words, given the true words so far."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from captioning.data.vocabulary import PAD, UNKNOWN
+from captioning.data.vocabulary import UNKNOWN
 from captioning.scoring.metrics import interval, ratio
 
 TOP = 5
@@ -20,32 +20,31 @@ class Counts(NamedTuple):
     loss: np.ndarray  # negative log-likelihoods, in nats
 
 
-def count(
-    predict: Callable[[Any], np.ndarray], batches: Sequence[Any], images: int
-) -> Counts:
+def count(scored: Iterable[tuple[Any, Any, Any, Any]], images: int) -> Counts:
     """Counts what a model gets right.
 
     A token outside the vocabulary counts, and is never right.
 
     Args:
-        predict: from the inputs of a batch to its logits, (tokens, vocabulary)
-            or (images, captions, steps, vocabulary).
-        batches: inputs, targets and weights, all images in order.
+        scored: the inputs, targets and weights of each batch of
+            `CaptionBatches`, all images in order, and the logits (tokens,
+            vocabulary) that a model gives it.
         images: how many there are; the last batch may be padded with more.
     """
     found = []
-    for place in range(len(batches)):
-        inputs, targets, weights = batches[place]
-        logits = np.asarray(predict(inputs), np.float32)
-        rows = logits.reshape(-1, logits.shape[-1])  # (tokens, vocabulary)
-        tokens = np.asarray(targets).reshape(-1)  # (tokens,)
-        rank, loss = _judge(rows, tokens)
-        known = tokens != UNKNOWN
-        sums = [tokens != PAD, known & (rank == 0), known & (rank < TOP), loss]
-        real = np.asarray(weights).reshape(-1) > 0
-        found.append(
-            [_per_image(each * real, inputs, targets) for each in sums]
-        )
+    for inputs, targets, weights, logits in scored:
+        rank, loss = _judge(logits, targets)  # (tokens,)
+        known = targets != UNKNOWN
+        real = weights > 0
+        owner = np.concatenate(
+            [
+                np.repeat(inputs["image"][: len(each)], each.shape[1])
+                for each in inputs["words"]
+            ]
+        )  # the image of each token, (tokens,)
+        sums = (real, known & (rank == 0), known & (rank < TOP), loss)
+        number = len(inputs["features"])
+        found.append([np.bincount(owner, each * real, number) for each in sums])
     columns = map(np.concatenate, zip(*found, strict=True))
     return Counts(*(each[:images] for each in columns))
 
@@ -68,22 +67,6 @@ def _judge(rows: np.ndarray, tokens: np.ndarray) -> tuple[Any, Any]:
     highest = rows.max(axis=1, keepdims=True)
     total = np.exp(rows - highest).sum(axis=1)
     return rank, np.log(total) - (own - highest)[:, 0]
-
-
-def _per_image(values: np.ndarray, inputs: Any, targets: Any) -> np.ndarray:
-    """Sums values of tokens per image of a batch.
-
-    Args:
-        values: (tokens,); of padded captions (images * captions * steps,).
-        inputs: of the batch; `image` has the place of each packed token.
-        targets: of the batch, (tokens,) or (images, captions, steps).
-
-    Returns:
-        float64 (images,).
-    """
-    if "image" in inputs:
-        return np.bincount(inputs["image"], values)
-    return values.reshape(len(targets), -1).sum(axis=1, dtype=np.float64)
 
 
 def figures(counts: Counts) -> dict[str, Any]:

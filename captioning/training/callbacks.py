@@ -3,7 +3,6 @@
 import importlib.util
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +10,69 @@ import keras
 import numpy as np
 import pandas as pd
 
-from captioning import runs
-from captioning.backend import TENSORFLOW, one_device
+from captioning import job, runs
+from captioning.backend import ALONE, TENSORFLOW, Devices, one_device
+from captioning.data.prepared import Split
+from captioning.data.vocabulary import Vocabulary
+from captioning.decoding import captioner
 from captioning.files import write_csv
+from captioning.scoring import metrics
+from captioning.scoring.metrics import CIDER_IMAGES
 from captioning.scoring.report import write_curves
 from captioning.training.batches import CaptionBatches
-from config import UserError
+from config import Config, UserError
+from model import build_model
 
 SAVE_SECONDS = 180  # between two saved points within an epoch
-BEST = ("best", "best_loss", "best_epoch", "since_best")  # of MeasureCider
+BEST = ("best", "best_loss", "best_epoch", "since_best")  # of Judge
 
 
-class Averaged(keras.callbacks.SwapEMAWeights):
-    """Lends the averaged weights of the optimizer to whatever is measured."""
+class Averaged(keras.callbacks.Callback):
+    """Measures the averaged weights of the optimizer; trains the others.
+
+    Keras's `SwapEMAWeights` exchanges the two by adding and subtracting on
+    TensorFlow, which rounds, and `Model.fit` leaves the average in the model.
+    Here the trained weights are put back as they were, to the bit. Does
+    nothing where the optimizer keeps no average.
+    """
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Puts the averaged weights in place."""
+        self.trained = self._copies()
+        variables = self.model.trainable_variables
+        self.model.optimizer.finalize_variable_values(variables)
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Puts the trained weights back."""
+        self._restore(self.trained)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Remembers the weights that the next `fit` has to start from."""
+        self.last = self._copies()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Undoes what `Model.fit` does at its end."""
+        self._restore(self.last)
 
     def __enter__(self) -> None:
-        """Puts the averaged weights in place."""
+        """As for a validation."""
         self.on_test_begin()
 
     def __exit__(self, *_: Any) -> None:
-        """Puts the trained weights back."""
+        """As after a validation."""
         self.on_test_end()
 
-    def _backend_swap_variables(self, optimizer: Any) -> None:
-        """Exchanges arrays as they are, wherever they lie.
+    def _copies(self) -> list[Any]:
+        return [*map(keras.ops.copy, self.model.trainable_variables)]
 
-        Keras takes one of the two through NumPy, which is shared memory that
-        a later step may write to, and one device of many.
-        """
-        for variable, average in zip(
-            optimizer._trainable_variables,
-            optimizer._model_variables_moving_average,
-            strict=True,
+    def _restore(self, values: list[Any]) -> None:
+        for variable, value in zip(
+            self.model.trainable_variables, values, strict=True
         ):
-            trained = variable.value
-            variable.assign(average.value)
-            average.assign(trained)
+            variable.assign(value)
 
 
-class MeasureCider(keras.callbacks.Callback):
+class Judge(keras.callbacks.Callback):
     """Adds `val_cider`, of free-running captions, to an epoch's logs.
 
     Keeps the weights of the best epoch, and stops when no better one comes.
@@ -59,48 +82,60 @@ class MeasureCider(keras.callbacks.Callback):
     there, its last epoch is kept.
 
     Args:
-        measure: captions the validation split and scores it.
-        averaged: puts the averaged weights in place.
+        config: its training and decoding fields.
         place: the run folder.
-        every: epochs between measurements.
-        patience: stop after this many measurements without a better one.
-        epochs: how many epochs there are; it also measures after the last.
-        by_loss: whether the validation loss decides alone.
-        writes: whether this process saves the weights.
+        decoder: the model that is trained.
+        features: float16 (all rows, regions, channels).
+        rows: of the validation images, int (images,).
+        split: the validation split.
+        words: the vocabulary.
+        devices: that training uses. Each process captions its share of the
+            images, on one device.
     """
 
     def __init__(
         self,
-        measure: Callable[[], float],
-        averaged: Any,
+        config: Config,
         place: Path,
-        every: int,
-        patience: int,
-        epochs: int,
-        by_loss: bool = False,
-        writes: bool = True,
+        decoder: keras.Model,
+        features: np.ndarray,
+        rows: np.ndarray,
+        split: Split,
+        words: Vocabulary,
+        devices: Devices = ALONE,
     ) -> None:
         super().__init__()
-        self.writes = writes
-        self.measure, self.averaged, self.place = measure, averaged, place
-        self.every, self.patience, self.epochs = every, patience, epochs
-        self.by_loss = by_loss
+        self.config, self.place, self.devices = config, place, devices
+        self.features, self.rows = features, rows
+        self.split, self.words = split, words
+        self.by_loss = len(split.images) < CIDER_IMAGES
+        self.averaged = Averaged()
+        self.averaged.set_model(decoder)
+        self.set_model(decoder)
+        with one_device():
+            self.captioner = decoder
+            if devices.number > 1:
+                self.captioner = build_model(
+                    config, len(words), features.shape[-1]
+                )
+            self.search = captioner.build(self.captioner, config)
         self.best, self.best_loss = -1.0, float("inf")
         self.best_epoch, self.since_best = 0, 0
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Measures, every few epochs and after the last one."""
-        if (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs:
-            self.judge(epoch, logs)
+        """Judges, every few epochs and after the last one."""
+        due = (epoch + 1) % self.config.cider_every == 0
+        if due or epoch + 1 == self.config.epochs:
+            with self.averaged:
+                self.judge(epoch, logs)
 
     def judge(self, epoch: int, logs: dict[str, float]) -> None:
         """Measures, and keeps the weights if they are the best."""
-        with self.averaged:
-            logs["val_cider"] = self.measure()
-            better = self.is_better(logs)
-            if better and self.writes:
-                with one_device():  # the others do not take part
-                    runs.save_weights(self.model, self.place, epoch + 1)
+        logs["val_cider"] = self.measure()
+        better = self.is_better(logs)
+        if better and self.devices.process == 0:
+            with one_device():  # the others do not take part
+                runs.save_weights(self.model, self.place, epoch + 1)
         tie = logs["val_cider"] == self.best and not self.by_loss
         if better:
             self.best, self.best_epoch = logs["val_cider"], epoch + 1
@@ -109,6 +144,30 @@ class MeasureCider(keras.callbacks.Callback):
         elif not tie:
             self.since_best += 1
         self.model.stop_training = self.stopped
+
+    def measure(self) -> float:
+        """CIDEr of the validation split, captioned by the weights of now."""
+        process, processes = self.devices.process, self.devices.processes
+        with one_device():
+            if self.captioner is not self.model:
+                self.captioner.set_weights(self.model.get_weights())
+            found = captioner.caption_rows(
+                self.search,
+                [self.features],
+                [self.rows[process::processes]],
+                self.words,
+            )
+        shares = [[each.caption for each in found]]
+        if processes > 1:
+            shares = job.gather(shares[0])
+        images, captions = self.split.images, {}
+        for first, share in enumerate(shares):
+            captions |= zip(images[first::processes], share, strict=True)
+        references = {
+            image: [" ".join(tokens) for tokens in each]
+            for image, each in zip(images, self.split.tokens, strict=True)
+        }
+        return metrics.cider(captions, references)
 
     def is_better(self, logs: dict[str, float]) -> bool:
         """Whether an epoch is better than all before it."""
@@ -122,7 +181,7 @@ class MeasureCider(keras.callbacks.Callback):
     @property
     def stopped(self) -> bool:
         """Whether patience has run out."""
-        return self.since_best >= self.patience
+        return self.since_best >= self.config.patience
 
     def __str__(self) -> str:
         """The best epoch, for people."""
@@ -142,7 +201,7 @@ class SavePoints(keras.callbacks.Callback):
     Args:
         place: the run folder.
         batches: the training batches.
-        cider: holds the best score.
+        judge: holds the best score.
         scheduled_epochs: the epochs over which the learning rate decays.
         writes: whether this process saves.
     """
@@ -151,13 +210,13 @@ class SavePoints(keras.callbacks.Callback):
         self,
         place: Path,
         batches: CaptionBatches,
-        cider: MeasureCider,
+        judge: Judge,
         scheduled_epochs: int,
         writes: bool = True,
     ) -> None:
         super().__init__()
         self.writes = writes
-        self.place, self.batches, self.cider = place, batches, cider
+        self.place, self.batches, self.judge = place, batches, judge
         self.scheduled_epochs = scheduled_epochs
         self.epoch, self.batch, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -177,6 +236,17 @@ class SavePoints(keras.callbacks.Callback):
             self.epoch - self.cross_entropy_epochs if self.self_critical else 0
         )
 
+    def begin_self_critical(self) -> None:
+        """Ends cross-entropy, and saves the weights to go on from.
+
+        With fewer epochs than before, one may have been left half-way. A
+        killed run must not resume from weights that became the best later.
+        """
+        self.cross_entropy_epochs = self.epoch
+        self.batch, self.seconds = 0, 0.0
+        self.start(self.epoch)
+        self.save()
+
     def variables(self) -> list[Any]:
         """All variables that a step changes, in one order."""
         model = self.model
@@ -192,7 +262,7 @@ class SavePoints(keras.callbacks.Callback):
         if progress is None:
             return
         for name in BEST:
-            setattr(self.cider, name, progress[name])
+            setattr(self.judge, name, progress[name])
         self.epoch, self.batch = progress["epoch"], progress["batch"]
         self.history, self.seconds = progress["history"], progress["seconds"]
         self.cross_entropy_epochs = progress.get("cross_entropy_epochs")
@@ -245,7 +315,7 @@ class SavePoints(keras.callbacks.Callback):
             table = history_table(self.history)
             write_csv(self.place / "history.csv", table)
             write_curves(
-                self.place / "curves.png", table, self.cider.best_epoch
+                self.place / "curves.png", table, self.judge.best_epoch
             )
         self.epoch, self.batch, self.seconds = epoch + 1, 0, 0.0
         self.rewards = []
@@ -263,7 +333,7 @@ class SavePoints(keras.callbacks.Callback):
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": self.seconds + time.monotonic() - self.begun,
-            **{name: getattr(self.cider, name) for name in BEST},
+            **{name: getattr(self.judge, name) for name in BEST},
             "history": self.history,
             "scheduled_epochs": self.scheduled_epochs,
             "cross_entropy_epochs": self.cross_entropy_epochs,

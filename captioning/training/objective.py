@@ -86,21 +86,14 @@ class AdamW(keras.optimizers.AdamW):
             variable.assign(ops.copy(variable))
 
 
-def build_optimizer(config: Config, steps: int) -> AdamW:
-    """AdamW with warm-up, cosine decay, clipping and averaged weights.
+def build_optimizer(config: Config, rate: Any, steps: int) -> AdamW:
+    """AdamW with clipped gradients and averaged weights.
 
     Args:
         config: its training fields.
+        rate: the learning rate, a number or a schedule.
         steps: per epoch.
     """
-    total = steps * config.epochs
-    warmup = max(1, round(total * config.warmup_share))
-    rate = keras.optimizers.schedules.CosineDecay(
-        config.learning_rate / warmup,
-        max(1, total - warmup),
-        warmup_target=config.learning_rate,
-        warmup_steps=warmup,
-    )
     averaged = config.ema_epochs > 0
     momentum = math.exp(-1 / (config.ema_epochs * steps)) if averaged else 0.99
     return AdamW(

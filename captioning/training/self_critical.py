@@ -9,6 +9,7 @@ The gradient is that of a cross-entropy with weights, so that `Model.fit` does
 it on every backend.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,13 +17,16 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 from keras import ops
+from tqdm import tqdm
 
-from captioning.backend import use_xla
+from captioning import job, runs
+from captioning.backend import ALONE, one_device, use_xla
 from captioning.data import vocabulary
 from captioning.data.vocabulary import SPECIAL_WORDS
 from captioning.decoding import captioner, search
 from captioning.decoding.consensus import ORDERS, SIGMA
 from captioning.training.batches import CaptionBatches
+from captioning.training.callbacks import SavePoints
 from config import Config
 
 # Images whose captions are drawn at a time, with the weights as they are then.
@@ -246,3 +250,76 @@ def compile_decoder(config: Config, decoder: Any) -> None:
         PolicyLoss(),
         jit_compile=use_xla(),
     )
+
+
+def train(
+    config: Config,
+    points: SavePoints,
+    features: np.ndarray,
+    rows: np.ndarray,
+    captions: Sequence[Sequence[Sequence[str]]],
+    words: vocabulary.Vocabulary,
+) -> None:
+    """Trains from the best epoch of cross-entropy on, or resumes that.
+
+    Args:
+        config: its training fields.
+        points: where training stands.
+        features: float16 (all rows, regions, channels).
+        rows: of the training images, int (images,).
+        captions: the tokenised captions of each training image.
+        words: the vocabulary.
+    """
+    job.wait("self-critical")  # the first process may still be writing
+    with one_device():
+        decoder, judge = points.model, points.judge
+        if judge.captioner is not decoder:
+            # Sampling and judging is no work for several devices: each process
+            # does all of it, and they agree.
+            decoder = judge.captioner
+            judge.devices = ALONE
+            judge.set_model(decoder)
+            points.set_model(decoder)
+        compile_decoder(config, decoder)
+        decoder.optimizer.build(decoder.trainable_variables)
+        if points.self_critical:
+            runs.load_state(points.place, points.variables())
+        else:
+            runs.load_weights(decoder, points.place)
+            points.begin_self_critical()
+        rounds = Rounds(config, decoder, features, rows, captions, words)
+        end = points.cross_entropy_epochs + config.scst_epochs
+        for epoch in range(points.epoch, end):
+            points.start(epoch)
+            _run_rounds(decoder, rounds, points)
+            logs = {"reward": sum(points.rewards) / len(rounds)}
+            judge.judge(epoch, logs)
+            points.on_epoch_end(epoch, logs)
+            print(
+                f"Self-critical epoch {epoch + 1}/{end}: reward "
+                f"{logs['reward']:.3f}, CIDEr on val {logs['val_cider']:.3f}",
+                flush=True,
+            )
+
+
+def _run_rounds(
+    decoder: keras.Model, rounds: Rounds, points: SavePoints
+) -> None:
+    """Trains on the rounds that are left of an epoch."""
+    bar = tqdm(
+        total=len(rounds),
+        initial=points.batch,
+        unit="round",
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        while points.batch < len(rounds):
+            batches, reward = rounds.draw(points.epoch, points.batch)
+            fitted = decoder.fit(batches, shuffle=False, verbose=0)
+            points.batch += 1
+            points.rewards.append(reward)
+            points.check(fitted.history["loss"][0])
+            if points.batch < len(rounds):
+                points.save_if_due()
+            bar.set_postfix(reward=f"{reward:.3f}")
+            bar.update()

@@ -1,0 +1,107 @@
+"""The epochs of cross-entropy: batches, and a `Model.fit` that resumes."""
+
+import sys
+from typing import Any
+
+import keras
+import numpy as np
+
+from captioning import runs
+from captioning.backend import Devices
+from captioning.data.prepared import Split
+from captioning.data.vocabulary import Vocabulary, encode
+from captioning.features.cache import Cache, channel_statistics
+from captioning.training.batches import CaptionBatches
+from captioning.training.callbacks import SavePoints
+from config import Config
+
+
+def make_batches(
+    config: Config,
+    features: np.ndarray,
+    rows: tuple[np.ndarray, np.ndarray],
+    splits: tuple[Split, Split],
+    words: Vocabulary,
+    devices: Devices,
+) -> tuple[CaptionBatches, CaptionBatches]:
+    """Batches of the training and of the validation split.
+
+    Args:
+        config: its training fields.
+        features: float16 (all rows, regions, channels).
+        rows: of the images of both splits, int (images,).
+        splits: both of them.
+        words: the vocabulary.
+        devices: that share each batch.
+    """
+    encoded = [
+        [encode(each, words, config.max_caption_length) for each in s.tokens]
+        for s in splits
+    ]
+    train = CaptionBatches(
+        *(features, rows[0], encoded[0], config.batch_images),
+        captions_per_image=config.captions_per_image,
+        seed=config.seed,
+        devices=devices,
+    )
+    val = CaptionBatches(
+        *(features, rows[1], encoded[1], config.batch_images), devices=devices
+    )
+    return train, val
+
+
+def standardise(decoder: Any, cache: Cache, rows: np.ndarray) -> None:
+    """Gives the decoder the statistics of the training features."""
+    mean, deviation = channel_statistics(cache, rows)
+    decoder.standardisation.mean.assign(mean)
+    decoder.standardisation.deviation.assign(deviation)
+
+
+def resume(decoder: Any, points: SavePoints) -> None:
+    """Restores a run from its last saved point, if it has one."""
+    decoder.optimizer.build(decoder.trainable_variables)
+    points.restore(decoder)
+    if points.epoch or points.batch:
+        print(f"Resuming after {points.epoch} epochs and {points.batch} steps")
+        if points.self_critical:
+            return  # which has another optimizer
+        if points.batch:
+            # Keras creates its metrics when it first measures, and resets them
+            # when an epoch begins: `SavePoints` restores them after that.
+            decoder.test_on_batch(*points.batches[0])
+        runs.load_state(points.place, points.variables())
+
+
+def run_epochs(
+    batches: CaptionBatches,
+    val_batches: CaptionBatches,
+    watching: list[keras.callbacks.Callback],
+    points: SavePoints,
+    epochs: int,
+) -> None:
+    """`Model.fit`; a begun epoch is finished by a `fit` of its own.
+
+    Args:
+        batches: of the training split.
+        val_batches: of the validation split.
+        watching: the callbacks.
+        points: where training stands; one of the callbacks.
+        epochs: to train in all.
+    """
+    ends = [points.epoch + 1, epochs] if points.batch else [epochs]
+    for end in ends:
+        if points.epoch >= end or points.judge.stopped:
+            break
+        batches.begin(points.epoch, points.batch)
+        points.model.fit(
+            batches,
+            validation_data=val_batches,
+            initial_epoch=points.epoch,
+            epochs=end,
+            callbacks=watching,
+            # The batches have an order of their own; that of Keras could not
+            # be resumed.
+            shuffle=False,
+            # A bar for a person, a line per epoch for a log.
+            verbose=1 if sys.stdout.isatty() else 2,
+        )
