@@ -92,7 +92,7 @@ def fit(
         config, cache.features, (rows, val_rows), (train, val), words, devices
     )
     decoder = build_model(config, len(words), cache.features.shape[-1])
-    loop.standardise(decoder, cache, rows)
+    loop.standardise(decoder, cache.features, rows)
 
     steps = len(batches)
     scheduled = (runs.load_progress(place) or {}).get(

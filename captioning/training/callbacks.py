@@ -185,9 +185,12 @@ class Judge(keras.callbacks.Callback):
 
     def __str__(self) -> str:
         """The best epoch, for people."""
-        found = f"best CIDEr on val: {self.best:.3f}"
-        if self.by_loss:
+        if not self.by_loss:
+            found = f"best CIDEr on val: {self.best:.3f}"
+        elif self.best_loss < float("inf"):
             found = f"lowest loss on val: {self.best_loss:.3f}"
+        else:
+            found = "kept the last weights"
         return f"{found}, epoch {self.best_epoch}"
 
 

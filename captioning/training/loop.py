@@ -10,7 +10,7 @@ from captioning import runs
 from captioning.backend import Devices
 from captioning.data.prepared import Split
 from captioning.data.vocabulary import Vocabulary, encode
-from captioning.features.cache import Cache, channel_statistics
+from captioning.features.cache import channel_statistics
 from captioning.training.batches import CaptionBatches
 from captioning.training.callbacks import SavePoints
 from config import Config
@@ -50,9 +50,11 @@ def make_batches(
     return train, val
 
 
-def standardise(decoder: Any, cache: Cache, rows: np.ndarray) -> None:
+def standardise(
+    decoder: Any, features: np.ndarray, rows: np.ndarray
+) -> None:
     """Gives the decoder the statistics of the training features."""
-    mean, deviation = channel_statistics(cache, rows)
+    mean, deviation = channel_statistics(features, rows)
     decoder.standardisation.mean.assign(mean)
     decoder.standardisation.deviation.assign(deviation)
 
