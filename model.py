@@ -33,6 +33,7 @@ from captioning.data import vocabulary
 from captioning.data.vocabulary import PAD, START, UNKNOWN
 from captioning.decoding import search
 from captioning.features import cache as features
+from captioning.features import encoder_weights as encoder_file
 from captioning.training import gradients
 from config import ENCODERS, Config, UserError
 
@@ -201,13 +202,7 @@ def _load_encoder_weights(
             ) from None
         network.set_weights(trained.get_weights())
         return
-    try:
-        network.load_weights(weights)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{weights} holds no weights for {name} without its top: {reason}"
-        ) from None
+    encoder_file.load(network, weights, name)
 
 
 def _size_of_response(network: keras.Model) -> float:
