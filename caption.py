@@ -248,4 +248,4 @@ def draw(path: Path, photo: str, found: Any) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, ACTIONS)
+    command.run(main, __doc__, ACTIONS, end_with_reader=True)
