@@ -38,13 +38,12 @@ _NOT_PHOTOGRAPHS = {
 Image.preinit()  # the common formats come first
 Image.init()
 _FORMATS = [name for name in Image.OPEN if name not in _NOT_PHOTOGRAPHS]
-_HEIC_ENDINGS = {".heic", ".heif", ".hif"}
 # Files in a folder that are taken for photographs, whatever their case. HEIC
 # and JPEG XL are among them so that they are reported, not passed over.
 ENDINGS = {
     *(e for e, f in Image.registered_extensions().items() if f in _FORMATS),
-    *_HEIC_ENDINGS,
-    ".jxl",
+    *(".heic", ".heif", ".hif", ".jxl"),
+    ".mpo",  # opened as a JPEG
 }
 _NEEDS_HEIC = (
     "HEIC needs pillow-heif: pip install -r requirements-heic.txt, or convert "
