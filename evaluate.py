@@ -374,7 +374,9 @@ def write_report(
     pairs = zip(examples.itertuples(), maps, strict=True)
     for row, each in islice(pairs, DRAWN):
         try:
-            photo, _ = images.read_image(directory / row.image, PHOTO_SIDE)
+            photo, _ = images.read_image(
+                directory / row.image, PHOTO_SIDE, square=False
+            )
         except images.UnusableImage:
             continue
         report.write_attention_figure(

@@ -471,6 +471,42 @@ def test_mouse_and_touch_step_through_the_words(page):
     wait(page, "!$('dialog').open")
 
 
+ARABIC = "رجل يركب دراجة في الشارع ."
+
+
+def test_a_right_to_left_caption_runs_from_right_to_left(browser, tmp_path):
+    """Words, buttons, keys and what people wrote; English stays as it is."""
+    from selenium.webdriver.common.keys import Keys
+
+    examples = examples_in(
+        *(tmp_path, [ARABIC, "a man rides a bike ."]),
+        references=["رجل على دراجة .", "A man on a bike ."],
+    )
+    page, before = browser, browser.current_url
+    page.get(write(tmp_path, examples).as_uri())
+    direction = "return getComputedStyle(arguments[0]).direction"
+    captions = find(page, "#gallery .caption")
+    references = find(page, "#gallery li:first-child .references li")
+    for pair in (captions, references):
+        found = [page.execute_script(direction, each) for each in pair]
+        assert found == ["rtl", "ltr"]
+    captions[0].click()
+    places = [each.rect["x"] for each in find(page, "#words button")[1:5]]
+    assert places == sorted(places, reverse=True)
+    press(page, Keys.ARROW_LEFT)
+    wait(page, "document.activeElement.textContent === 'يركب'")
+    assert "“\u2068يركب\u2069”, word 2 of 6" in find(page, "#where")[0].text
+    press(page, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    wait(page, "word === 0")
+    press(page, Keys.ARROW_DOWN)
+    wait(page, "$('place').textContent.startsWith('2 of')")
+    places = [each.rect["x"] for each in find(page, "#words button")[1:5]]
+    assert places == sorted(places)
+    press(page, Keys.ARROW_RIGHT)
+    wait(page, "word === 2")
+    page.get(before)
+
+
 def test_an_image_without_photograph_or_caption_opens(page):
     find(page, "#search")[0].send_keys("number 2")
     (button,) = find(page, "#gallery .open")

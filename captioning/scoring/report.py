@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 
 from captioning.data import images
 from captioning.files import atomic_path, write_text
+from captioning.scoring import fonts
 from captioning.scoring import metrics as scores
 
 # title, column of the training split, column of the validation split
@@ -129,10 +131,9 @@ def write_attention_figure(
         attention: weights (words, side, side).
     """
     side = min(_PANEL_SIDE, math.isqrt(_PIXELS // (len(words) + 1)))
-    photo = _fit(photo, photo.shape[1::-1], side)
-    panels = [("", photo)]
-    for word, weights in zip(words, attention, strict=True):
-        panels.append((word, _lit(photo, weights)))
+    photo = _fit(photo, side)
+    lit = [_lit(photo, weights) for weights in attention]
+    panels = list(zip(["", *words], [photo, *lit], strict=True))
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
     height, width = photo.shape[:2]
@@ -140,31 +141,45 @@ def write_attention_figure(
     sheet = np.full((rows * down, columns * across, 3), 255, np.uint8)
     # Written on the sheet itself: axes would take a second a figure.
     figure = Figure((sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
+    font = {"family": fonts.families("".join(words)), "size": 9}
+    mirrored = _is_right_to_left(" ".join(words))
     for place, (word, pixels) in enumerate(panels):
-        top = place // columns * down
-        left = place % columns * across + _GAP // 2
+        row, column = divmod(place, columns)
+        if mirrored:
+            column = columns - 1 - column
+        top, left = row * down, column * across + _GAP // 2
         sheet[top + _TITLE : top + down, left : left + width] = pixels
         x, y = (left + width / 2) / sheet.shape[1], (top + 17) / sheet.shape[0]
-        figure.text(x, 1 - y, word, ha="center", fontsize=9, parse_math=False)
+        figure.text(x, 1 - y, word, ha="center", font=font, parse_math=False)
     figure.figimage(sheet)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # A letter that the font does not have is drawn as a box.
+        # Of characters without a font, which have been reported.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format="png", dpi=100)
     with atomic_path(path) as part, Image.open(buffer) as image:
         image.convert("RGB").quantize(256).save(part, "PNG", optimize=True)
 
 
-def _fit(photo: np.ndarray, shape: Sequence[int], side: int) -> np.ndarray:
+def _is_right_to_left(text: str) -> bool:
+    """Whether the first letter of a text is of a script like Arabic."""
+    for character in text:
+        direction = unicodedata.bidirectional(character)
+        if direction in ("L", "R", "AL"):
+            return direction != "L"
+    return False
+
+
+def _fit(photo: np.ndarray, side: int) -> np.ndarray:
     """Shrinks a photograph until its longer side is `side` pixels.
 
     Args:
         photo: uint8 RGB (height, width, 3).
-        shape: its width and height before anything distorted it.
         side: pixels.
     """
-    size = [max(1, round(each * side / max(shape))) for each in shape]
+    height, width = photo.shape[:2]
+    scale = side / max(height, width)
+    size = [max(1, round(each * scale)) for each in (width, height)]
     return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
 
 
@@ -300,34 +315,25 @@ def _example(
 def _thumbnail(path: Path) -> str | None:
     """A small JPEG in base64; None if the photograph cannot be read."""
     try:
-        pixels, _ = images.read_image(path, _THUMBNAIL_SIDE)
+        pixels, _ = images.read_image(path, _THUMBNAIL_SIDE, square=False)
     except images.UnusableImage:
         return None
-    return _jpeg(_fit(pixels, _upright_size(path), _THUMBNAIL_SIDE))
+    return _jpeg(pixels)
 
 
 def lit_photographs(data: bytes, attention: np.ndarray) -> list[str]:
-    """A photograph, and for each word the same lit where the word looked.
+    """A photograph, and for each word the same, lit where the model looked.
 
     Args:
         data: the photograph's file, one that `images.decode_image` can read.
         attention: weights (words, side, side).
 
     Returns:
-        Addresses (data:) of JPEGs, 1 + words of them.
+        JPEGs as addresses (data:), 1 + words of them.
     """
-    pixels, _ = images.decode_image(data, _LIT_SIDE)
-    photo = _fit(pixels, _upright_size(io.BytesIO(data)), _LIT_SIDE)
+    photo, _ = images.decode_image(data, _LIT_SIDE, square=False)
     pictures = [photo, *(_lit(photo, weights) for weights in attention)]
     return [f"data:image/jpeg;base64,{_jpeg(each)}" for each in pictures]
-
-
-def _upright_size(file: Path | io.BytesIO) -> tuple[int, int]:
-    """Width and height of a photograph, stood upright."""
-    with Image.open(file) as image:
-        width, height = image.size
-        turned = images.orientation(image) >= 5
-    return (height, width) if turned else (width, height)
 
 
 def _jpeg(pixels: np.ndarray) -> str:
