@@ -1,4 +1,4 @@
-"""What a person looks at: curves, attention figures and the HTML page."""
+"""Training curves, attention figures and the HTML report."""
 
 import base64
 import io
@@ -37,27 +37,27 @@ _STYLE = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
     "svg.fonttype": "none",
-    # Without it the names inside an SVG are drawn by chance.
+    # Without it the ids inside an SVG are random.
     "svg.hashsalt": "curves",
 }
-# A photograph then takes some 14 KB of the page.
+# That is about 14 KB per photograph.
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 224, 70
 _LIT_SIDE = 448  # of the photographs on the page that captions them
-# Of an attention figure. All its photographs together take about a byte a
-# pixel, so that it stays small however long the caption is.
+# Of an attention figure: panels per row, the longer side of one, and pixels
+# in all, about a byte each, so that a long caption makes no large file.
 _COLUMNS, _PANEL_SIDE, _PIXELS = 6, 160, 300_000
 _TITLE, _GAP = 24, 8  # pixels above and between the panels
-# As the page does it: what is left of the light where there is no attention,
-# and the colour that the attention adds to the photograph, with its weight.
+# The same as on the page: the brightness that is left where there is no
+# attention, and the colour that attention adds, with its weight.
 _UNLIT, _GLOW, _GLOW_SHARE = 0.4, (255, 150, 40), 0.35
 
 
 def write_curves(path: Path, history: pd.DataFrame) -> None:
-    """Draws how the training went as a PNG.
+    """Plots the course of training as a PNG.
 
     Args:
         path: the file.
-        history: as in history.csv, one row an epoch; NaN is not measured.
+        history: as in history.csv, one row per epoch; NaN is not measured.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure((11, 3), 150, layout="constrained")
@@ -75,7 +75,7 @@ def _draw_panel(
     training: str | None,
     validation: str,
 ) -> None:
-    """Draws one figure over the epochs; the best has the highest CIDEr."""
+    """Plots two columns over the epochs, and marks the best epoch."""
     for column, name, colour in (
         (training, "training", _TRAINING),
         (validation, "validation", _VALIDATION),
@@ -103,7 +103,7 @@ def _draw_panel(
 
 
 def _curve(history: pd.DataFrame, panel: tuple[str, str | None, str]) -> str:
-    """A panel as an SVG element that takes the ink of the page."""
+    """A panel as an SVG element in the text colour of the page."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure = Figure((4.4, 3), layout="constrained")
@@ -111,7 +111,7 @@ def _curve(history: pd.DataFrame, panel: tuple[str, str | None, str]) -> str:
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue().replace("#000000", "currentColor")
-    # Inside HTML an SVG needs no prologue and no name space.
+    # Inside HTML, an SVG needs neither prologue nor namespace.
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
     label = f'<svg role="img" aria-label="{panel[0]} by epoch"'
     return svg.replace("<svg", label, 1)
@@ -139,7 +139,7 @@ def write_attention_figure(
     height, width = photo.shape[:2]
     down, across = height + _TITLE, width + _GAP
     sheet = np.full((rows * down, columns * across, 3), 255, np.uint8)
-    # Written on the sheet itself: axes would take a second a figure.
+    # Written on the sheet itself: axes would take a second per figure.
     figure = Figure((sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
     font = {"family": fonts.families("".join(words)), "size": 9}
     mirrored = _is_right_to_left(" ".join(words))
@@ -184,7 +184,7 @@ def _fit(photo: np.ndarray, side: int) -> np.ndarray:
 
 
 def _lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Leaves colour and light where the attention is.
+    """Dims a photograph except where the attention is.
 
     Args:
         photo: uint8 RGB (height, width, 3).
@@ -211,8 +211,8 @@ def _lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _scaled(attention: np.ndarray) -> np.ndarray:
     """(words, side, side) -> uint8, 255 where a word's attention is highest.
 
-    The lowest is not stretched to 0, so that an attention that hardly
-    prefers any region looks like it.
+    The lowest is not stretched to 0, so that nearly even attention looks
+    even.
     """
     highest = attention.max(axis=(1, 2), keepdims=True, initial=1e-9)
     return (attention / highest * 255).clip(0, 255).round().astype(np.uint8)
@@ -228,22 +228,21 @@ def write_report(
     images_dir: Path,
     history: pd.DataFrame | None,
 ) -> None:
-    """Writes the page that shows what a run is worth.
+    """Writes the report of a run: one HTML file that needs no network.
 
-    It is one file that needs no network. A photograph that cannot be read
-    is a placeholder.
+    A photograph that cannot be read becomes a placeholder.
 
     Args:
         path: the HTML file.
         title: its heading.
-        dataset: the name of it; a known one brings published rows along.
+        dataset: its name; for a known one, published results are shown.
         metrics: what metrics.json has.
         examples: image (relative to `images_dir`), caption, references
-            (list of texts), bleu4, rouge_l, cider; one row an image.
-        attention: for each row, weights (words, side, side), one map for each
+            (list of texts), bleu4, rouge_l, cider; one row per image.
+        attention: for each row, weights (words, side, side), one map per word
             of `caption.split()`.
         images_dir: the folder with the photographs.
-        history: as in history.csv; None if it is not at hand.
+        history: as in history.csv; None if there is none.
     """
     rows = examples.to_dict("records")
     data = [
@@ -266,7 +265,7 @@ def write_report(
 
 
 def template(name: str) -> jinja2.Template:
-    """A page's template; what is put into it is escaped."""
+    """The template of a page; values put into it are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("captioning", "."),
         autoescape=True,
@@ -278,7 +277,7 @@ def template(name: str) -> jinja2.Template:
 
 
 def _figures(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """What a person reads of each metric."""
+    """Each metric as the page shows it."""
     for name, title, form, meaning in scores.FIGURES:
         value = metrics.get(name)
         reason = metrics.get("unavailable", {}).get(name, "not measured")
@@ -296,7 +295,7 @@ def _figures(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 def _example(
     row: Mapping[str, Any], maps: np.ndarray, images_dir: Path
 ) -> dict[str, Any]:
-    """One image as the script of the page wants it.
+    """One image as the script of the page expects it.
 
     Args:
         row: of the examples.
