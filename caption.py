@@ -73,11 +73,11 @@ def main(arguments: command.Arguments) -> int:
     from captioning import runs
 
     actions = arguments.actions
+    if bool(actions.photos) == (actions.serve is not None):
+        command.tell("give photographs, folders of them or -; or else --serve")
+        return command.WRONG_USAGE
     if actions.serve is not None:
         return serve(arguments)
-    if not actions.photos:
-        command.tell("give photographs, folders of them, - or --serve")
-        return command.WRONG_USAGE
     photos, failed = find_photos(actions.photos)
     if actions.attention:
         Path(actions.attention).mkdir(parents=True, exist_ok=True)

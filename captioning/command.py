@@ -143,7 +143,8 @@ def parse(
         The config, the fields that were given, and the actions.
     """
     parser, flags = _parser(description, actions)
-    known, unknown = parser.parse_known_args(arguments)
+    # Intermixed: photographs may stand before and after flags.
+    known, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         word = unknown[0].split("=")[0]
         kind = "flag" if word.startswith("-") else "argument"

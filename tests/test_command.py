@@ -151,6 +151,20 @@ def test_actions_are_apart_from_the_config():
     assert not parse(actions=train.ACTIONS).actions.fresh
 
 
+def test_arguments_stand_before_and_after_flags():
+    words = ["a.jpg", "--json", "b.jpg", "--epochs", "3", "-"]
+    arguments = parse(*words, actions=caption.ACTIONS)
+    assert arguments.actions.photos == ["a.jpg", "b.jpg", "-"]
+    assert arguments.actions.json and arguments.given == {"epochs": 3}
+
+
+@pytest.mark.parametrize("words", [[], ["a.jpg", "--serve"]])
+def test_caption_takes_photographs_or_serves(words, capsys):
+    arguments = parse(*words, actions=caption.ACTIONS)
+    assert caption.main(arguments) == command.WRONG_USAGE
+    assert "or else --serve" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["dev", "validation", "val"])
 def test_other_names_of_the_validation_split_are_understood(name):
     assert parse("--split", name).config.split == "val"
