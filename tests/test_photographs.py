@@ -57,7 +57,7 @@ def test_what_is_no_photograph_is_counted_by_kind():
 
 
 def test_a_file_that_is_named_is_taken_whatever_it_is_called():
-    make("a", "b.xyz", "c[1].jpg")
+    make("a", "b.xyz", "c[1].jpg", "c1.jpg")
     assert found("a", "b.xyz", "c[1].jpg") == ["a", "b.xyz", "c[1].jpg"]
 
 
