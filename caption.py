@@ -150,9 +150,9 @@ def load_captioner(config: Config, run: Path) -> Any:
     searcher = search.build(decoder, config)
 
     def caption(photos: list[extraction.Read]) -> list[Any]:
-        if not photos:
+        pixels = [each.pixels for each in photos if each.pixels is not None]
+        if not pixels:
             return []
-        pixels = [each.pixels for each in photos]
         features = extraction.encode(pixels, encoder.predict_on_batch)
         rows = np.arange(len(features))
         return search.caption_rows(searcher, features, rows, words)
@@ -213,7 +213,7 @@ def draw(folder: Path, photo: str, found: Any) -> None:
     """Writes the attention figure of a photograph."""
     from captioning.data import images
     from captioning.decoding import search
-    from captioning.scoring import report
+    from captioning.scoring import figures
 
     try:
         pixels, _ = images.read_image(Path(photo), PHOTO_SIDE, square=False)
@@ -221,7 +221,7 @@ def draw(folder: Path, photo: str, found: Any) -> None:
         raise UserError(f"{photo}: {error}") from None
     maps = search.square(found.attention)
     path = folder / figure_name(photo)
-    report.write_attention_figure(path, pixels, found.words, maps)
+    figures.write_attention_figure(path, pixels, found.words, maps)
 
 
 def figure_name(photo: str) -> str:

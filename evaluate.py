@@ -356,6 +356,7 @@ def write_report(
 
     from captioning.data import images, prepared
     from captioning.scoring import report
+    from captioning.scoring.figures import write_attention_figure
 
     directory = prepared.images_dir(config)
     # Images without a usable reference have no score and no place here.
@@ -379,7 +380,7 @@ def write_report(
             )
         except images.UnusableImage:
             continue
-        report.write_attention_figure(
+        write_attention_figure(
             place / "attention" / (Path(row.image).stem + ".png"),
             photo,
             row.caption.split(),

@@ -111,7 +111,9 @@ def _parser(
         flag = "--" + each.name.replace("_", "-")
         text = f"{each.metadata['help']} (default: {each.default!r})"
         text = text.replace("%", "%%")
-        if each.type is bool:
+        kind: Any = each.type
+        options: dict[str, Any]
+        if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif "choices" in each.metadata:
             options = {
@@ -120,8 +122,8 @@ def _parser(
             }
         else:
             options = {
-                "type": _kind(each.type),
-                "metavar": each.type.__name__.upper(),
+                "type": _kind(kind),
+                "metavar": kind.__name__.upper(),
             }
         added.append(groups[name].add_argument(flag, help=text, **options))
     return parser, ["--help", *(f for a in added for f in a.option_strings)]

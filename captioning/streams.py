@@ -19,7 +19,7 @@ class _Descriptor(io.FileIO):
         super().__init__(number, "w", closefd=False)
         self.end_with_reader = end_with_reader
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:

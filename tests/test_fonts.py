@@ -7,7 +7,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from PIL import Image
 
-from captioning.scoring import fonts, report
+from captioning.scoring import figures, fonts
 
 
 def make_font(path, family: str, characters: str) -> str:
@@ -54,9 +54,9 @@ def draw(path, words: list[str]) -> np.ndarray:
     """The titles of the panels of an attention figure, greyscale."""
     photo = np.full((60, 80, 3), 255, np.uint8)
     maps = np.ones((len(words), 7, 7))
-    report.write_attention_figure(path, photo, words, maps)
+    figures.write_attention_figure(path, photo, words, maps)
     with Image.open(path) as image:
-        return np.asarray(image.convert("L"))[: report._TITLE]
+        return np.asarray(image.convert("L"))[: figures._TITLE]
 
 
 def test_latin_arabic_and_punctuation_need_no_other_font(installed, capsys):

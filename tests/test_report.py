@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from captioning.scoring import figures, report
 from captioning.scoring import metrics as scores
-from captioning.scoring import report
 from tests.browser import chromium, find, phone, press, wait
 
 SIDE = 7
@@ -130,7 +130,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("epochs", [1, 2, 30])
 def test_curves_are_a_png_whatever_the_number_of_epochs(tmp_path, epochs):
-    report.write_curves(tmp_path / "curves.png", history(epochs))
+    figures.write_curves(tmp_path / "curves.png", history(epochs))
     with Image.open(tmp_path / "curves.png") as image:
         assert (image.format, image.size) == ("PNG", (1650, 450))
         assert len(image.convert("RGB").getcolors(1 << 20)) > 20
@@ -150,7 +150,7 @@ def test_curves_mark_the_epoch_with_the_highest_cider(tmp_path):
 def test_an_attention_figure_of_a_long_caption_is_small(tmp_path):
     photo = np.asarray(photograph(0, 448, 448))
     path = tmp_path / "figure.png"
-    report.write_attention_figure(path, photo, ["word"] * 20, attend(20))
+    figures.write_attention_figure(path, photo, ["word"] * 20, attend(20))
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width > 700 and image.height > 500
@@ -158,7 +158,7 @@ def test_an_attention_figure_of_a_long_caption_is_small(tmp_path):
 
 
 def test_attention_to_nothing_lights_nothing(recwarn):
-    lit = report._lit(np.full((70, 70, 3), 100, np.uint8), np.zeros((7, 7)))
+    lit = figures.lit(np.full((70, 70, 3), 100, np.uint8), np.zeros((7, 7)))
     assert np.unique(lit).tolist() == [40]
     assert not recwarn.list
 
@@ -167,7 +167,7 @@ def test_attention_to_nothing_lights_nothing(recwarn):
 def test_an_attention_figure_takes_any_word(tmp_path, words, recwarn):
     photo = np.asarray(photograph(0, 900, 60))
     path = tmp_path / "figure.png"
-    report.write_attention_figure(path, photo, words, attend(len(words)))
+    figures.write_attention_figure(path, photo, words, attend(len(words)))
     with Image.open(path) as image:
         assert image.format == "PNG"
     assert not recwarn.list
@@ -177,7 +177,7 @@ def test_light_is_where_the_attention_is():
     photo = np.full((70, 140, 3), 128, np.uint8)
     weights = np.zeros((7, 7))
     weights[1, 5] = 1
-    lit = report._lit(photo, weights).astype(int)
+    lit = figures.lit(photo, weights).astype(int)
     row, column = np.unravel_index(lit[..., 0].argmax(), lit.shape[:2])
     assert abs(row - 15) <= 2 and abs(column - 110) <= 3
     assert lit[60, 10].max() < 60  # dimmed
@@ -186,7 +186,7 @@ def test_light_is_where_the_attention_is():
 
 def test_even_attention_lights_the_whole_photograph():
     photo = np.asarray(photograph(0, 70, 70))
-    lit = report._lit(photo, np.full((7, 7), 1 / 49))
+    lit = figures.lit(photo, np.full((7, 7), 1 / 49))
     expected = 0.65 * photo + 0.35 * np.array([255, 150, 40])
     assert np.abs(lit - expected).max() <= 1
 

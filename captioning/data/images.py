@@ -186,7 +186,9 @@ def _what_to_repair(image: Image.Image) -> list[str]:
     """What is unusual about an image, told before it is decoded."""
     is_photograph = image.format in ("JPEG", "MPO", "HEIF")
     # The raw mode; a BMP with ";16" has 16 bits in all, not in each channel.
-    is_deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)
+    is_deep = image.format in ("PNG", "TIFF") and ";16" in str(
+        getattr(image, "tile", "")
+    )
     found = {
         "first frame of an animation": not is_photograph
         and getattr(image, "is_animated", False),

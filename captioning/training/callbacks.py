@@ -14,7 +14,7 @@ import pandas as pd
 from captioning import runs
 from captioning.backend import TENSORFLOW, one_device
 from captioning.files import write_csv
-from captioning.scoring.report import write_curves
+from captioning.scoring.figures import write_curves
 from captioning.training.batches import CaptionBatches
 from config import UserError
 
