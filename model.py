@@ -20,6 +20,7 @@ from keras import ops
 from captioning.backend import scan, use_xla
 from captioning.data.vocabulary import PAD
 from captioning.features import cache as features
+from captioning.features import encoder_weights as encoder_file
 from config import ENCODERS, Config, UserError
 
 # Seeds of their own, so that --seed changes the training and neither the
@@ -179,13 +180,7 @@ def _load_encoder_weights(
             ) from None
         network.set_weights(trained.get_weights())
         return
-    try:
-        network.load_weights(weights)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{weights} holds no weights for {name} without its top: {reason}"
-        ) from None
+    encoder_file.load(network, weights, name)
 
 
 def _size_of_response(network: keras.Model) -> float:

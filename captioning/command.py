@@ -1,10 +1,9 @@
-"""The command line that all scripts share: flags, exit codes, one-line errors.
+"""The command line of all scripts: flags, exit codes, one-line errors.
 
 Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 import argparse
-import contextlib
 import ctypes
 import dataclasses
 import difflib
@@ -17,41 +16,42 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from captioning import job
+from captioning import job, streams
 from config import SPLIT_SYNONYMS, Config, UserError, group, resolve
 
 BACKENDS = ("tensorflow", "jax")
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+BACKENDS = ("tensorflow", "jax")
 
 # Parameters of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 class Action(NamedTuple):
-    """A flag or argument of one script, as argparse's add_argument takes it."""
+    """A flag or argument of one script, for argparse's add_argument."""
 
     name: str
     options: dict[str, Any]
 
 
 class Arguments(NamedTuple):
-    """What the command line said."""
+    """A parsed command line."""
 
     config: Config
-    given: dict[str, Any]  # the fields of Config that stood on the line
+    given: dict[str, Any]  # the fields of Config that were given as flags
     actions: argparse.Namespace
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that tells what is wrong in one line."""
+    """An argument parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        _tell(message)
+        tell(message)
         raise SystemExit(WRONG_USAGE)
 
 
-def _tell(text: str) -> None:
-    """Prints an error as one line, whatever names are quoted in it."""
+def tell(text: str) -> None:
+    """Prints an error as one line, whatever file names it quotes."""
     line = "".join(c if c.isprintable() else " " for c in text)
     print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
 
@@ -62,28 +62,28 @@ def _nearest(word: str, valid: Sequence[str]) -> str:
 
 
 def _kind(kind: type) -> Callable[[str], Any]:
-    """A reader for argparse with an error that a person understands."""
-    wanted = {int: "a whole number", float: "a number", str: "text"}[kind]
+    """Converts text for argparse, with an error that a person understands."""
+    expected = {int: "a whole number", float: "a number", str: "text"}[kind]
 
     def read(text: str) -> Any:
         try:
             return kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f"wants {wanted}, not {text!r}"
+                f"expects {expected}, not {text!r}"
             ) from None
 
     return read
 
 
 def _name(choices: Sequence[str]) -> Callable[[str], str]:
-    """A reader for one of some names."""
+    """Converts text for argparse that has to be one of some names."""
 
     def read(text: str) -> str:
         text = SPLIT_SYNONYMS.get(text, text) if "val" in choices else text
         if text not in choices:
             raise argparse.ArgumentTypeError(
-                f"knows {', '.join(choices)}, not {text!r}"
+                f"expects one of {', '.join(choices)}, not {text!r}"
                 + _nearest(text, choices)
             )
         return text
@@ -91,15 +91,19 @@ def _name(choices: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
-def _parser(description: str, actions: Sequence[Action]) -> _Parser:
+def _parser(
+    description: str, actions: Sequence[Action]
+) -> tuple[_Parser, list[str]]:
+    """The parser, and all flags that it knows."""
     parser = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    for action in actions:
-        parser.add_argument(action.name, **action.options)
+    added = [
+        parser.add_argument(action.name, **action.options) for action in actions
+    ]
     groups: dict[str, Any] = {}
     for each in dataclasses.fields(Config):
         name = each.metadata["group"]
@@ -108,7 +112,9 @@ def _parser(description: str, actions: Sequence[Action]) -> _Parser:
         flag = "--" + each.name.replace("_", "-")
         text = f"{each.metadata['help']} (default: {each.default!r})"
         text = text.replace("%", "%%")
-        if each.type is bool:
+        kind: Any = each.type
+        options: dict[str, Any]
+        if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif "choices" in each.metadata:
             options = {
@@ -117,11 +123,11 @@ def _parser(description: str, actions: Sequence[Action]) -> _Parser:
             }
         else:
             options = {
-                "type": _kind(each.type),
-                "metavar": each.type.__name__.upper(),
+                "type": _kind(kind),
+                "metavar": kind.__name__.upper(),
             }
-        groups[name].add_argument(flag, help=text, **options)
-    return parser
+        added.append(groups[name].add_argument(flag, help=text, **options))
+    return parser, ["--help", *(f for a in added for f in a.option_strings)]
 
 
 def parse(
@@ -129,7 +135,7 @@ def parse(
     actions: Sequence[Action] = (),
     arguments: Sequence[str] | None = None,
 ) -> Arguments:
-    """Reads the command line; ends the process if it is wrong.
+    """Parses the command line; ends the process if it is wrong.
 
     Args:
         description: what the script does, for --help.
@@ -140,13 +146,13 @@ def parse(
         The config with its open choices resolved, the fields that were given,
         and the actions.
     """
-    parser = _parser(description, actions)
+    parser, flags = _parser(description, actions)
     try:
-        known, unknown = parser.parse_known_args(arguments)
+        # Intermixed: photographs may stand before and after flags.
+        known, unknown = parser.parse_known_intermixed_args(arguments)
     except UserError as error:  # of a flag's own reader
         parser.error(str(error))
     if unknown:
-        flags = [s for a in parser._actions for s in a.option_strings]
         word = unknown[0].split("=")[0]
         kind = "flag" if word.startswith("-") else "argument"
         hint = _nearest(word, flags) if kind == "flag" else "; see --help"
@@ -161,11 +167,14 @@ def parse(
 
 
 def import_keras() -> None:
-    """Imports Keras without what TensorFlow has to say of its build.
+    """Imports Keras without TensorFlow's messages about its build.
 
-    It tells of instruction sets and absent GPUs on standard error, past
-    Python, before its own switch for that (TF_CPP_MIN_LOG_LEVEL) counts; a
+    It reports instruction sets and missing GPUs on standard error, from C++
+    and before its own switch for that (TF_CPP_MIN_LOG_LEVEL) takes effect; a
     user can do nothing about either.
+
+    Raises:
+        UserError: if the backend cannot be imported, or is not supported.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # TensorFlow and JAX take GPU memory as they need it, and not all of it.
@@ -178,32 +187,28 @@ def import_keras() -> None:
         os.dup2(nothing.fileno(), 2)
     try:
         import keras
-
-        _check_backend(keras.backend.backend())  # of keras.json
     except ImportError as error:
         raise UserError(
-            f"Keras cannot be imported ({error}): install what is missing, or "
-            f"set KERAS_BACKEND to {' or '.join(BACKENDS)}"
+            f"Keras or its backend cannot be imported ({error}): run pip "
+            "install -r requirements.txt, and set KERAS_BACKEND to "
+            f"{' or '.join(BACKENDS)}"
         ) from None
     finally:
         sys.stderr.flush()
         os.dup2(saved, 2)
         os.close(saved)
-
-
-def _check_backend(name: str | None) -> None:
-    if name and name not in BACKENDS:
+    if keras.config.backend() not in BACKENDS:
         raise UserError(
-            f"Keras's backend {name} is not supported: set KERAS_BACKEND to "
-            + " or ".join(BACKENDS)
+            f"Keras's backend {keras.config.backend()} is not supported: set "
+            f"KERAS_BACKEND to {' or '.join(BACKENDS)}"
         )
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc keep the memory that a step frees for the next step.
+    """Makes glibc keep the memory that one step frees for the next.
 
-    By default it gives large blocks back to the system and gets them anew
-    page by page, each page zeroed: a third of the time of a training step.
+    By default it returns large blocks to the system and gets them back page
+    by page, each page zeroed: a third of the time of a training step.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -222,6 +227,7 @@ def run(
     main: Callable[[Arguments], int | None],
     description: str,
     actions: Sequence[Action] = (),
+    end_with_reader: bool = False,
 ) -> NoReturn:
     """Runs a script's main with the exit codes that all scripts share.
 
@@ -232,34 +238,28 @@ def run(
         main: the script; it may return an exit code of its own.
         description: the script's docstring.
         actions: the flags that only this script has.
+        end_with_reader: whether its job is what it prints, so that it may end
+            when nobody reads that any more. A script that writes files
+            carries on.
     """
+    streams.prepare(end_with_reader)
     arguments = parse(description, actions)
     signal.signal(signal.SIGTERM, _terminate)
-    # The name of a file need not be text, or text that a terminal can show.
-    with contextlib.suppress(AttributeError):  # where they are no such streams
-        sys.stdout.reconfigure(errors="backslashreplace")
-        sys.stdin.reconfigure(errors="surrogateescape")
     try:
-        _check_backend(os.environ.get("KERAS_BACKEND"))
         code = main(arguments) or DONE
-        sys.stdout.flush()
     except UserError as error:
-        _tell(str(error))
+        tell(str(error))
         code = FAILED
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        _tell("interrupted; run it again to go on")
+        tell("interrupted; run the same command again to continue")
         code = INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has gone; nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = DONE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        told = f"{where}{error.strerror or error}"
+        reason = f"{where}{error.strerror or error}"
         if error.errno == errno.ENOSPC:
-            told += ": make room and run it again, nothing is lost"
-        _tell(told)
+            reason += ": make room and run it again, nothing is lost"
+        tell(reason)
         code = FAILED
     if code and job.described():
         # At an orderly exit JAX would wait for processes that may be lost.
@@ -269,10 +269,10 @@ def run(
 
 
 def next_line(script: str, arguments: Arguments) -> str:
-    """The command to run next, with the flags of this one that it needs.
+    """The command to run next, with those flags of this one that it needs.
 
     Args:
-        script: its file name.
+        script: the file name of the next script.
         arguments: of this script.
     """
     words = ["python", script]

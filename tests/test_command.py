@@ -158,6 +158,20 @@ def test_actions_are_apart_from_the_config():
     assert not parse(actions=train.ACTIONS).actions.fresh
 
 
+def test_arguments_stand_before_and_after_flags():
+    words = ["a.jpg", "--json", "b.jpg", "--epochs", "3", "-"]
+    arguments = parse(*words, actions=caption.ACTIONS)
+    assert arguments.actions.photos == ["a.jpg", "b.jpg", "-"]
+    assert arguments.actions.json and arguments.given == {"epochs": 3}
+
+
+@pytest.mark.parametrize("words", [[], ["a.jpg", "--serve"]])
+def test_caption_takes_photographs_or_serves(words, capsys):
+    arguments = parse(*words, actions=caption.ACTIONS)
+    assert caption.main(arguments) == command.WRONG_USAGE
+    assert "or else --serve" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["dev", "validation", "val"])
 def test_other_names_of_the_validation_split_are_understood(name):
     assert parse("--split", name).config.split == "val"
@@ -201,7 +215,7 @@ def test_a_stray_argument_is_told(refused):
 def test_a_value_of_the_wrong_kind_is_told_with_the_kind(
     refused, flag, value, wanted
 ):
-    assert f"{flag}: wants {wanted}, not {value!r}" in refused(flag, value)
+    assert f"{flag}: expects {wanted}, not {value!r}" in refused(flag, value)
 
 
 @pytest.mark.parametrize(
@@ -369,35 +383,125 @@ def test_sigterm_interrupts(tmp_path):
     assert process.returncode == 130 and "Traceback" not in told
 
 
-@pytest.mark.parametrize(
-    "main", ["[print(n) for n in range(100_000)]", "print('late')"]
-)
-def test_a_reader_that_goes_away_is_no_error(main, tmp_path):
-    main = f"sys.stdin.readline(); {main}"
+# Writes to both outputs, in Python and past it, then leaves a file.
+WORK = """
+    import os, pathlib
+    sys.stdin.readline()
+    for n in range(20_000):
+        print(n)
+        print(n, file=sys.stderr)
+    os.write(1, b"x"), os.write(2, b"x")
+    pathlib.Path("done").write_text("")
+"""
+
+
+@pytest.mark.parametrize("job", ["files", "output"])
+def test_a_reader_that_goes_away_is_no_error(job, tmp_path):
+    """A script that writes files carries on; one that prints ends."""
+    code = SCRIPT.format(main=WORK.strip())
+    if job == "output":
+        code = code.replace('main, "")', 'main, "", end_with_reader=True)')
+    process = start(code, cwd=tmp_path, stdin=subprocess.PIPE)
+    assert process.stdout.readline() == "begun\n"
+    process.stdout.close()
+    process.stderr.close()
+    process.stdin.write("closed\n")
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
+    assert (tmp_path / "done").exists() == (job == "files")
+
+
+def test_an_error_keeps_its_code_when_nobody_reads_it(tmp_path):
+    main = "sys.stdin.readline(); raise command.UserError('wrong')"
     process = start(
         SCRIPT.format(main=main), cwd=tmp_path, stdin=subprocess.PIPE
     )
-    assert process.stdout.readline() == "begun\n"
-    process.stdout.close()
-    process.stdin.write("closed\n")
+    process.stderr.close()
+    process.communicate("closed\n", timeout=30)
+    assert process.returncode == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell that closes an output")
+def test_without_an_output_no_file_takes_its_place(tmp_path):
+    main = "file = open('made', 'w'); os.write(1, b'noise'); print('noise')"
+    code = "import os\n" + SCRIPT.format(main=main)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "made").read_text() == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii:strict", "cp1252"])
+def test_files_and_pipes_are_utf_8_whatever_the_locale(
+    monkeypatch, tmp_path, encoding
+):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
+    monkeypatch.setenv("LC_ALL", "C")
+    main = "[print(l.strip(), file=f) for f, l in zip((sys.stdout, sys.stderr"
+    main += ", sys.stdout), sys.stdin)]"
+    process = start(
+        SCRIPT.format(main=main), cwd=tmp_path, stdin=subprocess.PIPE
+    )
+    process.stdin.buffer.write("\ufeff犬.jpg\nرجل\n".encode() + b"\xff.jpg\n")
     process.stdin.close()
-    assert process.stderr.read() == ""
+    out, told = (f.buffer.read() for f in (process.stdout, process.stderr))
+    end = os.linesep.encode()
+    # A name that is no text, as Unix allows, is escaped.
+    wanted = [b"begun", "犬.jpg".encode(), b"\\udcff.jpg", b""]
+    assert out == end.join(wanted)
+    assert told == "رجل".encode() + end
     assert process.wait(timeout=30) == 0
 
 
-def test_a_file_name_that_is_no_text_is_printed_and_read(monkeypatch, tmp_path):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
-    main = "print(sys.stdin.readline().strip(), chr(0x72ac))"
-    process = start(
-        SCRIPT.format(main=main), cwd=tmp_path, stdin=subprocess.PIPE
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
+def test_a_terminal_gets_what_it_can_show(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    main, terminal = os.openpty()
+    code = SCRIPT.format(main="print('größe 犬')")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=terminal,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    process.stdin.buffer.write(b"\xff.jpg\n")
-    out, told = process.communicate(timeout=30)
-    assert (out, told) == ("begun\n\\udcff.jpg \\u72ac\n", "")
+    assert process.wait(timeout=30) == 0
+    shown = os.read(main, 1000).decode("latin-1")
+    assert shown.split() == ["begun", "größe", "\\u72ac"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "told"),
+    [("torch", "torch"), ("jax", "No module named 'jax'")],
+)
+def test_a_backend_that_does_not_work_is_told_in_one_line(
+    tmp_path, backend, told
+):
+    module = (
+        "class config:\n    backend = staticmethod(lambda: 'torch')\n"
+        if backend == "torch"
+        else "raise ModuleNotFoundError(\"No module named 'jax'\")"
+    )
+    (tmp_path / "keras.py").write_text(module)
+    code = SCRIPT.format(main="command.import_keras()")
+    process = start(code, tmp_path, cwd=tmp_path)
+    _, line = process.communicate(timeout=30)
+    assert process.returncode == 1 and line.count("\n") == 1
+    assert told in line and "KERAS_BACKEND to tensorflow or jax" in line
+
+
+# A stand-in for Keras; the tests below add what it does when imported.
+KERAS = "class config:\n    backend = staticmethod(lambda: 'jax')\n"
 
 
 def test_keras_is_imported_without_its_noise(tmp_path):
-    noisy = "import os\nos.write(2, b'noise')\nprint('imported')\n" + BACKEND
+    noisy = KERAS + "import os\nos.write(2, b'noise')\nprint('imported')\n"
     (tmp_path / "keras.py").write_text(noisy, encoding="utf-8")
     code = (
         "import sys\n"
@@ -418,7 +522,7 @@ def test_gpu_memory_is_taken_as_it_is_needed(tmp_path, monkeypatch, own):
         if own:
             monkeypatch.setenv(name, own)
     (tmp_path / "keras.py").write_text(
-        f"import os\nprint(*map(os.environ.get, {names}), sep='|')\n{BACKEND}"
+        KERAS + f"import os\nprint(*map(os.environ.get, {names}), sep='|')\n"
     )
     code = "from captioning.command import import_keras; import_keras()"
     out, _ = start(code, tmp_path, cwd=tmp_path).communicate(timeout=30)
@@ -431,7 +535,7 @@ def test_gpu_memory_is_taken_as_it_is_needed(tmp_path, monkeypatch, own):
 )
 def test_freed_memory_is_kept_for_the_next_step(tmp_path):
     """A block that was touched before is not made of new pages again."""
-    (tmp_path / "keras.py").write_text(BACKEND)
+    (tmp_path / "keras.py").write_text(KERAS)
     code = (
         "import resource\n"
         "from captioning.command import import_keras\n"

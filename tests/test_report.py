@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from captioning.scoring import report, table
+from captioning.scoring import figures, report, table
 from tests.browser import chromium, find, phone, press, wait
 
 SIDE = 7
@@ -129,7 +129,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("epochs", [1, 2, 30])
 def test_curves_are_a_png_whatever_the_number_of_epochs(tmp_path, epochs):
-    report.write_curves(tmp_path / "curves.png", history(epochs), 1)
+    figures.write_curves(tmp_path / "curves.png", history(epochs), 1)
     with Image.open(tmp_path / "curves.png") as image:
         assert (image.format, image.size) == ("PNG", (1650, 450))
         assert len(image.convert("RGB").getcolors(1 << 20)) > 20
@@ -151,7 +151,7 @@ def test_curves_mark_the_epoch_that_was_kept(tmp_path):
 def test_an_attention_figure_of_a_long_caption_is_small(tmp_path):
     photo = np.asarray(photograph(0, 448, 448))
     path = tmp_path / "figure.png"
-    report.write_attention_figure(path, photo, ["word"] * 20, attend(20))
+    figures.write_attention_figure(path, photo, ["word"] * 20, attend(20))
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width > 700 and image.height > 500
@@ -159,7 +159,7 @@ def test_an_attention_figure_of_a_long_caption_is_small(tmp_path):
 
 
 def test_attention_to_nothing_lights_nothing(recwarn):
-    lit = report._lit(np.full((70, 70, 3), 100, np.uint8), np.zeros((7, 7)))
+    lit = figures.lit(np.full((70, 70, 3), 100, np.uint8), np.zeros((7, 7)))
     assert np.unique(lit).tolist() == [40]
     assert not recwarn.list
 
@@ -168,7 +168,7 @@ def test_attention_to_nothing_lights_nothing(recwarn):
 def test_an_attention_figure_takes_any_word(tmp_path, words, recwarn):
     photo = np.asarray(photograph(0, 900, 60))
     path = tmp_path / "figure.png"
-    report.write_attention_figure(path, photo, words, attend(len(words)))
+    figures.write_attention_figure(path, photo, words, attend(len(words)))
     with Image.open(path) as image:
         assert image.format == "PNG"
     assert not recwarn.list
@@ -178,7 +178,7 @@ def test_light_is_where_the_attention_is():
     photo = np.full((70, 140, 3), 128, np.uint8)
     weights = np.zeros((7, 7))
     weights[1, 5] = 1
-    lit = report._lit(photo, weights).astype(int)
+    lit = figures.lit(photo, weights).astype(int)
     row, column = np.unravel_index(lit[..., 0].argmax(), lit.shape[:2])
     assert abs(row - 15) <= 2 and abs(column - 110) <= 3
     assert lit[60, 10].max() < 60  # dimmed
@@ -187,7 +187,7 @@ def test_light_is_where_the_attention_is():
 
 def test_even_attention_lights_the_whole_photograph():
     photo = np.asarray(photograph(0, 70, 70))
-    lit = report._lit(photo, np.full((7, 7), 1 / 49))
+    lit = figures.lit(photo, np.full((7, 7), 1 / 49))
     expected = 0.65 * photo + 0.35 * np.array([255, 150, 40])
     assert np.abs(lit - expected).max() <= 1
 
@@ -474,6 +474,42 @@ def test_mouse_and_touch_step_through_the_words(page):
     wait(page, "!$('dialog').open")
 
 
+ARABIC = "رجل يركب دراجة في الشارع ."
+
+
+def test_a_right_to_left_caption_runs_from_right_to_left(browser, tmp_path):
+    """Words, buttons, keys and what people wrote; English stays as it is."""
+    from selenium.webdriver.common.keys import Keys
+
+    examples = examples_in(
+        *(tmp_path, [ARABIC, "a man rides a bike ."]),
+        references=["رجل على دراجة .", "A man on a bike ."],
+    )
+    page, before = browser, browser.current_url
+    page.get(write(tmp_path, examples).as_uri())
+    direction = "return getComputedStyle(arguments[0]).direction"
+    captions = find(page, "#gallery .caption")
+    references = find(page, "#gallery li:first-child .references li")
+    for pair in (captions, references):
+        found = [page.execute_script(direction, each) for each in pair]
+        assert found == ["rtl", "ltr"]
+    captions[0].click()
+    places = [each.rect["x"] for each in find(page, "#words button")[1:5]]
+    assert places == sorted(places, reverse=True)
+    press(page, Keys.ARROW_LEFT)
+    wait(page, "document.activeElement.textContent === 'يركب'")
+    assert "“\u2068يركب\u2069”, word 2 of 6" in find(page, "#where")[0].text
+    press(page, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    wait(page, "word === 0")
+    press(page, Keys.ARROW_DOWN)
+    wait(page, "$('place').textContent.startsWith('2 of')")
+    places = [each.rect["x"] for each in find(page, "#words button")[1:5]]
+    assert places == sorted(places)
+    press(page, Keys.ARROW_RIGHT)
+    wait(page, "word === 2")
+    page.get(before)
+
+
 def test_an_image_without_photograph_or_caption_opens(page):
     find(page, "#search")[0].send_keys("number 2")
     (button,) = find(page, "#gallery .open")
@@ -523,7 +559,7 @@ def test_the_keyboard_and_a_screen_reader_find_their_way(page):
         press(page, Keys.TAB)
         names.append(page.execute_script(told))
     assert names == [
-        *("Published models", "The same as numbers"),
+        *("Published models", "As a table"),
         "Search captions and references",
         *("Best", "Worst", "Random", "a dog number 0 runs"),
     ]
@@ -537,11 +573,11 @@ def test_the_keyboard_and_a_screen_reader_find_their_way(page):
     ]
     for each in (
         ("dialog", "Attention of each word"),
-        ("image", "The photograph, lit where the attention is"),
+        ("image", "The photograph, lit where the model looked"),
         ("button", "Next image"),
         ("button", "Close"),
         ("button", "dog"),
-        ("heading", "What people wrote"),
+        ("heading", "References"),
     ):
         assert each in seen, each
     # What is behind the dialog is not there.

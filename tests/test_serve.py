@@ -138,7 +138,7 @@ def test_a_photograph_that_is_chosen_gets_caption_and_attention(page, picture):
     words = [each.text for each in find(page, "#words button")]
     assert words == ["photograph", *WORDS]
     assert find(page, "#message")[0].get_attribute("textContent") == (
-        "Caption: " + " ".join(WORDS)
+        f"Caption: \u2068{' '.join(WORDS)}\u2069"
     )
     assert [each.text for each in find(page, "#others li")] == ["32"]
     whole = find(page, "#picture")[0].get_attribute("src")
@@ -149,6 +149,23 @@ def test_a_photograph_that_is_chosen_gets_caption_and_attention(page, picture):
     wait(page, "document.activeElement.textContent === '<b>dog</b>'")
     alt = find(page, "#picture")[0].get_attribute("alt")
     assert "<b>dog</b>" in alt and "attention" in alt
+
+
+def test_a_right_to_left_caption_runs_from_right_to_left(
+    page, picture, monkeypatch
+):
+    from selenium.webdriver.common.keys import Keys
+
+    monkeypatch.setattr(f"{__name__}.WORDS", ["رجل", "يمشي"])
+    find(page, "#file")[0].send_keys(picture)
+    wait(page, "!$('found').hidden")
+    buttons = find(page, "#words button")
+    assert buttons[1].rect["x"] > buttons[2].rect["x"]
+    buttons[1].click()
+    press(page, Keys.ARROW_LEFT)
+    wait(page, "document.activeElement.textContent === 'يمشي'")
+    others = "getComputedStyle($('others')).direction === 'ltr'"
+    wait(page, others)  # a number
 
 
 # Makes what a person drops; arguments: type, name and content of the file.

@@ -1,12 +1,11 @@
 """Reads one image, whatever state it is in.
 
-Pillow looks the file over and OpenCV decodes and resizes it. OpenCV does not
-tell the size before it decodes, the colour mode, or whether the file is all
-there (of a truncated JPEG it returns half a picture); Pillow does, at a third
-of the price of decoding. What is no plain photograph (transparency, CMYK, 16
-bits, palettes) Pillow decodes too.
+Pillow decodes the file and OpenCV resizes the pixels. Every file that
+decodes is used; what had to be changed on the way is said, and so is why a
+file cannot be used.
 """
 
+import contextlib
 import io
 import os
 import stat
@@ -15,42 +14,57 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-# A JPEG of 100 megapixels takes 100 MB while it is decoded, a PNG 0.8 GB and
-# one with transparency 1.8 GB, which a laptop with a few worker threads still
-# has; more is a map or a decompression bomb.
+with contextlib.suppress(ImportError):
+    import pillow_heif  # optional: requirements-heic.txt
+
+    pillow_heif.register_heif_opener()
+
+# A JPEG of 100 megapixels takes 100 MB to decode, a PNG 0.8 GB and one with
+# transparency 1.8 GB, which a laptop with a few reader threads can spare.
+# Anything larger is a map or a decompression bomb.
 MAX_PIXELS = 100_000_000
-# No uncompressed image of that many pixels takes more: four channels of 16
-# bits, and a megabyte for what else is in a file.
+# Uncompressed, four channels of 16 bits, and a megabyte of metadata.
 _MAX_BYTES = 8 * MAX_PIXELS + 2**20
-# What people store photographs in. Pillow reads more, with code that was
-# written for few files and less trusted ones (EPS starts a program).
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
-# How files of the commonest of them begin, to tell a damaged one from a text.
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
-_EXIF_ORIENTATION = 0x0112
-# EXIF orientation -> (transposed first, step over rows, step over columns):
-# how the stored pixels are turned to stand upright.
-_TURNS = {
-    2: (False, 1, -1),
-    3: (False, -1, -1),
-    4: (False, -1, 1),
-    5: (True, 1, 1),
-    6: (True, 1, -1),
-    7: (True, -1, -1),
-    8: (True, -1, 1),
+# Formats that Pillow opens and nobody keeps photographs in: containers that
+# it cannot decode, measurements without a known white, and drawings (EPS
+# starts a program).
+_NOT_PHOTOGRAPHS = {
+    *("BUFR", "GRIB", "HDF5", "MPEG", "IPTC"),
+    *("FITS", "SPIDER", "MCIDAS"),
+    *("EPS", "WMF"),
 }
-# How OpenCV is told to decode at a fraction of the sides.
-_REDUCED = {
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
+Image.preinit()  # the common formats come first
+Image.init()
+_FORMATS = [name for name in Image.OPEN if name not in _NOT_PHOTOGRAPHS]
+# Files in a folder that are taken for photographs, whatever their case. HEIC
+# and JPEG XL are among them so that they are reported, not passed over.
+ENDINGS = {
+    *(e for e, f in Image.registered_extensions().items() if f in _FORMATS),
+    *(".heic", ".heif", ".hif", ".jxl"),
+    ".mpo",  # opened as a JPEG
+}
+_NEEDS_HEIC = (
+    "HEIC needs pillow-heif: pip install -r requirements-heic.txt, or convert "
+    "it to JPEG"
+)
+_JXL = "JPEG XL cannot be read: convert it to JPEG"
+# How files that Pillow could not identify begin -> why.
+_UNIDENTIFIED = {
+    b"\xff\xd8\xff": "broken header",
+    b"\x89PNG": "broken header",
+    b"GIF8": "broken header",
+    b"RIFF": "broken header",
+    b"II*\0": "broken header",
+    b"MM\0*": "broken header",
+    b"\xff\x0a": _JXL,
+    b"\0\0\0\x0cJXL ": _JXL,
 }
 
 # The size is checked here, in one place and with one message.
 Image.MAX_IMAGE_PIXELS = None
-# It would warn on standard error of what no reader of it can put right.
+# Pillow's warnings are about metadata, and nobody can act on them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -58,51 +72,57 @@ class UnusableImage(Exception):
     """An image that cannot be used; str() is the reason, in a few words."""
 
 
-def read_image(path: Path, size: int) -> tuple[np.ndarray, str]:
-    """Reads an image as the encoders want it.
+def read_image(
+    path: Path, size: int, square: bool = True
+) -> tuple[np.ndarray, str]:
+    """Reads an image as the encoders expect it, or a person.
 
     Args:
         path: the image file.
-        size: side of the square result in pixels. The image is resized whole,
-            not cropped, as the encoders' features then cover all of it.
+        size: the longer side of the result in pixels.
+        square: resize the image to a square, as the encoders expect it. The
+            whole of it, not cropped, so that the features cover all of it.
+            Otherwise it keeps its proportions.
 
     Returns:
-        The pixels, uint8 RGB of shape (size, size, 3), and what had to be
-        repaired, joined by "; " (empty if nothing).
+        The pixels, uint8 RGB of shape (size, size, 3) or (height, width, 3),
+        and what had to be repaired, joined by "; " (empty if nothing).
 
     Raises:
-        UnusableImage: whatever else the file is.
+        UnusableImage: if the file is anything but an image.
     """
-    return decode_image(_read_bytes(path), size)
+    return decode_image(_read_bytes(path), size, square)
 
 
-def decode_image(data: bytes, size: int) -> tuple[np.ndarray, str]:
+def decode_image(
+    data: bytes, size: int, square: bool = True
+) -> tuple[np.ndarray, str]:
     """Does for the bytes of a file what `read_image` does for its path."""
     if not data:
         raise UnusableImage("empty file")
     try:
-        pixels, repairs, turn = _decode(data, size)
-        pixels = _resize(pixels, size)
+        pixels, repairs, orientation = _decode(data, size)
+        height, width = pixels.shape[:2]
+        shape = (size, size)
+        if not square:
+            scale = size / max(height, width)
+            shape = (
+                max(1, round(width * scale)),
+                max(1, round(height * scale)),
+            )
+        pixels = _turn(_resize(pixels, *shape), orientation)
     except UnusableImage:
         raise
     except MemoryError:
         raise UnusableImage("needs more memory than there is") from None
     except UnidentifiedImageError:
-        known = data.startswith(_MAGIC)
-        reason = "broken header" if known else "not an image"
-        raise UnusableImage(reason) from None
+        raise UnusableImage(_why_unidentified(data)) from None
     # What decoders raise for crafted bytes is not documented: SyntaxError,
     # struct.error, IndexError, cv2.error and more.
     except Exception as error:
         truncated = "truncated" in str(error).lower()
         reason = "truncated" if truncated else "cannot be decoded"
         raise UnusableImage(reason) from None
-    if turn in _TURNS:
-        # The result is square, so turning it last is the least work.
-        transposed, rows, columns = _TURNS[turn]
-        pixels = pixels.transpose(1, 0, 2) if transposed else pixels
-        pixels = pixels[::rows, ::columns]
-        repairs.append("turned upright")
     return np.ascontiguousarray(pixels), "; ".join(repairs)
 
 
@@ -112,7 +132,8 @@ def _read_bytes(path: Path) -> bytes:
         if stat.S_ISDIR(status.st_mode):
             raise UnusableImage("is a folder")
         if not stat.S_ISREG(status.st_mode):
-            raise UnusableImage("is no file")  # a pipe would wait for ever
+            # Reading a pipe might wait for ever.
+            raise UnusableImage("not a regular file")
         if status.st_size > _MAX_BYTES:
             raise UnusableImage(f"above {_MAX_BYTES:,} bytes")
         return path.read_bytes()
@@ -126,79 +147,48 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decode(data: bytes, size: int) -> tuple[np.ndarray, list[str], int]:
-    """Decodes a file, to at least twice `size` where it has as many pixels.
+    """Decodes a file.
 
     Returns:
-        The pixels, uint8 RGB (height, width, 3) as stored; what had to be
-        repaired; the EXIF orientation that is still to be undone.
+        The pixels as they are stored, uint8 RGB (height, width, 3); what had
+        to be repaired; the EXIF orientation, still to be undone.
     """
     if data.startswith(b"\xff\xd8"):
-        # A download that broke off may be filled up with zeros, which decode
-        # as grey; without them Pillow sees that the rest is missing.
+        # An interrupted download may be padded with zeros, which decode as
+        # grey; without them Pillow notices that the rest is missing.
         data = data.rstrip(b"\0")
-    # Pillow takes eight bytes a pixel to open a WebP, and asks later.
-    _check_size(*_webp_size(data))
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        width, height = image.size
-        _check_size(width, height)
+        if image.width * image.height > MAX_PIXELS:
+            raise UnusableImage(f"above {MAX_PIXELS:,} pixels")
         repairs = _what_to_repair(image)
-        plain = image.mode in ("RGB", "L") and not set(repairs) - {"grey"}
-        # Every byte of a JPEG is read, but at an eighth of its sides most of
-        # the work of decoding is saved.
-        image.draft(None, (1, 1) if plain else (2 * size, 2 * size))
+        # A JPEG decodes at a fraction of its sides, but to twice `size` at
+        # least: 12 megapixels in a fifth of the time.
+        image.draft(None, (2 * size, 2 * size))
         image.load()
-        turn = orientation(image)
-        if plain and image.format != "TIFF":
-            reduction = min(width, height) // (2 * size)
-            return _opencv(data, reduction), repairs, turn
-        return _to_rgb(image), repairs, turn
+        orientation = _orientation(image)
+        if orientation != 1:
+            repairs.append("turned upright")
+        return _to_rgb(image), repairs, orientation
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UnusableImage(f"above {MAX_PIXELS:,} pixels")
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a WebP file (RFC 9649); of any other (0, 0)."""
-    if data[:4] + data[8:12] != b"RIFFWEBP":
-        return 0, 0
-
-    def number(place: int, length: int) -> int:
-        return int.from_bytes(data[place : place + length], "little")
-
-    if data[12:16] == b"VP8X":
-        return number(24, 3) + 1, number(27, 3) + 1
-    if data[12:16] == b"VP8L":
-        sides = number(21, 4)
-        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
-    return number(26, 2) & 0x3FFF, number(28, 2) & 0x3FFF
-
-
-def _opencv(data: bytes, reduction: int) -> np.ndarray:
-    """Decodes a sound file to uint8 RGB (height, width, 3).
-
-    Args:
-        data: the file.
-        reduction: by how much the sides may be divided; a JPEG of 12
-            megapixels decodes five times as fast at a quarter of its sides.
-    """
-    flags = cv2.IMREAD_COLOR
-    for factor, reduced in _REDUCED.items():
-        if reduction >= factor:
-            flags = reduced
-    buffer = np.frombuffer(data, np.uint8)
-    pixels = cv2.imdecode(buffer, flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    if pixels is None:
-        raise UnusableImage("cannot be decoded")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+def _why_unidentified(data: bytes) -> str:
+    """Why Pillow does not know what a file is."""
+    if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+        known = "HEIF" in _FORMATS
+        return "broken header" if known else _NEEDS_HEIC
+    for start, reason in _UNIDENTIFIED.items():
+        if data.startswith(start):
+            return reason
+    return "not an image"
 
 
 def _what_to_repair(image: Image.Image) -> list[str]:
     """What is unusual about an image, told before it is decoded."""
-    is_photograph = image.format in ("JPEG", "MPO")
+    is_photograph = image.format in ("JPEG", "MPO", "HEIF")
     # The raw mode; a BMP with ";16" has 16 bits in all, not in each channel.
-    is_deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)
+    is_deep = image.format in ("PNG", "TIFF") and ";16" in str(
+        getattr(image, "tile", "")
+    )
     found = {
         "first frame of an animation": not is_photograph
         and getattr(image, "is_animated", False),
@@ -217,37 +207,46 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         grey = (np.asarray(image) // 257).astype(np.uint8)
         return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
     if image.mode in ("I", "F"):
-        raise UnusableImage("pixels of 32 bits, whose white is not known")
+        raise UnusableImage("pixels of 32 bits without a known white")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)
         return np.asarray(white)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image.
-
-    Args:
-        image: an open image.
-
-    Returns:
-        1 to 8; 1, upright, where there is none that is readable.
-    """
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where there is none to read."""
     try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken EXIF data is no reason to lose the image
         return 1
+    return found if 1 <= found <= 8 else 1
 
 
-def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resizes (height, width, 3) to (size, size, 3).
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns pixels upright.
+
+    After resizing: that is less work, and OpenCV rounds a mirrored image
+    differently.
+
+    Args:
+        pixels: uint8 RGB (height, width, 3).
+        orientation: by EXIF.
+    """
+    image = Image.fromarray(pixels)
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resizes pixels (any height, any width, 3) to (height, width, 3).
 
     In two steps, because INTER_AREA averages only where both sides shrink: a
     panorama shrinks along one side and may grow along the other.
     """
-    height, width = pixels.shape[:2]
-    shrunk = (min(width, size), min(height, size))
+    rows, columns = pixels.shape[:2]
+    shrunk = (min(columns, width), min(rows, height))
     pixels = cv2.resize(pixels, shrunk, interpolation=cv2.INTER_AREA)
-    return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -1,8 +1,8 @@
 """The built-in sample dataset: drawn scenes, each with five true captions.
 
-A scene is one to three objects on a ground, in groups that stand along an
-axis. Ground, kinds, colours, sizes, counts and places are drawn independently
-of each other, so that nothing in a caption can be guessed from the rest.
+A scene is one to three objects on a ground, in groups along an axis. Ground,
+kinds, colours, sizes, counts and places are sampled independently, so that no
+part of a caption can be guessed from the rest.
 """
 
 import json
@@ -20,8 +20,8 @@ from config import SPLITS, UserError
 
 SEED = 0
 SIDE = 224  # of the square images, in pixels
-MARGIN = 48  # objects may reach so many pixels over the edge while drawn
-DRAWING = 1  # raise it with every change to what is drawn or written
+MARGIN = 48  # pixels that objects may extend beyond the edge
+DRAWING = 1  # increment it when what is drawn or written changes
 
 
 class Group(NamedTuple):
@@ -38,8 +38,8 @@ class Scene(NamedTuple):
     """What is in an image."""
 
     ground: str
-    axis: str  # the groups, or the objects of the only one, stand along it
-    place: str  # where the object is, if there is but one
+    axis: str  # of the groups, or of the objects of a single group
+    place: str  # of the object, if there is only one
     groups: list[Group]  # from left to right, or from top to bottom
 
 
@@ -187,12 +187,12 @@ PLACES = {
     "at the bottom": (112, 170),
     "in the middle": (112, 112),
 }
-# Where groups stand along the axis, by their number, and the objects of a
-# group across it; in pixels.
+# Positions in pixels: of the groups along the axis, by their number, and of
+# the objects of a group across it.
 ALONG = {1: (112,), 2: (60, 164), 3: (38, 112, 186)}
 ACROSS = {1: (112,), 2: (70, 154)}
-# The objects in each group -> the share of such scenes, how far the whole is
-# moved across the axis at most, and each object any way, in pixels.
+# The objects in each group -> the share of such scenes, and how far, in
+# pixels, the whole may be moved across the axis and each object anywhere.
 LAYOUTS = {
     (1,): (0.2, 0, 14),
     (2,): (0.12, 42, 10),
@@ -205,7 +205,7 @@ LAYOUTS = {
 
 
 def _scene(random: np.random.Generator) -> Scene:
-    """Makes up a scene."""
+    """Samples a scene."""
     shares = [share for share, _, _ in LAYOUTS.values()]
     counts = list(LAYOUTS)[random.choice(len(LAYOUTS), p=shares)]
     ground = random.choice(list(GROUNDS))
@@ -237,7 +237,7 @@ def _scene(random: np.random.Generator) -> Scene:
 
 
 # --- captions --------------------------------------------------------------
-# The usual wording first.
+# The more frequent wording first.
 SYNONYMS = {
     "big": ("big", "large"),
     "small": ("small", "little"),
@@ -248,7 +248,7 @@ SYNONYMS = {
     "sky": ("in the sky", "in the dark"),
     "road": ("on the road", "on the street"),
 }
-# What things do on a ground, or else of their own; all others stand.
+# What things do on a ground, or on any ground; all others stand.
 VERBS = {"sky": "hang", "water": "float"}
 VERBS |= {"ball": "lie", "ring": "lie", "boat": "lie", "star": "shine"}
 AXES = {
@@ -271,7 +271,7 @@ AXES = {
         "rows": {2: "one above the other", 3: "in a column"},
     },
 }
-# By the number of groups (0: a single object); each tells of other parts.
+# By the number of groups (0: a single object); each mentions other parts.
 TEMPLATES = {
     0: (
         "{a.full} {a.verb} {ground}",
@@ -316,7 +316,7 @@ def _say(word: str, random: np.random.Generator) -> str:
 def _words(
     group: Group, ground: str, random: np.random.Generator
 ) -> SimpleNamespace:
-    """What the templates say of a group, in singular or plural."""
+    """The words for a group in the templates, in singular or plural."""
     count = len(group.centres)
     many = count > 1
     kind = group.kind + many * ("es" if group.kind == "box" else "s")
@@ -337,7 +337,7 @@ def _words(
 
 
 def _captions(scene: Scene, random: np.random.Generator) -> list[str]:
-    """Words a scene in five ways."""
+    """Describes a scene in five ways."""
     count = len(scene.groups[0].centres)
     alone = len(scene.groups) == count == 1
     templates = TEMPLATES[0 if alone else len(scene.groups)]
@@ -358,7 +358,7 @@ def _captions(scene: Scene, random: np.random.Generator) -> list[str]:
 
 # --- on disk ---------------------------------------------------------------
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, beside others who do the same."""
+    """Writes a file atomically; several processes may do so at once."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_bytes(content)
     os.replace(part, path)
@@ -367,20 +367,20 @@ def _write(path: Path, content: bytes) -> None:
 def write_sample(folder: Path, seed: int = SEED, images: int = 1200) -> None:
     """Draws the sample dataset, unless the folder already has it.
 
-    The images are JPEG, as photographs are: a fifth of the bytes of PNG, and
-    the same ones for the same seed. Each has its own random numbers, so that
-    it does not depend on how many there are. `captions.csv` is written last: a
+    The images are JPEG, like photographs: a fifth of the size of PNG, and the
+    same bytes for the same seed. Each has its own random numbers, so that it
+    does not depend on how many there are. `captions.csv` is written last: a
     folder without it is drawn again.
 
     Args:
         folder: gets `images/`, `captions.csv` (image, caption, split) and
             `sample.json`, which says what was drawn.
         seed: of everything random.
-        images: how many to draw, at least 3; one in twelve is for validation
-            and as many for the test, the others are for training.
+        images: how many to draw, at least 3. One in twelve is for validation,
+            as many are for the test, the others for training.
 
     Raises:
-        UserError: if the folder holds another dataset.
+        UserError: if the folder contains another dataset.
     """
     table, note = folder / "captions.csv", folder / "sample.json"
     drawn = json.dumps({"drawing": DRAWING, "seed": seed, "images": images})
@@ -388,7 +388,7 @@ def write_sample(folder: Path, seed: int = SEED, images: int = 1200) -> None:
     if table.exists():
         if not note.exists():
             raise UserError(
-                f"{folder} holds a dataset that is not the drawn sample: "
+                f"{folder} contains a dataset that is not the drawn sample: "
                 "name it with --dataset, or give another --dataset-dir"
             )
         there = {path.name for path in folder.glob("images/scene_*.jpg")}

@@ -30,7 +30,7 @@ def save(
 
     Args:
         encoder: from `model.build_encoder`.
-        search: from `search.build`, of one decoder.
+        search: from `captioner.build`, of one decoder.
         vocabulary: the words.
         size: side of the images in pixels.
         folder: where to; it must not be there yet.

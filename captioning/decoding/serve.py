@@ -1,4 +1,4 @@
-"""A local page on which a photograph is dropped and its caption appears."""
+"""A local page: drop a photograph, see its caption."""
 
 import socket
 import threading
@@ -6,24 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 from captioning.data import images
-from captioning.decoding import search
+from captioning.decoding import captioner
 from captioning.features import extraction
 from captioning.scoring import report
 from config import UserError
 
 HOST = "127.0.0.1"
-# The largest upload. A photograph of a good camera has half of it.
+# The largest upload; twice a photograph of a good camera.
 MAX_BYTES = 32 * 2**20
 
 
 def application(
     caption: Callable[[list[extraction.Read]], list[Any]], title: str, size: int
 ) -> Any:
-    """Makes the page.
+    """Builds the page.
 
     Args:
-        caption: from read photographs to a `search.Captioned` each.
-        title: the heading, which says whose captions they are.
+        caption: captions photographs that were read: a `captioner.Captioned`
+            for each.
+        title: the heading.
         size: side of the images that `caption` takes, in pixels.
 
     Returns:
@@ -42,7 +43,7 @@ def application(
     one_at_a_time = threading.Lock()
     app = flask.Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
-    # Another site cannot pass its name off as this machine's.
+    # No other site can make its own name lead to this page.
     app.config["TRUSTED_HOSTS"] = [HOST, "localhost"]
 
     @app.get("/")
@@ -59,7 +60,7 @@ def application(
             return {"error": f"This photograph cannot be used: {error}."}, 400
         with one_at_a_time:
             (found,) = caption([extraction.Read("", pixels, "")])
-        maps = search.square(found.attention)
+        maps = captioner.square(found.attention)
         return {
             "caption": found.caption,
             "words": found.words,
@@ -76,26 +77,27 @@ def application(
 
 
 def serve(app: Any, port: int) -> None:
-    """Serves a page to this machine alone, until it is interrupted.
+    """Serves a page to this machine alone, until interrupted.
 
     Raises:
-        UserError: if the port cannot be had.
+        UserError: if the port is taken or out of range.
     """
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Quiet(WSGIRequestHandler):
-        """Does not write a line for every request."""
+        """Does not log requests."""
 
         def log_request(self, *_: Any) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     try:
         with socket.create_server((HOST, port)):
             pass
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"port {port} cannot be had ({error}): give another, --serve PORT"
+            f"cannot serve on port {port} ({error}): choose another with "
+            "--serve PORT"
         ) from None
     server = make_server(HOST, port, app, threaded=True, request_handler=Quiet)
-    print(f"Open http://{HOST}:{server.port} (Ctrl-C ends it)", flush=True)
+    print(f"Open http://{HOST}:{server.port} (Ctrl-C to stop)", flush=True)
     server.serve_forever()

@@ -1,208 +1,24 @@
-"""What a person looks at: curves, attention figures and the HTML page."""
+"""The HTML report of a run, and photographs for the local page."""
 
 import base64
 import io
-import math
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jinja2
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from captioning.data import images
-from captioning.files import atomic_path, write_text
+from captioning.files import write_text
+from captioning.scoring import figures
 from captioning.scoring import table as scores
 
-# title, column of the training split, column of the validation split
-_PANELS = (
-    ("Loss", "loss", "val_loss"),
-    ("Token accuracy", "token_accuracy", "val_token_accuracy"),
-    ("CIDEr", None, "val_cider"),
-)
-_TRAINING, _VALIDATION = "#8f8b84", "#d9730d"  # on white and on black
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    # Without it the names inside an SVG are drawn by chance.
-    "svg.hashsalt": "curves",
-}
-# A photograph then takes some 14 KB of the page.
+# That is about 14 KB per photograph.
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 224, 70
 _LIT_SIDE = 448  # of the photographs on the page that captions them
-# Of an attention figure. All its photographs together take about a byte a
-# pixel, so that it stays small however long the caption is.
-_COLUMNS, _PANEL_SIDE, _PIXELS = 6, 160, 300_000
-_TITLE, _GAP = 24, 8  # pixels above and between the panels
-# As the page does it: what is left of the light where there is no attention,
-# and the colour that the attention adds to the photograph, with its weight.
-_UNLIT, _GLOW, _GLOW_SHARE = 0.4, (255, 150, 40), 0.35
-
-
-def write_curves(path: Path, history: pd.DataFrame, best_epoch: int) -> None:
-    """Plots the training history as a PNG.
-
-    Args:
-        path: the file.
-        history: as in history.csv, one row per epoch; NaN where not measured.
-        best_epoch: the epoch whose weights were kept; 0 if none was yet.
-    """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure((11, 3), 150, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15)
-        for axes, panel in zip(figure.subplots(1, 3), _PANELS, strict=True):
-            _draw_panel(axes, history, best_epoch, *panel)
-        with atomic_path(path) as part:
-            figure.savefig(part, format="png")
-
-
-def _draw_panel(
-    axes: Axes,
-    history: pd.DataFrame,
-    best_epoch: int,
-    title: str,
-    training: str | None,
-    validation: str,
-) -> None:
-    """Plots one figure over the epochs and marks the best one."""
-    for column, name, colour in (
-        (training, "training", _TRAINING),
-        (validation, "validation", _VALIDATION),
-    ):
-        if column:
-            line = history[["epoch", column]].dropna()
-            axes.plot(*line.values.T, ".-", color=colour, label=name)
-    for _, best in history[history["epoch"] == best_epoch].iterrows():
-        axes.axvline(best_epoch, color="black", linewidth=0.8, linestyle=":")
-        axes.plot(
-            *best[["epoch", validation]],
-            "o",
-            fillstyle="none",
-            color=_VALIDATION,
-            label=f"best epoch, {best_epoch}",
-        )
-    epochs = history["epoch"]
-    axes.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
-    axes.set(title=title, xlabel="epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.grid(axis="y", color=_TRAINING, alpha=0.25)
-    axes.legend()
-
-
-def _curve(
-    history: pd.DataFrame, best_epoch: int, panel: tuple[str, str | None, str]
-) -> str:
-    """A panel as an SVG element that takes the ink of the page."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure((4.4, 3), layout="constrained")
-        _draw_panel(figure.subplots(), history, best_epoch, *panel)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue().replace("#000000", "currentColor")
-    # Inside HTML an SVG needs no prologue and no name space.
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
-    label = f'<svg role="img" aria-label="{panel[0]} by epoch"'
-    return svg.replace("<svg", label, 1)
-
-
-def write_attention_figure(
-    path: Path, photo: np.ndarray, words: Sequence[str], attention: np.ndarray
-) -> None:
-    """Draws where a model looked, word by word, as a PNG.
-
-    Source: the figures of Xu et al. 2015.
-
-    Args:
-        path: the file.
-        photo: uint8 RGB (height, width, 3).
-        words: the caption.
-        attention: weights (words, side, side).
-    """
-    side = min(_PANEL_SIDE, math.isqrt(_PIXELS // (len(words) + 1)))
-    photo = _fit(photo, photo.shape[1::-1], side)
-    panels = [("", photo)]
-    for word, weights in zip(words, attention, strict=True):
-        panels.append((word, _lit(photo, weights)))
-    columns = min(len(panels), _COLUMNS)
-    rows = math.ceil(len(panels) / columns)
-    height, width = photo.shape[:2]
-    down, across = height + _TITLE, width + _GAP
-    sheet = np.full((rows * down, columns * across, 3), 255, np.uint8)
-    # Written on the sheet itself: axes would take a second a figure.
-    figure = Figure((sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
-    for place, (word, pixels) in enumerate(panels):
-        top = place // columns * down
-        left = place % columns * across + _GAP // 2
-        sheet[top + _TITLE : top + down, left : left + width] = pixels
-        x, y = (left + width / 2) / sheet.shape[1], (top + 17) / sheet.shape[0]
-        figure.text(x, 1 - y, word, ha="center", fontsize=9, parse_math=False)
-    figure.figimage(sheet)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A letter that the font does not have is drawn as a box.
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(buffer, format="png", dpi=100)
-    with atomic_path(path) as part, Image.open(buffer) as image:
-        image.convert("RGB").quantize(256).save(part, "PNG", optimize=True)
-
-
-def _fit(photo: np.ndarray, shape: Sequence[int], side: int) -> np.ndarray:
-    """Shrinks a photograph until its longer side is `side` pixels.
-
-    Args:
-        photo: uint8 RGB (height, width, 3).
-        shape: its width and height before anything distorted it.
-        side: pixels.
-    """
-    size = [max(1, round(each * side / max(shape))) for each in shape]
-    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
-
-
-def _lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Leaves colour and light where the attention is.
-
-    Args:
-        photo: uint8 RGB (height, width, 3).
-        weights: (side, side).
-
-    Returns:
-        uint8 RGB (height, width, 3).
-    """
-    height, width = photo.shape[:2]
-    share = _scaled(weights[None])[0].astype(np.float32) / 255
-    share = cv2.resize(share, (width, height), interpolation=cv2.INTER_CUBIC)
-    sigma = max(height, width) / len(weights) / 2
-    share = cv2.GaussianBlur(
-        share, (0, 0), sigma, borderType=cv2.BORDER_REFLECT
-    )
-    share = share / max(share.max(), 1e-6)
-    share = share.clip(0, 1)[..., None]  # (height, width, 1)
-    grey = photo.mean(axis=2, keepdims=True) * _UNLIT
-    glow = share * _GLOW_SHARE
-    lit = share * photo + (1 - share) * grey
-    return ((1 - glow) * lit + glow * _GLOW).round().astype(np.uint8)
-
-
-def _scaled(attention: np.ndarray) -> np.ndarray:
-    """(words, side, side) -> uint8, 255 where a word's attention is highest.
-
-    The lowest is not stretched to 0, so that an attention that hardly
-    prefers any region looks like it.
-    """
-    highest = attention.max(axis=(1, 2), keepdims=True, initial=1e-9)
-    return (attention / highest * 255).clip(0, 255).round().astype(np.uint8)
 
 
 def write_report(
@@ -215,22 +31,21 @@ def write_report(
     images_dir: Path,
     history: pd.DataFrame | None,
 ) -> None:
-    """Writes the page that shows what a run is worth.
+    """Writes the report of a run: one HTML file that needs no network.
 
-    It is one file that needs no network. A photograph that cannot be read
-    is a placeholder.
+    A photograph that cannot be read becomes a placeholder.
 
     Args:
         path: the HTML file.
         title: its heading.
-        dataset: the name of it; a known one brings published rows along.
+        dataset: its name; for a known one, published results are shown.
         metrics: what metrics.json has.
         examples: image (relative to `images_dir`), caption, references
-            (list of texts), bleu4, rouge_l, cider; one row an image.
-        attention: for each row, weights (words, side, side), one map for each
+            (list of texts), bleu4, rouge_l, cider; one row per image.
+        attention: for each row, weights (words, side, side), one map per word
             of `caption.split()`.
         images_dir: the folder with the photographs.
-        history: as in history.csv; None if it is not at hand.
+        history: as in history.csv; None if there is none.
     """
     rows = examples.to_dict("records")
     data = [
@@ -239,6 +54,7 @@ def write_report(
     ]
     has_history = history is not None and len(history) > 0
     notes, published = scores.comparison(metrics, dataset)
+    best_epoch = (metrics.get("run") or {}).get("epoch") or 0
     text = template("scoring/report.html.jinja").render(
         title=title,
         metrics=metrics,
@@ -248,8 +64,8 @@ def write_report(
         examples=data,
         history=history,
         curves=[
-            _curve(history, (metrics.get("run") or {}).get("epoch") or 0, each)
-            for each in _PANELS
+            figures.curve(history, best_epoch, each)
+            for each in figures.PANELS
             if has_history
         ],
     )
@@ -257,7 +73,7 @@ def write_report(
 
 
 def template(name: str) -> jinja2.Template:
-    """A page's template; what is put into it is escaped."""
+    """The template of a page; values put into it are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("captioning", "."),
         autoescape=True,
@@ -269,7 +85,7 @@ def template(name: str) -> jinja2.Template:
 
 
 def _figures(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """What a person reads of each metric."""
+    """Each metric as the page shows it."""
     for name, title, form, meaning in scores.FIGURES:
         value = metrics.get(name)
         reason = metrics.get("unavailable", {}).get(name, "not measured")
@@ -287,7 +103,7 @@ def _figures(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 def _example(
     row: Mapping[str, Any], maps: np.ndarray, images_dir: Path
 ) -> dict[str, Any]:
-    """One image as the script of the page wants it.
+    """One image as the script of the page expects it.
 
     Args:
         row: of the examples.
@@ -299,41 +115,32 @@ def _example(
         "photo": _thumbnail(images_dir / row["image"]),
         "side": maps.shape[1],
         "peaks": [round(float(each.max()), 4) for each in maps],
-        "maps": _base64(_scaled(maps).tobytes()),
+        "maps": _base64(figures.scaled(maps).tobytes()),
     }
 
 
 def _thumbnail(path: Path) -> str | None:
     """A small JPEG in base64; None if the photograph cannot be read."""
     try:
-        pixels, _ = images.read_image(path, _THUMBNAIL_SIDE)
+        pixels, _ = images.read_image(path, _THUMBNAIL_SIDE, square=False)
     except images.UnusableImage:
         return None
-    return _jpeg(_fit(pixels, _upright_size(path), _THUMBNAIL_SIDE))
+    return _jpeg(pixels)
 
 
 def lit_photographs(data: bytes, attention: np.ndarray) -> list[str]:
-    """A photograph, and for each word the same lit where the word looked.
+    """A photograph, and for each word the same, lit where the model looked.
 
     Args:
         data: the photograph's file, one that `images.decode_image` can read.
         attention: weights (words, side, side).
 
     Returns:
-        Addresses (data:) of JPEGs, 1 + words of them.
+        JPEGs as addresses (data:), 1 + words of them.
     """
-    pixels, _ = images.decode_image(data, _LIT_SIDE)
-    photo = _fit(pixels, _upright_size(io.BytesIO(data)), _LIT_SIDE)
-    pictures = [photo, *(_lit(photo, weights) for weights in attention)]
+    photo, _ = images.decode_image(data, _LIT_SIDE, square=False)
+    pictures = [photo, *(figures.lit(photo, weights) for weights in attention)]
     return [f"data:image/jpeg;base64,{_jpeg(each)}" for each in pictures]
-
-
-def _upright_size(file: Path | io.BytesIO) -> tuple[int, int]:
-    """Width and height of a photograph, stood upright."""
-    with Image.open(file) as image:
-        width, height = image.size
-        turned = images.orientation(image) >= 5
-    return (height, width) if turned else (width, height)
 
 
 def _jpeg(pixels: np.ndarray) -> str:

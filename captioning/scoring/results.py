@@ -168,7 +168,7 @@ def write_captions(
 def all_metrics(
     config: Config,
     run: Mapping[str, Any],
-    figures: Mapping[str, Any],
+    measured: Mapping[str, Any],
     scores: Scores,
 ) -> dict[str, Any]:
     """Joins the figures of a model with the scores of its captions.
@@ -176,7 +176,7 @@ def all_metrics(
     Args:
         config: its decoding fields.
         run: from `describe_run`.
-        figures: teacher-forced metrics, their intervals and the speed; empty
+        measured: teacher-forced metrics, their intervals and the speed; empty
             where the captions were read from a file.
         scores: of the captions.
     """
@@ -185,22 +185,22 @@ def all_metrics(
         *("token_accuracy", "token_accuracy_top5", "perplexity"),
         "images_per_second",
     ):
-        if name not in figures:
+        if name not in measured:
             unavailable[name] = "the captions were read from a file"
     consensus = config.consensus_temperature
     return {
         "split": config.split,
         "run": dict(run),
-        "beam_size": config.beam_size if figures else None,
+        "beam_size": config.beam_size if measured else None,
         # A single hypothesis has no others to agree with.
         "consensus_temperature": consensus
-        if figures and config.beam_size > 1
+        if measured and config.beam_size > 1
         else None,
         **dict.fromkeys(unavailable),
-        **figures,
+        **measured,
         **scores.metrics,
         "intervals": {
-            **figures.get("intervals", {}),
+            **measured.get("intervals", {}),
             **scores.metrics["intervals"],
         },
         "unavailable": unavailable,
@@ -320,15 +320,15 @@ def write_report(
         pd.read_csv(history) if history.exists() else None,
     )
     names = figure_names(examples["image"])
-    figures = zip(examples.itertuples(), names, maps, strict=True)
-    for row, name, weights in islice(figures, FIGURES):
+    shown = zip(examples.itertuples(), names, maps, strict=True)
+    for row, name, weights in islice(shown, FIGURES):
         try:
             photo, _ = photographs.read_image(
-                images_dir / row.image, PHOTO_SIDE
+                images_dir / row.image, PHOTO_SIDE, square=False
             )
         except photographs.UnusableImage:
             continue
-        report.write_attention_figure(
+        figures.write_attention_figure(
             place / "attention" / name, photo, row.caption.split(), weights
         )
 

@@ -17,8 +17,8 @@ from captioning.data.vocabulary import Vocabulary
 from captioning.decoding import captioner
 from captioning.files import write_csv
 from captioning.scoring import metrics
+from captioning.scoring.figures import write_curves
 from captioning.scoring.metrics import CIDER_IMAGES
-from captioning.scoring.report import write_curves
 from captioning.training.batches import CaptionBatches
 from config import Config, UserError
 from model import build_model

@@ -50,9 +50,7 @@ def make_batches(
     return train, val
 
 
-def standardise(
-    decoder: Any, features: np.ndarray, rows: np.ndarray
-) -> None:
+def standardise(decoder: Any, features: np.ndarray, rows: np.ndarray) -> None:
     """Gives the decoder the statistics of the training features."""
     mean, deviation = channel_statistics(features, rows)
     decoder.standardisation.mean.assign(mean)

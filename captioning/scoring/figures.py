@@ -1,0 +1,218 @@
+"""Training curves, and photographs lit where a model looked."""
+
+import io
+import math
+import re
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from captioning.files import atomic_path
+from captioning.scoring import fonts
+
+# title, column of the training split, column of the validation split
+PANELS = (
+    ("Loss", "loss", "val_loss"),
+    ("Token accuracy", "token_accuracy", "val_token_accuracy"),
+    ("CIDEr", None, "val_cider"),
+)
+_TRAINING, _VALIDATION = "#8f8b84", "#d9730d"  # on white and on black
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    # Without it the ids inside an SVG are random.
+    "svg.hashsalt": "curves",
+}
+# Of an attention figure: panels per row, the longer side of one, and pixels
+# in all, about a byte each, so that a long caption makes no large file.
+_COLUMNS, _PANEL_SIDE, _PIXELS = 6, 160, 300_000
+_TITLE, _GAP = 24, 8  # pixels above and between the panels
+# The same as on the page: the brightness that is left where there is no
+# attention, and the colour that attention adds, with its weight.
+_UNLIT, _GLOW, _GLOW_SHARE = 0.4, (255, 150, 40), 0.35
+
+
+def write_curves(path: Path, history: pd.DataFrame, best_epoch: int) -> None:
+    """Plots the course of training as a PNG.
+
+    Args:
+        path: the file.
+        history: as in history.csv, one row per epoch; NaN where not measured.
+        best_epoch: the epoch whose weights were kept; 0 if none was yet.
+    """
+    with matplotlib.rc_context(_STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.15)
+        figure = Figure((11, 3), 150, layout=layout)
+        for axes, panel in zip(figure.subplots(1, 3), PANELS, strict=True):
+            _draw_panel(axes, history, best_epoch, *panel)
+        with atomic_path(path) as part:
+            figure.savefig(part, format="png")
+
+
+def curve(
+    history: pd.DataFrame, best_epoch: int, panel: tuple[str, str | None, str]
+) -> str:
+    """A panel as an SVG element in the text colour of the page."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure((4.4, 3), layout="constrained")
+        _draw_panel(figure.subplots(), history, best_epoch, *panel)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue().replace("#000000", "currentColor")
+    # Inside HTML, an SVG needs neither prologue nor namespace.
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
+    label = f'<svg role="img" aria-label="{panel[0]} by epoch"'
+    return svg.replace("<svg", label, 1)
+
+
+def _draw_panel(
+    axes: Axes,
+    history: pd.DataFrame,
+    best_epoch: int,
+    title: str,
+    training: str | None,
+    validation: str,
+) -> None:
+    """Plots two columns over the epochs, and marks the best epoch."""
+    for column, name, colour in (
+        (training, "training", _TRAINING),
+        (validation, "validation", _VALIDATION),
+    ):
+        if column:
+            line = history[["epoch", column]].dropna()
+            axes.plot(*line.values.T, ".-", color=colour, label=name)
+    for _, best in history[history["epoch"] == best_epoch].iterrows():
+        axes.axvline(best_epoch, color="black", linewidth=0.8, linestyle=":")
+        axes.plot(
+            *best[["epoch", validation]],
+            "o",
+            fillstyle="none",
+            color=_VALIDATION,
+            label=f"best epoch, {best_epoch}",
+        )
+    epochs = history["epoch"]
+    axes.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
+    axes.set(title=title, xlabel="epoch")
+    whole = MaxNLocator(
+        "auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1
+    )
+    axes.xaxis.set_major_locator(whole)
+    axes.grid(axis="y", color=_TRAINING, alpha=0.25)
+    axes.legend()
+
+
+def write_attention_figure(
+    path: Path, photo: np.ndarray, words: Sequence[str], attention: np.ndarray
+) -> None:
+    """Draws where a model looked, word by word, as a PNG.
+
+    Source: the figures of Xu et al. 2015.
+
+    Args:
+        path: the file.
+        photo: uint8 RGB (height, width, 3).
+        words: the caption.
+        attention: weights (words, side, side).
+    """
+    side = min(_PANEL_SIDE, math.isqrt(_PIXELS // (len(words) + 1)))
+    photo = _fit(photo, side)
+    photos = [photo, *(lit(photo, weights) for weights in attention)]
+    panels = list(zip(["", *words], photos, strict=True))
+    columns = min(len(panels), _COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    height, width = photo.shape[:2]
+    down, across = height + _TITLE, width + _GAP
+    sheet = np.full((rows * down, columns * across, 3), 255, np.uint8)
+    # Written on the sheet itself: axes would take a second per figure.
+    figure = Figure((sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
+    font = {"family": fonts.families("".join(words)), "size": 9}
+    mirrored = _is_right_to_left(" ".join(words))
+    for place, (word, pixels) in enumerate(panels):
+        row, column = divmod(place, columns)
+        if mirrored:
+            column = columns - 1 - column
+        top, left = row * down, column * across + _GAP // 2
+        sheet[top + _TITLE : top + down, left : left + width] = pixels
+        x, y = (left + width / 2) / sheet.shape[1], (top + 17) / sheet.shape[0]
+        figure.text(x, 1 - y, word, ha="center", font=font, parse_math=False)
+    figure.figimage(sheet)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # Of characters without a font, which have been reported.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="png", dpi=100)
+    with atomic_path(path) as part, Image.open(buffer) as image:
+        image.convert("RGB").quantize(256).save(part, "PNG", optimize=True)
+
+
+def _is_right_to_left(text: str) -> bool:
+    """Whether the first letter of a text is of a script like Arabic."""
+    for character in text:
+        direction = unicodedata.bidirectional(character)
+        if direction in ("L", "R", "AL"):
+            return direction != "L"
+    return False
+
+
+def _fit(photo: np.ndarray, side: int) -> np.ndarray:
+    """Shrinks a photograph until its longer side is `side` pixels.
+
+    Args:
+        photo: uint8 RGB (height, width, 3).
+        side: pixels.
+    """
+    height, width = photo.shape[:2]
+    scale = side / max(height, width)
+    size = [max(1, round(each * scale)) for each in (width, height)]
+    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+
+
+def lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Dims a photograph except where the attention is.
+
+    Args:
+        photo: uint8 RGB (height, width, 3).
+        weights: (side, side).
+
+    Returns:
+        uint8 RGB (height, width, 3).
+    """
+    height, width = photo.shape[:2]
+    share = scaled(weights[None])[0].astype(np.float32) / 255
+    share = cv2.resize(share, (width, height), interpolation=cv2.INTER_CUBIC)
+    sigma = max(height, width) / len(weights) / 2
+    share = cv2.GaussianBlur(
+        share, (0, 0), sigma, borderType=cv2.BORDER_REFLECT
+    )
+    share = share / max(share.max(), 1e-6)
+    share = share.clip(0, 1)[..., None]  # (height, width, 1)
+    grey = photo.mean(axis=2, keepdims=True) * _UNLIT
+    glow = share * _GLOW_SHARE
+    lit = share * photo + (1 - share) * grey
+    return ((1 - glow) * lit + glow * _GLOW).round().astype(np.uint8)
+
+
+def scaled(attention: np.ndarray) -> np.ndarray:
+    """(words, side, side) -> uint8, 255 where a word's attention is highest.
+
+    The lowest is not stretched to 0, so that nearly even attention looks
+    even.
+    """
+    highest = attention.max(axis=(1, 2), keepdims=True, initial=1e-9)
+    return (attention / highest * 255).clip(0, 255).round().astype(np.uint8)
