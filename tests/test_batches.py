@@ -230,8 +230,8 @@ def test_a_resumed_epoch_gives_the_rest_of_it(epoch, skip, static):
     assert len(rest) == len(data) == 9 - skip
     for found, wanted in zip(rest, whole[skip:], strict=True):
         for one, other in zip(
-            flat(found[0]) + [*found[1:]],
-            flat(wanted[0]) + [*wanted[1:]],
+            [*flat(found[0]), *found[1:]],
+            [*flat(wanted[0]), *wanted[1:]],
             strict=True,
         ):
             np.testing.assert_array_equal(one, other)

@@ -168,7 +168,7 @@ def test_the_step_of_a_search_agrees_with_teacher_forcing():
     decoder, features = tiny(), some_features()
     captions = [[(5, 6, 7), (8, 9, 10)], [(11, 4, 5), (6, 6, 6)]]
     inputs, _, _ = batches(captions, features)[0]
-    logits, (attention,) = decoder.teacher_force(inputs)
+    logits, _ = decoder.teacher_force(inputs)
     forced = ops.reshape(ops.log_softmax(logits), (2, 2, 4, SIZE))
     words = np.reshape(inputs["words"][0], (2, 2, 4))
     assert words[:, :, 0].tolist() == [[START] * 2] * 2

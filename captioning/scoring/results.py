@@ -22,7 +22,7 @@ from captioning.data import images as photographs
 from captioning.data import prepared
 from captioning.features import cache as features
 from captioning.files import write_csv, write_text
-from captioning.scoring import report
+from captioning.scoring import figures, report
 from captioning.scoring.metrics import Scores
 from config import Config, UserError
 
