@@ -16,9 +16,9 @@ def probe(folder: Path, run: str) -> dict[str, np.ndarray]:
     """Opens a run in a folder as `evaluate.py` does.
 
     Returns:
-        `words`, int32 (images, captions, steps); `log_probabilities` of the
-        targets, float32 likewise, 0 at padding; `captions`, strings
-        (images,); `scores` of them, float32 (images,).
+        `words`, the targets, int32 (tokens,); `log_probabilities` of them,
+        float32 (tokens,), 0 at padding; `captions`, strings (images,);
+        `scores` of them, float32 (images,).
     """
     import keras
     from keras import ops
@@ -27,7 +27,7 @@ def probe(folder: Path, run: str) -> dict[str, np.ndarray]:
     from captioning import backend
     from captioning.data import prepared
     from captioning.data.vocabulary import encode
-    from captioning.decoding import search
+    from captioning.decoding import captioner
     from captioning.runs import load_config
     from captioning.training.batches import CaptionBatches
 
@@ -38,18 +38,18 @@ def probe(folder: Path, run: str) -> dict[str, np.ndarray]:
     decoder, words, features, rows = evaluate.open_run(
         config, place, split.images
     )
-    captions = [encode(t, words, decoder.steps - 1) for t in split.tokens]
-    batches = CaptionBatches(features, rows, captions, len(rows), padded=True)
+    longest = config.max_caption_length
+    captions = [encode(tokens, words, longest) for tokens in split.tokens]
+    # Of one size on every backend.
+    batches = CaptionBatches(features, rows, captions, len(rows), static=True)
     inputs, targets, weights = batches[0]
-    logits, _ = decoder.decode(inputs)
-    chosen = ops.take_along_axis(
-        ops.log_softmax(logits), targets[..., None], -1
-    )[..., 0]
-    found = search.caption_rows(
-        search.build(decoder, config), features, rows, words
+    likely = ops.log_softmax(decoder(inputs))  # (tokens, vocabulary)
+    chosen = ops.take_along_axis(likely, targets[:, None], 1)[:, 0]
+    found = captioner.caption_rows(
+        captioner.build(decoder, config), [features], [rows], words
     )
     return {
-        "words": inputs["words"],
+        "words": targets,
         "log_probabilities": ops.convert_to_numpy(chosen) * weights,
         "captions": np.array([each.caption for each in found]),
         "scores": np.array([each.n_best[0].score for each in found]),

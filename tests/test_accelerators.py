@@ -10,12 +10,13 @@ import train
 from captioning import backend
 from captioning.backend import TENSORFLOW
 from captioning.data.vocabulary import END, PAD, START
-from captioning.decoding import search
+from captioning.decoding import captioner
 from captioning.training.batches import CaptionBatches
+from captioning.training.objective import SmoothedCrossEntropy
 from config import Config
-from model import CaptioningModel, SmoothedCrossEntropy
+from model import CaptioningModel
 
-STEPS, REGIONS, CHANNELS, WORDS = 2, 3, 4, 9
+REGIONS, CHANNELS, WORDS = 3, 4, 9
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +58,8 @@ def make_batches(**options) -> CaptionBatches:
 
 def tiny() -> CaptioningModel:
     keras.utils.set_random_seed(2)
-    decoder = CaptioningModel(WORDS, STEPS, 5, 5, 5)
-    decoder.build({"features": (None, None, CHANNELS)})
+    decoder = CaptioningModel(WORDS, 5, 5, 5)
+    decoder.build((None, None, CHANNELS))
     return decoder
 
 
@@ -84,7 +85,7 @@ def test_on_gpus_xla_compiles_training_and_search(gpus):
     config, decoder = Config(ema_epochs=0), tiny()
     train.compile_decoder(config, decoder, 1)
     assert decoder.jit_compile
-    assert search.build(decoder, config).jit_compile
+    assert captioner.build(decoder, config).jit_compile
 
 
 def test_on_gpus_all_batches_are_of_one_size_and_compiled_once(gpus):
@@ -94,9 +95,24 @@ def test_on_gpus_all_batches_are_of_one_size_and_compiled_once(gpus):
             for place in range(len(batches))
         }
 
-    assert len(shapes(make_batches(padded=False))) > 1
+    assert len(shapes(make_batches(static=False))) > 1
     gpus("9.0")
     assert len(shapes(make_batches())) == 1
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="JAX trains on all of them")
+def test_tensorflow_says_that_it_trains_on_one_gpu(gpus, capsys):
+    for capabilities, told in (
+        ([], 0),
+        (["9.0"], 0),
+        (["9.0"] * 3, 1),
+    ):
+        gpus(*capabilities)
+        with backend.all_devices() as devices:
+            assert devices == backend.ALONE
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == told
+    assert "2 more" in err and "KERAS_BACKEND=jax" in err
 
 
 @pytest.mark.skipif(not TENSORFLOW, reason="JAX compiles with XLA alone")
@@ -110,7 +126,7 @@ def test_a_step_that_xla_compiles_is_the_step_that_tensorflow_does():
             jit_compile=xla,
             run_eagerly=not xla,
         )
-        decoder.train_on_batch(*make_batches(padded=True)[1])
+        decoder.train_on_batch(*make_batches(static=True)[1])
         found.append(decoder.get_weights())
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

@@ -37,9 +37,9 @@ TRAINING = [
     *("--decoder-units", "16", "--attention-units", "16"),
     *("--embedding-units", "16", "--learning-rate", "0.01"),
     *("--clip-norm", "0.1", "--scst-learning-rate", "0.01"),
+    # Several devices have captions in another order: others would drop out.
+    *("--word-dropout", "0", "--output-dropout", "0"),
 ]
-if TENSORFLOW:  # where each device drops out on its own
-    TRAINING += ["--word-dropout", "0", "--output-dropout", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -114,30 +114,6 @@ def test_a_run_on_three_devices_is_the_run_on_one(home):
     (printed,) = end(start(home, "three", XLA_FLAGS=flags))
     assert "devices: 3" in printed
     assert_same(home, "three")
-
-
-@pytest.mark.skipif(not TENSORFLOW, reason="tests TensorFlow's own way")
-def test_a_run_on_three_devices_of_tensorflow_is_the_run_on_one(home):
-    """Also when it goes on in the middle, and with self-critical training."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.virtual", *DATA, *TRAINING],
-        cwd=home,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("devices: 3") == 3
-    assert "Resuming after 0 epochs and 3 steps" in done.stdout
-    assert "reward" in done.stdout
-    assert_same(home, "three")
-    assert_same(home, "middle")
-    three, middle = (
-        np.load(home / "checkpoints" / name / "last" / "state.npz")
-        for name in ("three", "middle")
-    )
-    for name in set(three.files) - {"progress"}:
-        np.testing.assert_array_equal(three[name], middle[name])
 
 
 @on_jax

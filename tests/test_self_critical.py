@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider
 
 from captioning.data.vocabulary import (
+    END,
     PAD,
     SPECIAL_WORDS,
     START,
@@ -15,7 +16,7 @@ from captioning.data.vocabulary import (
     Vocabulary,
     encode,
 )
-from captioning.decoding import search
+from captioning.decoding import captioner
 from captioning.training import self_critical
 from captioning.training.batches import CaptionBatches
 from config import Config
@@ -102,7 +103,7 @@ def test_what_is_drawn_depends_on_weights_epoch_and_round_alone():
 
 
 def test_what_is_rewarded_becomes_likelier(monkeypatch):
-    monkeypatch.setattr(search, "BATCH", 3)
+    monkeypatch.setattr(captioner, "BATCH", 3)
     decoder, rounds = make_rounds()
     self_critical.compile_decoder(CONFIG, decoder)
     rewards = []
@@ -112,13 +113,37 @@ def test_what_is_rewarded_becomes_likelier(monkeypatch):
         rewards.append(reward)
     # What is never drawn takes nothing of what the bad captions lose.
     features = rounds.features[:1]
-    annotations, keys, hidden, cell = decoder.start(features)
-    found, *_ = decoder.step(np.array([START]), hidden, cell, keys, annotations)
-    assert np.exp(found)[0, [PAD, START, UNKNOWN]].sum() < 0.4
+    annotations, keys, *state = decoder.start(features)
+    found, *_ = decoder.next_word(
+        np.array([[START]]),
+        *(each[:, None] for each in state),
+        *(decoder.step.cast_weights(), keys, annotations),
+    )
+    assert np.exp(found)[0, 0, [PAD, START, UNKNOWN]].sum() < 0.4
     assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:5])
 
 
-def test_weights_of_captions_reach_their_words():
+def test_the_end_of_the_longest_caption_is_neither_rewarded_nor_punished():
+    """It had no choice; words, and an `<end>` before, have their reward."""
+    decoder, rounds = make_rounds()
+    decoder.logits.bias.assign(-1e6 * np.eye(len(WORDS))[END])
+    batches, _ = rounds.draw(0, 0)
+    ends, rewarded = 0, 0
+    for place in range(len(batches)):
+        _, targets, weights = batches[place]
+        ends += np.count_nonzero(weights[targets == END])
+        rewarded += np.count_nonzero(weights)
+    assert ends == 0 < rewarded
+    decoder.logits.bias.assign(np.zeros(len(WORDS)))
+    batches, _ = rounds.draw(0, 0)
+    assert any(
+        weights[targets == END].any()
+        for _, targets, weights in (batches[n] for n in range(len(batches)))
+    )
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_weights_of_captions_reach_their_words(static):
     """Whatever order the batch has: long captions come first in it."""
     caption = [["a"], ["b", "c", "d"], ["e", "f"]]
     importance = [np.array([1.0, -2.0, 3.0])]
@@ -128,6 +153,7 @@ def test_weights_of_captions_reach_their_words():
         [encode(caption, WORDS, 4)],
         1,
         importance=importance,
+        static=static,
     )
     _, targets, weights = batches[0]
     real = weights != 0
