@@ -80,7 +80,8 @@ def main(arguments: command.Arguments) -> None:
     name = results.folder_name(config, trained, limited, actions.captions)
     place = run / "evaluation" / name
     with lock(place), results.replaced(place) as part:
-        figures, attention = {}, {}
+        figures: dict[str, Any] = {}
+        attention: dict[str, Any] = {}
         if not actions.captions:
             from captioning.decoding import captioner
 

@@ -218,7 +218,7 @@ def describe_run(
         images: what was evaluated.
         own: whether the captions are the run's own, and not from a file.
     """
-    of_each = {
+    of_each: dict[str, list[Any]] = {
         "encoder": [config.encoder for config, _ in members],
         "epoch": [runs.best_epoch(place) for _, place in members],
         "seed": [config.seed for config, _ in members],
@@ -250,8 +250,8 @@ def count_trained_on(
     for config, place in members:
         description, _ = runs.load_description(place)
         try:
-            opened = prepared.open_features(config, description, images)
-            pixels = features.load_digests(opened[0])[opened[1]]
+            cache, rows = prepared.open_features(config, description, images)
+            pixels = features.load_digests(cache)[rows]
         except UserError:  # captions from a file can be scored without them
             pixels = np.zeros((len(images), features.DIGEST_BYTES), np.uint8)
         same_dataset = config.dataset == runs.load_config(place).dataset

@@ -37,4 +37,6 @@ class Schedule(keras.optimizers.schedules.CosineDecay):
     def __call__(self, step: Any) -> Any:
         """The learning rate of a step, counted from 0."""
         scheduled = super().__call__(step)
-        return ops.where(step < self.end, scheduled, self.afterwards)
+        # The rate of step `end` is what history.csv has of the last scheduled
+        # epoch: it is that of the schedule, 0.
+        return ops.where(step <= self.end, scheduled, self.afterwards)
