@@ -63,6 +63,7 @@ LAYOUTS = (
     "kaggle30k",
     "kaggle8k",
     "token",
+    "imagefolder",
 )
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")

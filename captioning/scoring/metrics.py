@@ -27,7 +27,6 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import (
-    PUNCTUATIONS,
     STANFORD_CORENLP_3_4_1_JAR,
 )
 
@@ -42,6 +41,8 @@ RESAMPLES = 1000
 # reads tables for 6 seconds first, SPICE loads a parser.
 PTB_SECONDS, METEOR_SECONDS, SPICE_SECONDS = 60, 120, 600
 _PACKAGE = Path(pycocoevalcap.__path__[0])
+# What it writes for brackets.
+_BRACKETS = {f"-{side}{kind}b-" for side in "lr" for kind in "rsc"}
 # A tokenizer that turns the first of these into the second is at work.
 _KNOWN = (
     "Two dogs, one brown, aren't asleep.",
@@ -91,7 +92,8 @@ def tokenise(
 
 def _clean(text: str) -> str:
     """One line of valid Unicode; empty if it has no letter and no digit."""
-    text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    text = vocabulary.straight(text).encode("utf-8", "replace").decode("utf-8")
+    text = " ".join(text.split())
     return text if any(map(str.isalnum, text)) else ""
 
 
@@ -110,8 +112,13 @@ def _ptb(texts: list[str]) -> list[str]:
         sent,
         PTB_SECONDS + len(texts) / 100,
     )
+    # More than pycocoevalcap's PUNCTUATIONS, which are English only, and its
+    # brackets, which it misses in lower case: the decoder has no punctuation in
+    # its vocabulary, and references that kept theirs could not be matched.
     lines = [
-        " ".join(w for w in line.split(" ") if w and w not in PUNCTUATIONS)
+        " ".join(
+            vocabulary.only_words(w for w in line.split() if w not in _BRACKETS)
+        )
         for line in output.replace("\r", "").removesuffix("\n").split("\n")
     ]
     if len(lines) != len(texts) + 2 or {lines[0], lines[-1]} != {_KNOWN[1]}:
