@@ -99,15 +99,8 @@ def find_dataset(
     """
     files = _list_files(directory)
     layout, candidates = _find_captions(directory, files, layout)
-    # Only one candidate as a rule; else the one that these images belong to.
-    found = max(
-        (_read(directory, files, layout, paths) for paths in candidates),
-        key=lambda found: len(found.rows),
-    )
+    found = _read_best(directory, files, layout, candidates)
     notes = found.notes
-    unused = [p for p in itertools.chain(*candidates) if p not in found.paths]
-    if unused:
-        notes.messages.append(f"Captions not used: {', '.join(unused)}.")
     others = [path for path in files.values() if path not in found.paths]
     shares = (val_share, test_share)
     rows, how = split_rows(found.rows, directory, others, shares, notes)
@@ -276,18 +269,37 @@ def _is_captions(name: str, patterns: Iterable[str]) -> bool:
 def _dataset_of(path: str, layout: str) -> tuple[str, ...]:
     """What the files of one dataset share.
 
-    Of COCO the year; of files in folders called train, val and test their
-    name; else the path.
+    Of COCO the year; of files in folders called train, val and test the
+    folder above; else the path.
     """
     if layout == "coco":
         return (re.search(r"(\d*)\.json$", path.lower())[1],)  # type: ignore
     folder, name = posixpath.split(path)
     if split_name(posixpath.basename(folder)):
-        return (posixpath.dirname(folder), name)
+        return (posixpath.dirname(folder), posixpath.splitext(name)[0])
     return (path,)
 
 
 # --- from files to rows ---------------------------------------------------
+
+
+def _read_best(
+    directory: Path, files: _Files, layout: str, candidates: list[list[str]]
+) -> _Found:
+    """Reads the dataset that these images belong to; one only, as a rule."""
+    found, errors = [], []
+    for paths in candidates:
+        try:
+            found.append(_read(directory, files, layout, paths))
+        except UserError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    best = max(found, key=lambda each: len(each.rows))
+    unused = [p for p in itertools.chain(*candidates) if p not in best.paths]
+    if unused:
+        best.notes.messages.append(f"Captions not used: {', '.join(unused)}.")
+    return best
 
 
 def _read(

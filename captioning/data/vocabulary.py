@@ -52,7 +52,11 @@ def tokenise(caption: str) -> list[str]:
         Its words in the manner of the Penn Treebank; a word has at least one
         letter or digit, of any script.
     """
-    return only_words(_treebank().tokenize(straight(caption).lower()))
+    chunks = straight(caption).lower().split()
+    # Treebank only knows ASCII, and does not split an "it's" in other quotes.
+    chunks = [c if c.isascii() else c.strip(_marks(c)) for c in chunks]
+    text = " ".join(chunk.rstrip("'") for chunk in chunks)
+    return only_words(_treebank().tokenize(text))
 
 
 def straight(text: str) -> str:
@@ -78,10 +82,13 @@ def _bare(word: str) -> str:
 
     Treebank splits "dog's" into "dog" and "'s", whose apostrophe stays.
     """
-    if word in _CLITICS:
-        return word
-    marks = {c for c in word if unicodedata.category(c)[0] in "PS"}
-    return word.strip("".join(marks))
+    return word if word in _CLITICS else word.strip(_marks(word) + "'")
+
+
+def _marks(text: str) -> str:
+    """The punctuation and symbols in a text, but for apostrophes."""
+    marks = {c for c in text if unicodedata.category(c)[0] in "PS"}
+    return "".join(marks - {"'"})
 
 
 @dataclass(frozen=True)
