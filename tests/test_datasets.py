@@ -1,7 +1,6 @@
 """Every layout people have, and every state its files come in."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from unicodedata import normalize
