@@ -204,6 +204,20 @@ def test_the_folders_of_an_image_folder_are_its_splits(tmp_path):
     assert dataset.skipped == dataset.messages == []
 
 
+def test_captions_in_folders_of_splits_share_the_images_of_one(tmp_path):
+    write(
+        tmp_path,
+        {
+            "train/captions.csv": "image,caption\na.jpg,one\n",
+            "test/captions.csv": "image,caption\nb.jpg,two\n",
+        },
+    )
+    write(tmp_path, {"Images/a.jpg": b"x", "Images/b.jpg": b"x"})
+    dataset = find(tmp_path)
+    splits = dict(dataset.table[["image", "split"]].values)
+    assert splits == {"a.jpg": "train", "b.jpg": "test"}
+
+
 def test_a_folder_for_train_alone_is_no_split(tmp_path):
     files = {name: x for name, x in IMAGEFOLDER.items() if "train" in name}
     assert "split by a hash" in find(write(tmp_path, files)).summary

@@ -142,13 +142,13 @@ PERFECT = [
     "A goat (left) & 50% of Mr. Fox's 'dog' at 5 o'clock, it's #1 for $5!",
     "Eine Ziege wartet am Hügel; sie schläft.",
     "¿una cabra en la colina? ¡dos hombres empujan!",
-    "« l’homme » pousse la charrette bleue…",
+    "« l\u2019homme » pousse la charrette bleue…",
     "एक बकरी पहाड़ी पर खड़ी है।",
     "كلب يجري في الحقل، وقطة؟",
     "一只 山羊 站 在 山坡 上 。",
-    "一位老人，在 桥上 唱歌 、 看书。",
+    "一位老人\uff0c在 桥上 唱歌 、 看书。",
     "山羊 が 丘 に 立って いる 。",
-    "Այծը սպասում է բլրի վրա։",
+    "Այծը սպասում է բլրի վրա\u0589",
 ]
 
 
@@ -160,7 +160,7 @@ def test_a_perfect_caption_scores_full_marks_in_any_language(java, monkeypatch):
     made = [" ".join(vocabulary.tokenise(text)) for text in PERFECT]
     tokens, _ = metrics.tokenise({"made": made, "written": PERFECT})
     assert tokens["made"] == tokens["written"]
-    assert not set("।،؟。、։«»¿¡…()#$%&") & {*"".join(tokens["written"])}
+    assert not set("।،؟。、\u0589«»¿¡…()#$%&") & {*"".join(tokens["written"])}
 
 
 @needs_scripts

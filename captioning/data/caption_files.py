@@ -244,7 +244,7 @@ def _read_table(path: Path, notes: Notes) -> Iterator[Row]:
     text = text[marked.end() :] if marked else text
     first_line = text.partition("\n")[0]
     for separator in marked[1] if marked else ",;\t|":
-        options = {
+        options: dict[str, Any] = {
             "delimiter": separator,
             "skipinitialspace": f"{separator} " in first_line,
         }
@@ -278,7 +278,7 @@ def _csv_records(
         reason = "quotes that do not match: read line by line"
         notes.repaired.append((path.name, reason))
         notes.messages.append(f"{path} has {reason}.")
-    records = []
+    records: list[list[str]] = []
     for line in text.split("\n"):
         try:
             records += csv.reader([line], **options)
@@ -342,9 +342,8 @@ def _captions_in(value: Any) -> list[str]:
         ValueError: if it is a list that cannot be read.
     """
     text = value.strip() if isinstance(value, str) else ""
-    if re.match(r"(array\()?\[\s*['\"{\]]", text) or _PRINTED_LIST.fullmatch(
-        text
-    ):
+    begins_as_list = re.match(r"(array\()?\[\s*['\"{\]]", text)
+    if begins_as_list or _PRINTED_LIST.fullmatch(text):
         value = _parse_list(text)
     if isinstance(value, list):
         return [_string(each) for each in value]

@@ -146,7 +146,7 @@ def _image_ids(rows: list[Row]) -> list[Any]:
 def equal_pixels_across_splits(
     digests: Mapping[str, str], table: pd.DataFrame
 ) -> list[tuple[str, str]]:
-    """Finds photographs that lie in two splits under two names.
+    """Finds photographs that are in two splits under two names.
 
     Args:
         digests: image -> digest of its pixels.
@@ -160,14 +160,14 @@ def equal_pixels_across_splits(
     groups = defaultdict(list)
     for image in sorted(digests.keys() & splits.keys()):
         groups[digests[image]].append(image)
-    pairs = set()
+    pairs: set[tuple[str, str]] = set()
     for group in groups.values():
         first: dict[str, str] = {}  # split -> its first image
         for image in group:
             first.setdefault(splits[image], image)
         for image in group:
             others = [i for s, i in first.items() if s != splits[image]]
-            pairs.update(tuple(sorted((image, i))) for i in others[:1])
+            pairs.update((min(image, i), max(image, i)) for i in others[:1])
     return sorted(pairs)
 
 

@@ -172,7 +172,36 @@ def _read_lists(
     Raises:
         UserError: if the lists are those of another dataset.
     """
-    groups = defaultdict(list)  # lists that differ in their split alone
+    groups = _group_lists(directory, files, index, notes)
+    best = max(
+        groups,
+        key=lambda lists: (len(_named(lists)), _has_train(lists)),
+        default=[],
+    )
+    if not _are_of(best, images):
+        if _has_train(best):
+            raise UserError(_wrong_lists(directory, best, images))
+        # Without a list for train, a file may have such a name by chance.
+        best = []
+    unused = [e.path for lists in groups if lists is not best for e in lists]
+    if unused:
+        notes.messages.append(f"Not used as split lists: {', '.join(unused)}.")
+    for each in filter(lambda each: each.unknown, best):
+        count = len(each.images) + len(each.unknown)
+        notes.messages.append(
+            f"{each.path}: {len(each.unknown):,} of {count:,} names match no "
+            f"image, such as {each.unknown[0][:80]} (an image is called "
+            f"{min(images)})."
+        )
+    pairs = [(image, each.split) for each in best for image in each.images]
+    return f"split by {_pattern(best)}" if best else "", pairs
+
+
+def _group_lists(
+    directory: Path, files: Iterable[str], index: _Index, notes: Notes
+) -> list[list[_List]]:
+    """Reads all lists; those of a group differ only in their split."""
+    groups = defaultdict(list)
     for path in files:
         folder, name = posixpath.split(path)
         match = _LIST.fullmatch(name)
@@ -182,39 +211,30 @@ def _read_lists(
             groups[group.casefold()].append(
                 _match(path, split_name(match[2]), names, index)
             )
-    if not groups:
-        return "", []
-    best = max(groups.values(), key=lambda lists: len(_named(lists)))
-    unused = [each for lists in groups.values() for each in lists]
-    matched = len(_named(best))
-    total = sum(len(each.images) + len(each.unknown) for each in best)
-    example = min(images)
-    if matched and matched >= _SAME_DATASET * min(total, len(images)):
-        for each in filter(lambda each: each.unknown, best):
-            count = len(each.images) + len(each.unknown)
-            notes.messages.append(
-                f"{each.path}: {len(each.unknown):,} of {count:,} names match "
-                f"no image, such as {each.unknown[0][:80]} (an image is called "
-                f"{example})."
-            )
-        unused = [each for each in unused if each not in best]
-        how = f"split by {_pattern(best)}"
-    elif any(each.split == "train" for each in unused):
-        unknown = next((each for each in best if each.unknown), best[0])
-        raise UserError(
-            f"{directory / unknown.path}: the split lists name {matched:,} of "
-            f"the {len(images):,} images; this one has "
-            f"{(unknown.unknown or ['no names'])[0][:80]}, an image is called "
-            f"{example}: correct the lists, or remove them to split by a hash "
-            "of the names"
-        )
-    else:
-        # Without a list for train, a file may have such a name by chance.
-        best, how = [], ""
-    if unused:
-        names = ", ".join(each.path for each in unused)
-        notes.messages.append(f"Not used as split lists: {names}.")
-    return how, [(image, each.split) for each in best for image in each.images]
+    return list(groups.values())
+
+
+def _are_of(lists: Iterable[_List], images: set[str]) -> bool:
+    """Whether lists are of this dataset, or of a part of it or a larger one."""
+    total = sum(len(each.images) + len(each.unknown) for each in lists)
+    named = len(_named(lists))
+    return named > 0 and named >= _SAME_DATASET * min(total, len(images))
+
+
+def _wrong_lists(directory: Path, lists: list[_List], images: set[str]) -> str:
+    wrong = next((each for each in lists if each.unknown), lists[0])
+    example = wrong.unknown[0][:80] if wrong.unknown else "no names"
+    named = len(_named(lists))
+    return (
+        f"{directory / wrong.path}: the split lists name {named:,} of the "
+        f"{len(images):,} images; this one has {example}, an image is "
+        f"called {min(images)}: correct the lists, or remove them to split by "
+        "a hash of the names"
+    )
+
+
+def _has_train(lists: Iterable[_List]) -> bool:
+    return any(each.split == "train" for each in lists)
 
 
 def _named(lists: Iterable[_List]) -> set[str]:
@@ -254,8 +274,7 @@ def _names(text: str, index: _Index) -> list[str]:
         exact = sum(not index.keys().isdisjoint(_forms(n)[:2]) for n in column)
         return exact, sum(bool(_find(name, index)) for name in column)
 
-    best = max(columns, key=likeness) if len(columns) > 1 else lines
-    return [name for name in best if name.strip()]
+    return [name for name in max(columns, key=likeness) if name.strip()]
 
 
 def _match(path: str, split: str, names: list[str], index: _Index) -> _List:
