@@ -48,7 +48,7 @@ ENCODERS = {
     "mobilenetv2": Encoder("MobileNetV2", "mobilenet_v2", "out_relu"),
 }
 LAYOUTS = ("auto", "karpathy", "huggingface", "coco", "plain")
-LAYOUTS += ("kaggle30k", "kaggle8k", "token")
+LAYOUTS += ("kaggle30k", "kaggle8k", "token", "imagefolder")
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")
 SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}

@@ -20,6 +20,9 @@ from typing import Any
 from captioning import command
 from config import SAMPLE, SPLITS, Config, UserError, is_named_by_folder
 
+# Above this share of unknown words in a split, the user is warned.
+MANY_UNKNOWN = 0.1
+
 
 def read_worker(text: str) -> tuple[int, int]:
     """The number of a worker and how many there are, of `0/4`."""
@@ -58,11 +61,14 @@ def main(arguments: command.Arguments) -> None:
         directory, config.layout, config.val_share, config.test_share
     )
     print(dataset.summary)
+    for message in dataset.messages:
+        print(message)
     if is_named_by_folder(config, arguments.given):
         prepared.check_source(config, directory, dataset.images_dir)
     check_skipped(config, dataset.table, dataset.skipped)
     dataset = limit(config, dataset)
     check_splits(config, dataset)
+    check_words(config, dataset.table)
     if old := prepared.old_layout(config):
         print(f"Note: {old}. Images are encoded again.", file=sys.stderr)
     description = describe_features(config)
@@ -77,7 +83,7 @@ def main(arguments: command.Arguments) -> None:
         with lock(place, wait=True):
             words, repaired = prepared.save(config, dataset, duplicates)
         workers.clear(features, place.name)
-    report(dataset, repaired, len(words), len(duplicates))
+    report(dataset, repaired, words, len(duplicates))
     print(f"Wrote {place}. Next: {command.next_line('train.py', arguments)}")
 
 
@@ -131,7 +137,7 @@ def check_skipped(config: Config, table: Any, skipped: Any) -> None:
         table: of the images that can be used.
         skipped: pairs of an image and the reason.
     """
-    from captioning.data.datasets import UNSPLIT
+    from captioning.data.splits import UNSPLIT
 
     there = set(table["image"])
     lost = {i for i, reason in skipped if reason not in UNSPLIT}
@@ -144,6 +150,66 @@ def check_skipped(config: Config, table: Any, skipped: Any) -> None:
             f"unusable, the first of them {image} ({reason}): mend the "
             "dataset, or allow more with --max-skipped-share"
         )
+
+
+def check_words(config: Config, table: Any) -> None:
+    """Looks at the vocabulary before hours go into the images.
+
+    Args:
+        config: its `min_word_count`.
+        table: the dataset's captions.
+
+    Raises:
+        UserError: if no word is frequent enough.
+    """
+    from captioning.data import vocabulary
+
+    captions = [text.split() for text in table["tokens"]]
+    training = [text.split() for text in tokens_of(table, "train")]
+    words = vocabulary.build(training, config.min_word_count)
+    remedy = f"lower --min-word-count (now {config.min_word_count})"
+    if vocabulary.lacks_spaces(captions):
+        remedy = (
+            "the captions have no spaces between words; insert them with a "
+            "word segmenter for the language (Chinese, Japanese, Thai, ...), "
+            f"or {remedy}"
+        )
+    if len(words) == len(vocabulary.SPECIAL_WORDS):
+        raise UserError(
+            f"no word occurs {config.min_word_count} times in the "
+            f"{len(training):,} training captions, so the vocabulary would "
+            f"be empty: {remedy}"
+        )
+    shares = {
+        split: share
+        for split, share in unknown_shares(table, words).items()
+        if share > MANY_UNKNOWN
+    }
+    if shares:
+        listed = ", ".join(f"{share:.1%} in {s}" for s, share in shares.items())
+        print(
+            f"Warning: many words are outside the vocabulary ({listed}), and "
+            f"no caption will ever contain them: {remedy}"
+        )
+
+
+def tokens_of(table: Any, split: str) -> Any:
+    """The tokens of a split's captions, joined by spaces."""
+    return table["tokens"][table["split"] == split]
+
+
+def unknown_shares(table: Any, words: Any) -> dict[str, float]:
+    """Split -> share of its words that are outside the vocabulary."""
+    from captioning.data import vocabulary
+
+    there = set(table["split"])
+    return {
+        split: vocabulary.unknown_share(
+            (text.split() for text in tokens_of(table, split)), words
+        )
+        for split in SPLITS
+        if split in there
+    }
 
 
 def describe_features(config: Config) -> dict[str, Any]:
@@ -286,19 +352,19 @@ def fill_cache(
     return opened, notes
 
 
-def report(dataset: Any, repaired: int, words: int, duplicates: int) -> None:
-    """Says what was made."""
+def report(dataset: Any, repaired: int, words: Any, duplicates: int) -> None:
+    """Prints what was made."""
     images = dataset.table.drop_duplicates("image")["split"].value_counts()
     captions = dataset.table["split"].value_counts()
-    for split in SPLITS:
-        if split in images:
-            print(
-                f"  {split:<6}{images[split]:>8,} images"
-                f"{captions[split]:>10,} captions"
-            )
+    for split, share in unknown_shares(dataset.table, words).items():
+        print(
+            f"  {split:<6}{images[split]:>8,} images"
+            f"{captions[split]:>10,} captions"
+            f"{share:>8.1%} of words outside the vocabulary"
+        )
     print(
-        f"  vocabulary of {words:,} words; {len(dataset.skipped):,} entries "
-        f"skipped, {repaired:,} repaired (skipped.csv, repaired.csv)"
+        f"  vocabulary of {len(words):,} words; {len(dataset.skipped):,} "
+        f"entries skipped, {repaired:,} repaired (skipped.csv, repaired.csv)"
     )
     if duplicates:
         print(

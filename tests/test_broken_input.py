@@ -142,7 +142,7 @@ def test_everything_that_can_be_used_is_used_and_told_of_if_changed(done):
     wanted |= {
         ("sound.jpg", reason) for _, used, reason in CAPTIONS if used and reason
     }
-    wanted |= {("captions.csv", "not UTF-8: read as Latin-1")}
+    wanted |= {("captions.csv", "not UTF-8: read as Windows-1252")}
     assert told(cache, "repaired.csv") == wanted
 
 

@@ -3,7 +3,9 @@
 import json
 import shutil
 from pathlib import Path
+from unicodedata import normalize
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import example, given, settings
@@ -119,6 +121,10 @@ FOLDERS = {
         },
         "Flicker8k_Dataset",
     ),
+    "imagefolder": (
+        {"metadata.csv": PLAIN.replace("image,caption", "file_name,text")},
+        ".",
+    ),
 }
 
 
@@ -134,11 +140,11 @@ def test_every_flickr_layout_gives_the_same_table(tmp_path, layout, asked):
     assert dataset.skipped == dataset.repaired == []
     wanted = pd.DataFrame(
         [
-            (f"{n}.jpg", split, f"{n}.jpg {w}", f"{n}.jpg")
+            (f"{n}.jpg", split, f"{n}.jpg {w}", f"{n}.jpg {w}", f"{n}.jpg")
             for n, w in PAIRS
             for split in [SPLIT_OF[n]]
         ],
-        columns=["image", "split", "caption", "image_id"],
+        columns=["image", "split", "caption", "tokens", "image_id"],
     )
     pd.testing.assert_frame_equal(dataset.table, wanted)
     assert "4 images, 8 captions" in dataset.summary
@@ -172,6 +178,64 @@ def test_archives_are_read_as_they_unpack(tmp_path, files, folder):
     wanted = {f"{n}.jpg": [f"{n}.jpg one", f"{n}.jpg two"] for n in "abcd"}
     assert captions_of(dataset) == wanted
     assert dataset.skipped == dataset.repaired == []
+
+
+IMAGEFOLDER = {
+    "data/train/metadata.csv": "file_name,text\na.jpg,one\nb.jpg,two\n",
+    "data/validation/metadata.csv": "file_name,text\na.jpg,three\n",
+    "data/test/metadata.jsonl": '{"file_name": "c.jpg", "text": "four"}',
+    "data/train/a.jpg": b"x",
+    "data/train/b.jpg": b"x",
+    "data/validation/a.jpg": b"x",
+    "data/test/c.jpg": b"x",
+}
+
+
+def test_the_folders_of_an_image_folder_are_its_splits(tmp_path):
+    """And images of one name in two of them are two images."""
+    dataset = find(write(tmp_path, IMAGEFOLDER))
+    assert dataset.images_dir == tmp_path / "data"
+    assert dataset.table[["image", "split", "caption"]].values.tolist() == [
+        ["test/c.jpg", "test", "four"],
+        ["train/a.jpg", "train", "one"],
+        ["train/b.jpg", "train", "two"],
+        ["validation/a.jpg", "val", "three"],
+    ]
+    assert dataset.skipped == dataset.messages == []
+
+
+def test_captions_in_folders_of_splits_share_the_images_of_one(tmp_path):
+    write(
+        tmp_path,
+        {
+            "train/captions.csv": "image,caption\na.jpg,one\n",
+            "test/captions.csv": "image,caption\nb.jpg,two\n",
+        },
+    )
+    write(tmp_path, {"Images/a.jpg": b"x", "Images/b.jpg": b"x"})
+    dataset = find(tmp_path)
+    splits = dict(dataset.table[["image", "split"]].values)
+    assert splits == {"a.jpg": "train", "b.jpg": "test"}
+
+
+def test_a_folder_for_train_alone_is_no_split(tmp_path):
+    files = {name: x for name, x in IMAGEFOLDER.items() if "train" in name}
+    assert "split by a hash" in find(write(tmp_path, files)).summary
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_images_in_folders_called_as_splits_are_split_by_them(
+    tmp_path, held_out
+):
+    names = [f"train/{n}.jpg" for n in range(60)] + [f"{held_out}/x.jpg"]
+    rows = "".join(f"{name},a dog\n" for name in names)
+    dataset = plain(tmp_path, "image,caption\n" + rows, *names)
+    splits = dict(dataset.table[["image", "split"]].values)
+    assert splits.pop(f"{held_out}/x.jpg") == held_out
+    assert "split by folder" in dataset.summary
+    # Only where there is no val, some of train becomes it.
+    wanted = {"train"} if held_out == "val" else {"train", "val"}
+    assert {*splits.values()} == wanted
 
 
 def test_what_lies_deeper_gives_way_to_what_lies_above(tmp_path):
@@ -233,7 +297,7 @@ def test_karpathys_coco_file_uses_filepath_and_cocoid(tmp_path):
     )
     dataset = find(tmp_path)
     assert dataset.images_dir == tmp_path / "images"
-    row = ["val2014/x.jpg", "train", "a cat", 42]
+    row = ["val2014/x.jpg", "train", "a cat", "a cat", 42]
     assert dataset.table.values.tolist() == [row]
 
 
@@ -275,7 +339,8 @@ def test_the_documented_order_of_layouts_holds(tmp_path):
         assert find(tmp_path).layout == layout
         assert find(tmp_path, layout).layout == layout
         names = [*FOLDERS.get(layout, [["captions_train2017.json"]])[0]]
-        (tmp_path / names[0]).unlink()
+        for name in names:
+            (tmp_path / name).unlink(missing_ok=True)
     page = Path(__file__).parent.parent / "data" / "README.md"
     page = page.read_text(encoding="utf-8")
     places = [page.index(f"### `{layout}`") for layout in LAYOUTS[1:]]
@@ -364,8 +429,10 @@ def test_the_row_of_flickr30k_without_a_separator_is_repaired(tmp_path):
         'A "dog | runs .',
         "A dog runs across the grass .",
     ]
-    reason = "line 3 has no separator before the caption"
-    assert dataset.repaired == [("2199200615.jpg", reason)]
+    assert dataset.repaired == [
+        ("2199200615.jpg", "caption with '|' but no quotes"),
+        ("2199200615.jpg", "no separator before the caption"),
+    ]
     assert dataset.skipped == [("no row", "row without a caption")]
 
 
@@ -384,7 +451,7 @@ def test_a_field_above_pythons_limit_costs_only_its_row(tmp_path):
     text = f"image,caption\na.jpg,{'x' * 200_000}\nb.jpg,cat\n"
     dataset = plain(tmp_path, text)
     assert captions_of(dataset) == {"b.jpg": ["cat"]}
-    assert dataset.skipped[0][1] == "row that is no CSV"
+    assert dataset.skipped[0][1] == "row that is not valid CSV"
 
 
 @pytest.mark.parametrize(
@@ -401,19 +468,51 @@ def test_a_field_above_pythons_limit_costs_only_its_row(tmp_path):
     ],
 )
 def test_csv_as_people_write_it_is_understood(tmp_path, text):
+    table = plain(tmp_path, text).table.drop(columns="tokens")
     row = ["a.jpg", "val", "red, white, blue", "a.jpg"]
-    assert plain(tmp_path, text).table.values.tolist() == [row]
+    assert table.values.tolist() == [row]
 
 
-def test_latin_1_and_nul_bytes_are_repaired_once_a_file(tmp_path):
+def test_windows_1252_and_nul_bytes_are_repaired_once_a_file(tmp_path):
     text = "image,caption\na.jpg,größe\n".encode()
-    text += "b.jpg,caf\0é\n".encode("latin-1")
+    text += "b.jpg,caf\0é €\n".encode("cp1252")
     dataset = plain(tmp_path, text)
-    assert captions_of(dataset) == {"a.jpg": ["größe"], "b.jpg": ["café"]}
+    assert captions_of(dataset) == {"a.jpg": ["größe"], "b.jpg": ["café €"]}
     assert dataset.repaired == [
+        ("captions.csv", "not UTF-8: read as Windows-1252"),
         ("captions.csv", "NUL bytes removed"),
-        ("captions.csv", "not UTF-8: read as Latin-1"),
     ]
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32", "utf-8-sig"]
+)
+def test_an_encoding_with_a_byte_order_mark_is_read_by_it(tmp_path, encoding):
+    mark = "\ufeff" if encoding[-2:] in ("be", "le") else ""
+    text = mark + "image\tcaption\r\na.jpg\tHügel 犬\r\n"
+    dataset = plain(tmp_path, text.encode(encoding))
+    assert captions_of(dataset) == {"a.jpg": ["Hügel 犬"]}
+    family = encoding[:6].upper()
+    assert [family in each for each in dataset.messages] == [True] * (
+        encoding != "utf-8-sig"
+    )
+
+
+@pytest.mark.parametrize("layout", FOLDERS)
+def test_every_layout_says_if_a_file_is_not_utf_8(tmp_path, layout):
+    files, folder = FOLDERS[layout]
+    images = [f"{folder}/{name}.jpg" for name in "abcd"]
+    damaged = {
+        n: x.replace("one", "café").encode("cp1252") for n, x in files.items()
+    }
+    write(tmp_path, {**damaged, **dict.fromkeys(images, b"x")})
+    if layout == "karpathy":  # JSON is ASCII as a rule
+        text = json.dumps(KARPATHY, ensure_ascii=False).replace("one", "café")
+        write(tmp_path, {next(iter(files)): text.encode("cp1252")})
+    dataset = find(tmp_path, layout)
+    assert captions_of(dataset)["a.jpg"][0] == "a.jpg café"
+    assert "is not UTF-8: read as Windows-1252" in dataset.messages[0]
+    assert "café" in dataset.messages[0]
 
 
 def test_captions_are_cleaned_and_told_of(tmp_path):
@@ -459,7 +558,8 @@ def test_missing_images_are_skipped_once(tmp_path):
     text = "image,caption\nnone.jpg,one\nnone.jpg,two\na.jpg,dog\nA.jpg,cat\n"
     dataset = plain(tmp_path, text)
     assert captions_of(dataset) == {"a.jpg": ["dog"]}
-    assert dataset.skipped == [("none.jpg", "missing"), ("A.jpg", "missing")]
+    hint = "missing: there is a.jpg; upper and lower case count"
+    assert dataset.skipped == [("none.jpg", "missing"), ("A.jpg", hint)]
 
 
 @pytest.mark.parametrize(
@@ -492,6 +592,157 @@ def test_names_that_lead_outside_are_skipped(tmp_path, name, reason):
     assert list(dataset.table["image"]) == ["a.jpg"]
     assert [why for _, why in dataset.skipped] == [reason]
     dataset.skipped[0][0].encode("utf-8")  # can be written to a file
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_another_unicode_form_are_those_of_the_files(tmp_path, forms):
+    written, there = (normalize(form, "Hügel/grün.jpg") for form in forms)
+    write(tmp_path, {"karpathy_splits/train.txt": normalize("NFD", "grün")})
+    dataset = plain(tmp_path, f"image,caption\n{written},dog\n", there)
+    assert list(dataset.table["image"]) == [there]
+    assert dataset.images_dir.joinpath(there).exists()
+    assert dataset.summary.endswith("train 1, no val, no test")
+    assert dataset.skipped == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("hügel.jpg", "there is Hügel.JPG; upper and lower case count"),
+        ("Hügel", "there is Hügel.JPG"),
+        ("x/Hügel.JPG", "there is Bilder/Hügel.JPG"),
+    ],
+)
+def test_a_missing_image_that_is_nearly_there_is_named(tmp_path, name, hint):
+    text = f"image,caption\n{name},dog\ny/b.jpg,cat\n"
+    names = normalize("NFD", "Bilder/Hügel.JPG"), "y/b.jpg"
+    dataset = plain(tmp_path, text, *names)
+    ((image, reason),) = dataset.skipped
+    assert (image, normalize("NFC", reason)) == (name, f"missing: {hint}")
+
+
+# --- cells with several captions ------------------------------------------
+
+FIVE = ["A dog .", 'it\'s "big" , [old]', "犬\u3000が", "a\\b c", "two\nlines"]
+IMAGES = [f"{number}.jpg" for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    "write_list",
+    [
+        json.dumps,
+        str,  # as pandas does
+        lambda texts: str(tuple(texts)),
+        lambda texts: str(np.array(texts)),
+        lambda texts: str(np.array(texts, dtype=object)),
+        lambda texts: repr(np.array(texts, dtype=object)),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl"])
+def test_a_list_in_a_cell_is_several_captions(tmp_path, write_list, ending):
+    table = pd.DataFrame(
+        {
+            # What Dataset.to_csv makes of the image itself.
+            "image": "{'bytes': b'', 'path': None}",
+            "caption": [write_list(FIVE)] * 3,
+            "sentids": "[0 1 2 3 4]",
+            "filename": IMAGES,
+        }
+    )
+    write(tmp_path, dict.fromkeys(IMAGES, b"x"))
+    path = tmp_path / f"captions.{ending}"
+    if ending.startswith("json"):
+        lines = {"lines": True} if ending == "jsonl" else {}
+        table.to_json(path, orient="records", **lines)
+    else:
+        table.to_csv(path, sep="\t" if ending == "tsv" else ",")
+    wanted = [text.replace("\n", " ") for text in FIVE]
+    assert captions_of(find(tmp_path)) == dict.fromkeys(IMAGES, wanted)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        dict.fromkeys(IMAGES, FIVE),
+        [{"image": name, "captions": FIVE} for name in IMAGES],
+        [{"file_name": n, "text": text} for n in IMAGES for text in FIVE],
+    ],
+)
+def test_json_of_captions_is_a_table(tmp_path, document):
+    write(tmp_path, dict.fromkeys(IMAGES, b"x"))
+    write(tmp_path, {"captions.json": json.dumps(document)})
+    wanted = [text.replace("\n", " ") for text in FIVE]
+    assert captions_of(find(tmp_path)) == dict.fromkeys(IMAGES, wanted)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["['a dog', 'a c", "['it's a dog']", "[{'raw': 'a dog'}]", r"['\x']"],
+)
+def test_a_list_that_cannot_be_read_is_not_taken_for_a_caption(tmp_path, cell):
+    text = f'image,caption\na.jpg,"{cell}"\nb.jpg,[two] (dogs)\n'
+    dataset = plain(tmp_path, text)
+    assert captions_of(dataset) == {"b.jpg": ["[two] (dogs)"]}
+    reason = "list of captions that cannot be read"
+    assert dataset.skipped == [("a.jpg", reason)]
+
+
+# --- tables that people have ----------------------------------------------
+
+NUMBERED = "image_name,comment_number,comment\na.jpg,0,one\na.jpg,1,two\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("captions.csv", "image,caption_0,caption_1\na.jpg,one,two\n"),
+        ("captions.csv", "image,Caption 1,Caption 2\na.jpg,one,two\n"),
+        ("captions.csv", "image,caption,caption,caption\na.jpg,one,two,\n"),
+        ("captions.csv", "sep=;\nimage;caption\na.jpg;one\na.jpg;two\n"),
+        ("captions.csv", 'sep=\t\nimage\tcaption\na.jpg\tone\na.jpg\ttwo\n'),
+        ("captions.csv", ",image,caption\n0,a.jpg,one\n1,a.jpg,two\n"),
+        ("captions.csv", "image,caption\na.jpg#0,one\na.jpg#1,two\n"),
+        ("Captions.CSV", "File Name|Text\na.jpg|one\na.jpg|two\n"),
+        ("captions.txt", NUMBERED),
+        ("captions.txt", "a.jpg#0\tone\na.jpg#1\ttwo\n"),
+        ("results.csv", NUMBERED),
+        ("results.csv", NUMBERED.replace(",", ";")),
+    ],
+)  # fmt: skip
+def test_tables_that_people_have_are_understood(tmp_path, name, text):
+    dataset = find(write(tmp_path, {name: text, "a.jpg": b"x"}))
+    assert captions_of(dataset) == {"a.jpg": ["one", "two"]}
+    assert dataset.skipped == dataset.repaired == []
+
+
+def test_the_separator_is_that_of_the_header(tmp_path):
+    text = "image;caption\na.jpg;one, two | three\nb.jpg;four; five\n"
+    dataset = plain(tmp_path, text)
+    assert captions_of(dataset) == {
+        "a.jpg": ["one, two | three"],
+        "b.jpg": ["four; five"],
+    }
+    assert dataset.repaired == [("b.jpg", "caption with ';' but no quotes")]
+
+
+def test_a_wide_row_with_too_many_fields_is_skipped(tmp_path):
+    text = "image,caption_0,caption_1\na.jpg,one,two,three\nb.jpg,one,two\n"
+    dataset = plain(tmp_path, text)
+    assert captions_of(dataset) == {"b.jpg": ["one", "two"]}
+    assert dataset.skipped == [("a.jpg", "row of 4 fields under 3 columns")]
+
+
+def test_any_file_of_karpathys_kind_is_read(tmp_path):
+    files = {"dataset_rsicd.json": json.dumps(KARPATHY), "RSICD/a.jpg": b"x"}
+    files["dataset_info.json"] = "{}"  # Hugging Face's
+    assert find(write(tmp_path, files)).layout == "karpathy"
+
+
+def test_captions_that_are_not_used_are_named(tmp_path):
+    write(tmp_path, {"x.token": "a.jpg#0\tdog\n", "a.jpg": b"x"})
+    write(tmp_path, {"y.lemma.token": "b.jpg#0\tdog\n", "z.token": "\t"})
+    (message,) = find(tmp_path).messages
+    assert message == "Captions not used: z.token, y.lemma.token."
 
 
 # --- splits ---------------------------------------------------------------
@@ -546,10 +797,121 @@ def test_an_image_in_two_lists_stays_held_out(tmp_path):
     }
 
 
-def test_lists_of_another_dataset_are_not_used(tmp_path):
-    write(tmp_path, {"Flickr_8k.trainImages.txt": "other.jpg\n"})
-    dataset = plain(tmp_path, "image,caption\na.jpg,dog\n")
+LISTED = [f"{number}.jpg" for number in range(7000, 7060, 3)]
+
+
+def listed(folder: Path, lists: dict[str, list[str]]) -> Dataset:
+    """A dataset of LISTED with split lists."""
+    files = {name: "\n".join(names) for name, names in lists.items()}
+    rows = "".join(f"{name},a dog\n" for name in LISTED)
+    write(folder, files)
+    return plain(folder, "image,caption\n" + rows, *LISTED)
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: name[:-4],
+        lambda name: f"Images/{name}",
+        lambda name: f"C:\\data\\{name}",
+        lambda name: f"{name}#0",
+        lambda name: name.upper(),
+        lambda name: name.replace("jpg", "png"),
+        lambda name: f'"{name}"\r',
+        lambda name: f"{name} 1",
+        lambda name: f"17,{name},a dog with, a ball",
+    ],
+)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train.txt", "VAL.TXT"),
+        ("lists/of/karpathy_train.csv", "lists/of/karpathy_dev.csv"),
+        ("FLICKR_8K.trainimages.txt", "FLICKR_8K.devimages.txt"),
+    ],
+)
+def test_split_lists_are_found_and_understood(tmp_path, spell, names):
+    train, val = ([*map(spell, each)] for each in (LISTED[:15], LISTED[15:]))
+    dataset = listed(tmp_path, dict(zip(names, (train, val), strict=True)))
+    assert dataset.summary.endswith("train 15, val 5, no test")
+    assert dataset.skipped == dataset.repaired == dataset.messages == []
+
+
+def test_a_list_is_read_by_the_names_of_its_columns(tmp_path):
+    images = [f"{number}.jpg" for number in range(20)]
+    rows = [f"{19 - n},{name[:-4]}" for n, name in enumerate(images[:15])]
+    lists = {
+        "train.csv": "\n".join([",image", *rows]),
+        "val.csv": "\n".join(["id,filename", "3,18", "4,19.jpg"]),
+    }
+    rows = "".join(f"{name},a dog\n" for name in images)
+    folder = write(tmp_path, lists)
+    dataset = plain(folder, "image,caption\n" + rows, *images)
+    assert dataset.summary.endswith("train 15, val 2, no test")
+    (message,) = dataset.messages
+    assert message.startswith("3 of 20 images are left out (in no split list)")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_list_in_another_encoding_is_read(tmp_path, encoding):
+    text = "\r\n".join(LISTED).encode(encoding)
+    write(tmp_path, {"train.txt": text})
+    assert listed(tmp_path, {}).summary.endswith("train 20, no val, no test")
+
+
+@pytest.mark.parametrize("hits", [0, 1])
+def test_lists_of_another_dataset_stop_in_one_line(tmp_path, hits):
+    others = [f"other{number}.jpg" for number in range(20)]
+    lists = {"splits/train.txt": LISTED[:hits] + others, "splits/val.txt": []}
+    with pytest.raises(UserError) as error:
+        listed(tmp_path, lists)
+    message = str(error.value)
+    assert "\n" not in message and str(Path("splits", "train.txt")) in message
+    assert f"name {hits} of the 20 images" in message
+    assert "other0.jpg" in message and "7000.jpg" in message
+
+
+def test_names_in_a_list_that_match_no_image_are_told(tmp_path):
+    lists = {"train.txt": [*LISTED, "gone.jpg"], "val.txt": ["far/away.jpg"]}
+    assert listed(tmp_path, lists).messages == [
+        "train.txt: 1 of 21 names match no image, such as gone.jpg (an image "
+        "is called 7000.jpg).",
+        "val.txt: 1 of 1 names match no image, such as far/away.jpg (an image "
+        "is called 7000.jpg).",
+    ]
+
+
+def test_of_several_kinds_of_lists_the_one_with_most_images_is_used(tmp_path):
+    lists = {
+        "train.txt": LISTED[:2],
+        "deep/er/Flickr_8k.trainImages.txt": LISTED[:9],
+        "notes_test.txt": ["what I tried"],
+    }
+    dataset = listed(tmp_path, lists)
+    assert "split by deep/er/Flickr_8k.*Images.txt" in dataset.summary
+    assert "Not used as split lists: notes_test.txt, train.txt." in (
+        dataset.messages
+    )
+    del lists["train.txt"], lists["deep/er/Flickr_8k.trainImages.txt"]
+    dataset = listed(tmp_path / "other", lists)
     assert "split by a hash" in dataset.summary
+    assert dataset.messages == ["Not used as split lists: notes_test.txt."]
+
+
+def test_a_name_that_fits_two_images_is_matched_with_neither(tmp_path):
+    names = ["x/1.jpg", "y/1.jpg", "y/2.jpg", "3.jpg", "z/3.jpg"]
+    rows = "".join(f"{name},a dog\n" for name in names)
+    write(tmp_path, {"train.txt": "1.jpg\n2.jpg\n3.jpg\n"})
+    dataset = plain(tmp_path, "image,caption\n" + rows, *names)
+    assert list(dataset.table["image"]) == ["3.jpg", "y/2.jpg"]
+    assert "such as 1.jpg" in dataset.messages[0]
+
+
+def test_a_missing_image_is_not_replaced_by_one_of_another_ending(tmp_path):
+    write(tmp_path, {"train.txt": "b.jpg\n", "val.txt": "a.png\n"})
+    rows = "a.png,dog\na.jpg,dog\nb.jpg,dog\n"
+    dataset = plain(tmp_path, "image,caption\n" + rows)
+    assert list(dataset.table["image"]) == ["b.jpg"]
 
 
 def test_rows_with_another_split_or_none_are_told(tmp_path):
@@ -561,8 +923,8 @@ def test_rows_with_another_split_or_none_are_told(tmp_path):
     assert list(dataset.table["split"]) == ["val", "val"]
     assert dataset.repaired == [("a.jpg", "in train and in val: kept in val")]
     assert dataset.skipped == [
-        ("b.jpg", "no split that is known"),
-        ("c.jpg", "no split that is known"),
+        ("b.jpg", "no known split"),
+        ("c.jpg", "no known split"),
     ]
 
 
@@ -581,18 +943,18 @@ def test_equal_pixels_in_two_splits_are_found():
 @pytest.mark.parametrize(
     "files, layout, message",
     [
-        ({}, "auto", "no captions found in .*: expected one of dataset_fl"),
+        ({}, "auto", "no captions found in .*: expected one of dataset_"),
         ({"a.jpg": b""}, "token", r"expected one of \*.token.txt, \*.token;"),
-        ({"captions.csv": "a,b\n"}, "auto", "no columns image and caption"),
-        ({"captions.csv": ""}, "auto", "no columns image and caption"),
+        ({"captions.csv": "a,b\n"}, "auto", "must name the columns"),
+        ({"captions.csv": ""}, "auto", "must name the columns"),
         ({"captions.txt": "image,caption\n"}, "auto", "no captions in it"),
         (
             {"captions.csv": "image,caption\nx.jpg,dog\n"},
             "auto",
-            r"no image of it can be used \(mostly: missing\)",
+            r"none of its images can be used; the first is x.jpg \(missing\)",
         ),
-        ({"dataset.json": "{"}, "auto", "not JSON"),
-        ({"dataset.json": "[" * 100_000}, "auto", "not JSON"),
+        ({"dataset.json": "{"}, "auto", "not valid JSON"),
+        ({"dataset.json": "[" * 100_000}, "auto", "not valid JSON"),
         ({"dataset.json": "[1]"}, "auto", "has no list 'images'"),
         (
             {"captions_x.json": '{"images": []}'},
@@ -605,7 +967,9 @@ def test_what_is_no_dataset_is_one_line(tmp_path, files, layout, message):
     with pytest.raises(UserError, match=message) as error:
         find(write(tmp_path, files), layout)
     assert "\n" not in str(error.value)
-    assert "data/README.md" in str(error.value) or "get it" in str(error.value)
+    assert "data/README.md" in str(error.value) or "download" in str(
+        error.value
+    )
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -623,6 +987,7 @@ _NAMES = {
     "kaggle30k": "results.csv",
     "kaggle8k": "captions.txt",
     "token": "x.token",
+    "imagefolder": "metadata.jsonl",
 }
 _WHOLE = {
     "karpathy": json.dumps(KARPATHY),
@@ -632,6 +997,7 @@ _WHOLE = {
     "kaggle30k": KAGGLE30K,
     "kaggle8k": KAGGLE8K,
     "token": TOKEN,
+    "imagefolder": '{"file_name": "a.jpg", "text": ["one", "two"]}\n' * 3,
 }
 # fmt: off
 _PIECES = st.sampled_from([

@@ -37,6 +37,7 @@ ODD = [
 
 def dataset(captions, image_ids=None, skipped=(), repaired=()) -> Dataset:
     table = pd.DataFrame(captions, columns=["image", "split", "caption"])
+    table["tokens"] = [" ".join(tokenise(each)) for each in table["caption"]]
     table["image_id"] = table["image"] if image_ids is None else image_ids
     return Dataset(
         table, Path("images"), "plain", "", list(skipped), list(repaired)

@@ -39,6 +39,12 @@ A, DOG, RUNS, S = range(4, 8)
         ("The dogs' ball", "the dogs ball"),
         ("They're here, it isn't", "they 're here it is n't"),
         ("A t-shirt -- well-worn -", "a t-shirt well-worn"),
+        ("a 'dog' 'runs, they'll", "a dog runs they 'll"),
+        ("at 5 o'clock, rock 'n' roll", "at 5 o'clock rock n roll"),
+        (
+            "\u201cit\u2019s\u201d \u2018the dog\u2019s\u2019",
+            "it 's the dog 's",
+        ),
         ("3 dogs and 2,000 cats run 3.5 m", "3 dogs and 2,000 cats run 3.5 m"),
         ("a 3-year-old's toy", "a 3-year-old 's toy"),
         ("#1 for $5, 50% off", "1 for 5 50 off"),
@@ -64,6 +70,8 @@ def test_a_caption_is_split_into_words_without_punctuation(caption, words):
         ("\u72ac\u304c\u8d70\u308b\u3002", "\u72ac\u304c\u8d70\u308b"),
         ("\u00bfun perro?", "un perro"),
         ("\u00abun chien\u00bb", "un chien"),
+        ("कुत्ता है।", "कुत्ता है"),
+        ("كلب، قطة؟", "كلب قطة"),
     ],
 )
 def test_punctuation_beyond_ascii_is_dropped_too(caption, words):
@@ -108,6 +116,27 @@ def test_the_numbers_are_made_once_and_not_for_every_image():
 
 def test_its_length_counts_the_special_words():
     assert len(WORDS) == 8
+
+
+def test_the_share_of_unknown_words_is_one_of_all_words():
+    captions = [["a", "dog", "barks"], [], ["cat"]]
+    assert vocabulary.unknown_share(captions, WORDS) == 0.5
+    assert vocabulary.unknown_share([], WORDS) == 0
+
+
+@pytest.mark.parametrize(
+    ("caption", "lacks"),
+    [
+        ("一位穿红色外套的老人在唱歌。", True),
+        ("一位 穿 红色 外套 的 老人 在 唱歌 。", False),
+        ("山羊が丘の上に立っている。", True),
+        ("แพะยืนอยู่บนเนินเขา", True),
+        ("Donaudampfschifffahrtsgesellschaft", False),
+        ("", False),
+    ],
+)
+def test_captions_without_spaces_between_words_are_recognised(caption, lacks):
+    assert vocabulary.lacks_spaces([tokenise(caption)]) == lacks
 
 
 # --- numbers --------------------------------------------------------------

@@ -111,7 +111,7 @@ def save(
     dataset: Dataset,
     duplicates: Sequence[tuple[str, str]] = (),
 ) -> tuple[Vocabulary, int]:
-    """Tokenises the captions, builds the vocabulary and writes both.
+    """Builds the vocabulary, and writes it and the captions.
 
     Args:
         config: its data fields.
@@ -123,7 +123,7 @@ def save(
         `repaired.csv` has.
     """
     table = dataset.table
-    tokens = [vocabulary.tokenise(caption) for caption in table["caption"]]
+    tokens = [text.split() for text in table["tokens"]]
     cut = [
         (image, f"caption of {len(words)} words is cut")
         for image, words in zip(table["image"], tokens, strict=True)
@@ -137,7 +137,6 @@ def save(
     words = vocabulary.build(training, config.min_word_count)
     repaired = [*dataset.repaired, *cut]
     place = folder(config)
-    table = table.assign(tokens=[" ".join(each) for each in tokens])
     if (table["image_id"] == table["image"]).all():
         table = table.drop(columns="image_id")
     write_csv(place / "captions.csv", table)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,16 @@ from config import UserError
 
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
+
+# What Treebank cuts off with its apostrophe.
+_CLITICS = frozenset(["'s", "'m", "'d", "'ll", "'re", "'ve", "'t"])
+# Letters of scripts that are written without spaces between words: Thai to
+# Burmese, Khmer, Japanese and Chinese.
+_UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
+)
+# Characters; words of these scripts are shorter on average.
+_LONG_TOKEN = 8
 
 
 @functools.cache
@@ -36,18 +47,43 @@ def tokenise(caption: str) -> list[str]:
         Its words in the manner of the Penn Treebank; a word has at least one
         letter or digit, of any script.
     """
-    caption = caption.lower().replace("\u2019", "'")  # a curly apostrophe
-    words = map(_bare, _treebank().tokenize(caption))
+    chunks = straight(caption).lower().split()
+    # Treebank only knows ASCII, and does not split an "it's" in other quotes.
+    chunks = [c if c.isascii() else c.strip(_marks(c)) for c in chunks]
+    text = " ".join(chunk.rstrip("'") for chunk in chunks)
+    return only_words(_treebank().tokenize(text))
+
+
+def straight(text: str) -> str:
+    """A text with straight apostrophes instead of curly ones."""
+    return text.replace("\u2019", "'")
+
+
+def only_words(tokens: Iterable[str]) -> list[str]:
+    """Removes punctuation and symbols of any script from tokens.
+
+    Args:
+        tokens: from a tokeniser.
+
+    Returns:
+        The tokens that have a letter or digit, without what is around it.
+    """
+    words = (token if token.isalnum() else _bare(token) for token in tokens)
     return [word for word in words if any(map(str.isalnum, word))]
 
 
 def _bare(word: str) -> str:
     """A word without punctuation and symbols at its ends, in any script.
 
-    Apostrophes stay: Treebank splits "dog's" into "dog" and "'s".
+    Treebank splits "dog's" into "dog" and "'s", whose apostrophe stays.
     """
-    marks = {c for c in word if unicodedata.category(c)[0] in "PS"}
-    return word.strip("".join(marks - {"'"}))
+    return word if word in _CLITICS else word.strip(_marks(word) + "'")
+
+
+def _marks(text: str) -> str:
+    """The punctuation and symbols in a text, but for apostrophes."""
+    marks = {c for c in text if unicodedata.category(c)[0] in "PS"}
+    return "".join(marks - {"'"})
 
 
 @dataclass(frozen=True)
@@ -121,6 +157,39 @@ def encode(
             known.append(END)
         row[1 : 1 + len(known)] = known
     return rows
+
+
+def unknown_share(
+    captions: Iterable[Sequence[str]], vocabulary: Vocabulary
+) -> float:
+    """The share of the words in captions that are outside a vocabulary.
+
+    Args:
+        captions: tokenised captions.
+        vocabulary: the words that are known.
+    """
+    known = vocabulary.numbers
+    total = unknown = 0
+    for caption in captions:
+        total += len(caption)
+        unknown += sum(word not in known for word in caption)
+    return unknown / max(total, 1)
+
+
+def lacks_spaces(captions: Iterable[Sequence[str]]) -> bool:
+    """Whether captions are in a script without spaces between words.
+
+    Chinese, Japanese or Thai that has been segmented into words is not.
+
+    Args:
+        captions: tokenised captions.
+    """
+    tokens = [token for caption in captions for token in caption]
+    text = "".join(tokens)
+    return (
+        len(text) > _LONG_TOKEN * len(tokens)
+        and len(_UNSPACED.findall(text)) > len(text) / 2
+    )
 
 
 def save(vocabulary: Vocabulary, path: Path) -> None:

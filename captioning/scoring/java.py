@@ -21,9 +21,10 @@ from pathlib import Path
 import pycocoevalcap
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.tokenizer.ptbtokenizer import (
-    PUNCTUATIONS,
     STANFORD_CORENLP_3_4_1_JAR,
 )
+
+from captioning.data import vocabulary
 
 # Seconds until a program is stopped, on top of some time per caption. METEOR
 # starts by reading tables for 6 seconds, SPICE by loading a parser.
@@ -33,6 +34,8 @@ PTB_SECONDS, METEOR_SECONDS, SPICE_SECONDS = 60, 120, 600
 # well, but Java would then misread paths that are not ASCII.)
 ENGLISH = "-Duser.language=en -Duser.country=US"
 OPTIONS = ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS")  # Java reads both
+# What PTBTokenizer writes for brackets.
+_BRACKETS = {f"-{side}{kind}b-" for side in "lr" for kind in "rsc"}
 _PACKAGE = Path(pycocoevalcap.__path__[0])
 # Only a working tokenizer turns the first of these into the second.
 _KNOWN = (
@@ -62,8 +65,13 @@ def ptb(texts: list[str]) -> list[str]:
         sent,
         PTB_SECONDS + len(texts) / 100,
     )
+    # More than pycocoevalcap's PUNCTUATIONS, which are English only, and its
+    # brackets, which it misses in lower case: the decoder has no punctuation in
+    # its vocabulary, and references that kept theirs could not be matched.
     lines = [
-        " ".join(w for w in line.split(" ") if w and w not in PUNCTUATIONS)
+        " ".join(
+            vocabulary.only_words(w for w in line.split() if w not in _BRACKETS)
+        )
         for line in output.replace("\r", "").removesuffix("\n").split("\n")
     ]
     if len(lines) != len(texts) + 2 or {lines[0], lines[-1]} != {_KNOWN[1]}:

@@ -69,7 +69,8 @@ def tokenise(
 
 def _clean(text: str) -> str:
     """One line of valid Unicode; empty if it has no letter and no digit."""
-    text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    text = vocabulary.straight(text).encode("utf-8", "replace").decode("utf-8")
+    text = " ".join(text.split())
     return text if any(map(str.isalnum, text)) else ""
 
 
