@@ -571,8 +571,9 @@ class CaptioningModel(keras.Model):
         deep = sum(ops.cast(each, "float32") for each in parts)
         if training:
             return self.logits(self.output_dropout(deep, training=True))
-        logits = ops.matmul(deep, self.logits.kernel)
-        return logits + self.logits.bias
+        # Within a model Keras gives weights in compute precision.
+        kernel = ops.cast(self.logits.kernel, "float32")
+        return ops.matmul(deep, kernel) + ops.cast(self.logits.bias, "float32")
 
     def next_word(
         self,
