@@ -14,7 +14,6 @@ writes the rest.
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from captioning import command
@@ -56,15 +55,18 @@ def main(arguments: command.Arguments) -> None:
     from captioning.files import lock
 
     config = arguments.config
-    directory = dataset_directory(config)
+    draw_sample(config)
     dataset = datasets.find_dataset(
-        directory, config.layout, config.val_share, config.test_share
+        prepared.directory(config),
+        config.layout,
+        config.val_share,
+        config.test_share,
     )
     print(dataset.summary)
     for message in dataset.messages:
         print(message)
     if is_named_by_folder(config, arguments.given):
-        prepared.check_source(config, directory, dataset.images_dir)
+        prepared.check_source(config, dataset.images_dir)
     check_skipped(config, dataset.table, dataset.skipped)
     dataset = limit(config, dataset)
     check_splits(config, dataset)
@@ -87,16 +89,13 @@ def main(arguments: command.Arguments) -> None:
     print(f"Wrote {place}. Next: {command.next_line('train.py', arguments)}")
 
 
-def dataset_directory(config: Config) -> Path:
-    """Where the dataset is; draws the sample there if that is wanted."""
-    if config.dataset_dir:
-        return Path(config.dataset_dir)
-    directory = Path(config.data_dir) / config.dataset
-    if config.dataset == SAMPLE:
+def draw_sample(config: Config) -> None:
+    """Draws the sample, if that is the dataset and it lies in data/."""
+    if config.dataset == SAMPLE and not config.dataset_dir:
+        from captioning.data import prepared
         from captioning.data.sample import write_sample
 
-        write_sample(directory)
-    return directory
+        write_sample(prepared.directory(config))
 
 
 def without(table: Any, images: list[str]) -> Any:

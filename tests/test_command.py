@@ -250,6 +250,20 @@ def test_a_value_out_of_its_range_is_wrong_usage(refused, words, told):
     assert told in refused(*words)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--dataset", "../x"], ["--run-name", "a/b"], ["--dataset", "NUL"]),
+        *(["--runs", "good", "a/b"], ["--runs", ""], ["--dataset", "cache"]),
+        *(["--dataset-dir", "/"], ["--dataset-dir", "x/cache"]),
+    ],
+)
+def test_a_name_that_could_lead_elsewhere_is_wrong_usage(refused, words):
+    line = refused(*words, actions=evaluate.ACTIONS)
+    wanted = "--checkpoints-dir" if "--run" in words[0] else "--dataset"
+    assert wanted in line
+
+
 def test_the_script_is_named(refused, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["some/dir/train.py"])
     assert refused("--zzqq").startswith("train.py: ")

@@ -12,7 +12,7 @@ import pytest
 from captioning.features import cache as features
 from captioning.features import extraction
 from config import UserError
-from tests.processes import end, make_photos, start
+from tests.processes import end, make_photos, run, start
 
 DESCRIPTION = features.describe("tiny", "pixels", "none", 32)
 SHAPE = (32 * 32, 3)
@@ -120,21 +120,21 @@ def test_a_full_disk_when_the_tables_are_written_is_one_line(
     small_disk, tmp_path
 ):
     make_photos(tmp_path)
-    assert end(start(tmp_path))[0] == 0
+    assert run(tmp_path)[0] == 0
     (whole,) = tmp_path.glob("data/cache/*/*/captions.csv")
     # All but the captions fits.
     flags = ("--data-dir", str(small_disk), "--dataset-dir", "data/photos")
     worker = start(tmp_path, *flags, "--worker", "0/2")
     assert end(worker)[0] == 0
     ballast = fill_up(small_disk)
-    code, _, err = end(start(tmp_path, *flags))
+    code, _, err = run(tmp_path, *flags)
     assert code == 1
     assert "No space left on device: make room" in err.splitlines()[-1]
     assert not list(small_disk.rglob("*captions.csv"))
     (path,) = small_disk.rglob("finished.bin")
     assert np.count_nonzero(np.fromfile(path, np.uint8)) >= 59
     ballast.unlink()
-    code, _, err = end(start(tmp_path, *flags))
+    code, _, err = run(tmp_path, *flags)
     assert code == 0, err
     (written,) = small_disk.rglob("captions.csv")
     assert written.read_bytes() == whole.read_bytes()
@@ -146,10 +146,10 @@ def test_a_full_disk_when_the_tables_are_written_is_one_line(
 def test_another_encoder_leaves_the_old_cache_as_it_is(tmp_path):
     make_photos(tmp_path, 20)
     flags = ("--max-skipped-share", "0.5")
-    assert end(start(tmp_path, *flags))[0] == 0
+    assert run(tmp_path, *flags)[0] == 0
     (old,) = tmp_path.glob("data/cache/*/features/resnet50-*")
     before = {path.name: path.read_bytes() for path in old.iterdir()}
-    assert end(start(tmp_path, *flags, "--encoder", "vgg16"))[0] == 0
+    assert run(tmp_path, *flags, "--encoder", "vgg16")[0] == 0
     (new,) = tmp_path.glob("data/cache/*/features/vgg16-*")
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
     assert {path.name for path in new.iterdir()} == set(before)
@@ -193,7 +193,7 @@ def test_a_cache_that_was_killed_while_it_was_made_is_made(tmp_path):
 
 def test_photographs_in_two_splits_are_told_by_a_resumed_run_alike(tmp_path):
     make_photos(tmp_path)
-    code, out, _ = end(start(tmp_path))
+    code, out, _ = run(tmp_path)
     assert code == 0
     assert "1 pairs of images with equal pixels lie in two splits" in out
     (path,) = tmp_path.glob("data/cache/*/*/duplicates.csv")
@@ -206,7 +206,7 @@ def test_photographs_in_two_splits_are_told_by_a_resumed_run_alike(tmp_path):
         status = image.stat()
         image.write_bytes(bytes(status.st_size))
         os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert end(start(tmp_path))[0] == 0
+    assert run(tmp_path)[0] == 0
     assert path.read_text() == wanted
 
 
@@ -223,7 +223,7 @@ def test_images_in_no_split_do_not_count_as_broken(tmp_path):
         path = folder / f"Flickr_8k.{file}Images.txt"
         path.write_text("\n".join(names) + "\n")
     table.drop(columns="split").to_csv(folder / "captions.csv", index=False)
-    code, out, err = end(start(tmp_path))
+    code, out, err = run(tmp_path)
     assert code == 0, err
     assert "40 images" in out
     (path,) = tmp_path.glob("data/cache/*/*/skipped.csv")
@@ -235,9 +235,9 @@ def test_broken_images_still_stop_the_run(tmp_path):
     for number in range(10):
         name = f"{number:03d}.png"
         (tmp_path / "data" / "photos" / "images" / name).write_bytes(b"no")
-    code, _, err = end(start(tmp_path))
+    code, _, err = run(tmp_path)
     assert code == 1 and "11 of 120 images are unusable" in err
-    assert end(start(tmp_path, "--max-skipped-share", "0.1"))[0] == 0
+    assert run(tmp_path, "--max-skipped-share", "0.1")[0] == 0
 
 
 def test_of_a_few_images_only_these_count_as_broken(tmp_path):
@@ -247,9 +247,9 @@ def test_of_a_few_images_only_these_count_as_broken(tmp_path):
         handle.write("gone.png,a picture,train\n")
     (folder / "images" / "001.png").write_bytes(b"no")
     flags = ("--limit-images", "4", "--max-skipped-share")
-    code, _, err = end(start(tmp_path, *flags, "0.12"))
+    code, _, err = run(tmp_path, *flags, "0.12")
     assert code == 1 and "1 of 8 images are unusable" in err
-    code, _, err = end(start(tmp_path, *flags, "0.13"))
+    code, _, err = run(tmp_path, *flags, "0.13")
     assert code == 0, err
     (skipped,) = tmp_path.glob("data/cache/*/*/skipped.csv")
     wanted = "image,reason\ngone.png,missing\n001.png,not an image\n"
@@ -261,6 +261,6 @@ def test_an_image_with_one_caption_left_out_keeps_the_others(tmp_path):
     path = tmp_path / "data" / "photos" / "captions.csv"
     with open(path, "a", encoding="utf-8") as handle:
         handle.write("001.png,...,train\n")
-    assert end(start(tmp_path))[0] == 0
+    assert run(tmp_path)[0] == 0
     (written,) = tmp_path.glob("data/cache/*/*/captions.csv")
     assert "001.png" in set(pd.read_csv(written)["image"])

@@ -15,8 +15,8 @@ import pytest
 from captioning.data import prepared
 from captioning.data.images import read_image
 from captioning.features import cache as features
-from config import Config, UserError
-from tests.processes import end, make_photos, start
+from config import Config, UserError, resolve
+from tests.processes import make_photos, run, start
 
 DESCRIPTION = features.describe("resnet50", "quarters", "tiny", 32)
 CACHE = Path("data") / "cache" / "photos"
@@ -33,14 +33,14 @@ def home(tmp_path, monkeypatch) -> Path:
 def good(*flags: str, **options) -> str:
     """Runs preprocess.py, which has to succeed; gives what it printed."""
     flags = ("--max-skipped-share", "0.5", *flags)
-    code, out, err = end(start(Path(), *flags, **options))
+    code, out, err = run(Path(), *flags, **options)
     assert code == 0, err
     return out + err
 
 
 def bad(*flags: str, **options) -> str:
     """Runs preprocess.py, which has to fail in one line; gives that line."""
-    code, _, err = end(start(Path(), *flags, **options))
+    code, _, err = run(Path(), *flags, **options)
     assert code == 1 and err.count("\n") == 1, err
     return err
 
@@ -63,6 +63,12 @@ def features_of(wanted: Config, split: str) -> dict[str, np.ndarray]:
     cache, rows = prepared.open_features(wanted, DESCRIPTION, images)
     found = features.read_rows(cache.features, rows)
     return dict(zip(images, found, strict=True))
+
+
+def finished() -> int:
+    """How many rows count."""
+    (marks,) = CACHE.glob("features/*/finished.bin")
+    return np.count_nonzero(np.fromfile(marks, np.uint8))
 
 
 def expected(image: Path) -> np.ndarray:
@@ -146,13 +152,19 @@ def test_features_that_grow_can_be_killed_at_any_moment(home):
     good("--limit-images", "5")
     shutil.copytree("data", "undisturbed/data")
     good("--data-dir", "undisturbed/data")
+    (table,) = CACHE.glob("features/*/images.csv")
     moments = random.Random(0)
-    for _ in range(6):
-        process = start(Path(), "--max-skipped-share", "0.5", pause=0.05)
-        time.sleep(moments.uniform(0.5, 1.5))
+    for looks_at in (lambda: table.stat().st_size, *[finished] * 3):
+        process = start(Path(), "--max-skipped-share", "0.5", pause=0.2)
+        before = looks_at()
+        while looks_at() == before:
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.3))
         process.kill()
         process.communicate()
         assert_true(few)
+    assert finished() < 39
     good()
     assert_true(few)
     assert_true(config())
@@ -225,9 +237,8 @@ def test_a_run_that_is_killed_while_it_exchanges_leaves_nothing_old(home):
     for seed, image in enumerate(changed, 1):
         rewrite(image, seed)
     process = start(Path(), pause=0.3)
-    (marks,) = CACHE.glob("features/*/finished.bin")
-    before = np.count_nonzero(np.fromfile(marks, np.uint8))
-    while np.count_nonzero(np.fromfile(marks, np.uint8)) == before:
+    before = finished()
+    while finished() == before:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
@@ -298,6 +309,22 @@ def test_two_datasets_of_one_name_do_not_share_a_cache(home):
     assert_true(Config(dataset="second"), "other/photos")
 
 
+@pytest.mark.parametrize("dataset", ["", "photos"])
+def test_training_wants_the_dataset_that_was_preprocessed(home, dataset):
+    """And not another one of its name."""
+    exchange(home)
+    good("--dataset-dir", "data/photos", dataset="")
+    named = ["dataset"] if dataset else []
+    for folder in ("data/photos", "other/photos"):
+        fields = Config(dataset_dir=folder, dataset=dataset or "sample")
+        wanted = resolve(fields, [*named, "dataset_dir"])
+        if folder == "data/photos":
+            assert_true(wanted)
+        else:
+            with pytest.raises(UserError, match="is of the dataset in"):
+                prepared.load_split(wanted, "train")
+
+
 def test_captions_of_another_layout_are_of_the_same_dataset(home):
     """Which may have its images in another folder below."""
     good("--dataset-dir", "data/photos", dataset="")
@@ -321,14 +348,13 @@ def test_captions_of_another_layout_are_of_the_same_dataset(home):
 def test_caches_of_an_older_layout_are_named_and_left_alone(home):
     old = home / CACHE
     (old / "resnet50-32-01234567").mkdir(parents=True)
-    (old / "resnet50-32-01234567" / "features.npy").write_bytes(b"old")
-    (old / "captions.csv").write_text("image,split,caption,tokens\n")
+    (old / "resnet50-32-01234567" / "finished.bin").write_bytes(b"old")
     other = old.with_name("photos-89abcdef")
-    other.mkdir()
-    (other / "captions.csv").write_text("image,split,caption,tokens\n")
     stranger = old.with_name("photos-of-mine")
-    stranger.mkdir()
-    (stranger / "captions.csv").write_text("image,split,caption,tokens\n")
+    for folder in (old, other, stranger):
+        folder.mkdir(exist_ok=True)
+        (folder / "captions.csv").write_text("image,split,caption,tokens\n")
+        (folder / "dataset.json").write_text("{}")
     before = content(old.parent)
     with pytest.raises(UserError, match="older cache layout") as error:
         prepared.load_split(config(), "train")

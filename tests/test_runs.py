@@ -158,6 +158,23 @@ def test_another_field_may_not_change_in_a_run_that_goes_on(place, words, told):
     assert "--fresh" in message and "--run-name" in message
 
 
+def test_a_choice_that_is_left_open_is_what_the_run_has(place):
+    flags = ["--epochs", "6", "--batch-images", "0", "--precision", "auto"]
+    config = training_config(
+        place, *LIKE_TRAINED[:2], *flags, "--magnification", "0"
+    )
+    assert config == TRAINED
+    runs.save_config(
+        dataclasses.replace(
+            TRAINED, dataset="mine", magnification=3, encoder_weights="x.h5"
+        ),
+        place,
+    )
+    flags = ["--run-name", place.name, "--magnification", "0"]
+    config, _ = decoding_config(*flags, "--encoder-weights", "auto")
+    assert (config.magnification, config.encoder_weights) == (3, "x.h5")
+
+
 def test_a_default_that_counts_now_is_refused_with_the_flag_to_give(place):
     message = refusal(training_config, place)
     assert "learning_rate is 0.01" in message
@@ -232,6 +249,22 @@ def test_decoding_may_look_at_another_dataset(place):
     assert found == place
     assert (config.dataset, config.layout) == ("mine", "coco")
     assert config.encoder_weights == "x.h5"
+
+
+def test_decoding_may_look_at_a_folder_that_names_its_dataset(place):
+    config, _ = decoding_config(
+        "--run-name", place.name, "--dataset-dir", "some/photos"
+    )
+    assert (config.dataset, config.dataset_dir) == ("photos", "some/photos")
+
+
+@pytest.mark.parametrize("field", ["dataset", "run_name"])
+def test_a_saved_name_that_leads_elsewhere_is_refused(place, field):
+    path = place / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, field: "../../elsewhere"}))
+    message = refusal(decoding_config)
+    assert "plain folder name" in message and str(path) in message
 
 
 def test_decoding_keeps_the_dataset_of_the_run(checkpoints):

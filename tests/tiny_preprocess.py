@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -29,12 +30,9 @@ def encode(images: np.ndarray) -> np.ndarray:
     return quarters.mean((2, 4)).reshape(batch, 4, 3).astype(np.float16)
 
 
-def main() -> None:
-    """Runs the script."""
+def use_tiny_encoder(patch: pytest.MonkeyPatch) -> None:
+    """Puts the encoder in the place of the network, and of Keras."""
     model: Any = ModuleType("model")
-    model.describe_features = lambda config, weights: features.describe(
-        config.encoder, "quarters", "tiny", config.image_size
-    )
     model.feature_shape = lambda config: (4, 3)
     model.build_encoder = lambda config, weights: SimpleNamespace(
         predict_on_batch=encode
@@ -43,16 +41,23 @@ def main() -> None:
     keras.version = lambda: "none"
     keras.backend = SimpleNamespace(backend=lambda: "none")
     keras.config = SimpleNamespace(
-        set_dtype_policy=lambda policy: None,
-        dtype_policy=lambda: SimpleNamespace(name="float32"),
+        dtype_policy=lambda: SimpleNamespace(name="float32")
     )
-    sys.modules |= {"model": model, "keras": keras}
-    command.import_keras = lambda: None
-    extraction.BATCH, extraction.COMMIT_SECONDS = 4, 0.0
-    sys.argv += ["--precision", "float32", "--image-size", "32"]
-    sys.argv += ["--magnification", "1"]
-    command.run(preprocess.main, preprocess.__doc__, preprocess.ACTIONS)
+    patch.setitem(sys.modules, "model", model)
+    patch.setitem(sys.modules, "keras", keras)
+    patch.setattr(
+        preprocess,
+        "describe_features",
+        lambda config: features.describe(
+            config.encoder, "quarters", "tiny", config.image_size
+        ),
+    )
+    patch.setattr(extraction, "BATCH", 4)
+    patch.setattr(extraction, "COMMIT_SECONDS", 0.0)
+    sizes = ["--image-size", "32", "--magnification", "1"]
+    patch.setattr(sys, "argv", [*sys.argv, *sizes])
 
 
 if __name__ == "__main__":
-    main()
+    use_tiny_encoder(pytest.MonkeyPatch())
+    command.run(preprocess.main, preprocess.__doc__, preprocess.ACTIONS)

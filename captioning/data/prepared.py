@@ -26,6 +26,7 @@ from captioning.files import write_csv, write_text
 from config import SPLITS, Config, UserError, group
 
 TABLE = ["image", "split", "caption", "tokens"]
+OLD = "dataset.json"  # directly in a dataset's folder: of an older layout
 # A photograph that lies in two splits under two names.
 DUPLICATES = ["image", "split", "other_image", "other_split"]
 
@@ -37,6 +38,11 @@ class Split(NamedTuple):
     image_ids: list[Any]  # COCO's numbers, or the names again
     captions: list[list[str]]  # as written, of each image
     tokens: list[list[list[str]]]  # the same, tokenised
+
+
+def directory(config: Config) -> Path:
+    """Where a dataset is."""
+    return Path(config.dataset_dir or Path(config.data_dir) / config.dataset)
 
 
 def root(config: Config) -> Path:
@@ -66,18 +72,17 @@ def _fields(config: Config) -> dict[str, Any]:
     return {n: kinds[n](getattr(config, n)) for n in group("data")}
 
 
-def check_source(config: Config, directory: Path, images_dir: Path) -> None:
+def check_source(config: Config, images_dir: Path) -> None:
     """Refuses a dataset where the cache is that of another of the same name.
 
     Args:
         config: with a dataset that is named by its folder.
-        directory: that folder.
         images_dir: where the images are.
 
     Raises:
         UserError: if the cached images are in another folder.
     """
-    here, now = directory.resolve(), str(images_dir.resolve())
+    here, now = directory(config).resolve(), str(images_dir.resolve())
     place = root(config)
     files = [*place.glob("text-*/dataset.json")]
     files += place.glob("features/*/meta.json")
@@ -94,11 +99,10 @@ def check_source(config: Config, directory: Path, images_dir: Path) -> None:
 def old_layout(config: Config) -> str:
     """What is left of caches of an older layout, in words; empty if nothing."""
     place = root(config)
-    old = [*place.glob("captions.csv")]
-    old += [path.parent for path in place.glob("*/features.npy")]
+    old = [path.with_name("captions.csv") for path in place.glob(OLD)]
+    old += [path.parent for path in place.glob("*/finished.bin")]
     # Data fields that were not at their defaults made a folder of their own.
-    digits = "[0-9a-f]" * 8
-    pattern = f"{glob.escape(place.name)}-{digits}/captions.csv"
+    pattern = f"{glob.escape(place.name)}-{'[0-9a-f]' * 8}/{OLD}"
     old += [path.parent for path in place.parent.glob(pattern)]
     if not old:
         return ""
@@ -148,6 +152,7 @@ def save(
     pairs = [(a, splits[a], b, splits[b]) for a, b in duplicates]
     write_csv(place / "duplicates.csv", pairs, DUPLICATES)
     fields = _fields(config)
+    fields["directory"] = str(directory(config).resolve())
     fields["images_dir"] = str(dataset.images_dir.resolve())
     write_text(place / "dataset.json", json.dumps(fields, indent=2) + "\n")
     return words, len(repaired)
@@ -279,6 +284,12 @@ def _check_fields(config: Config, place: Path) -> None:
                 f"{path}: {name} is {found.get(name)!r}, not {wanted!r}: run "
                 "preprocess.py again"
             )
+    was, now = Path(found["directory"]), directory(config).resolve()
+    if config.dataset_dir and was != now and was.is_dir():
+        raise UserError(
+            f"{place} is of the dataset in {was}, not of that in {now}: run "
+            "preprocess.py first, with the same flags"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
