@@ -47,16 +47,20 @@ ENCODERS = {
     "resnet152": Encoder("ResNet152", "resnet", "conv5_block3_out"),
     "mobilenetv2": Encoder("MobileNetV2", "mobilenet_v2", "out_relu"),
 }
-LAYOUTS = ("auto", "karpathy", "huggingface", "coco", "plain")
-LAYOUTS += ("kaggle30k", "kaggle8k", "token", "imagefolder")
+LAYOUTS = (
+    *("auto", "karpathy", "huggingface", "coco", "plain", "kaggle30k"),
+    *("kaggle8k", "token", "imagefolder"),
+)
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")
 SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}
 SAMPLE = "sample"  # the dataset that is drawn on the spot
 
 # Values that leave a choice open: to `resolve`, and precision to the machine.
-OPEN = {"run_name": "", "encoder_weights": "auto", "precision": "auto"}
-OPEN |= {"magnification": 0, "batch_images": 0}
+OPEN: dict[str, Any] = {
+    **{"run_name": "", "encoder_weights": "auto", "precision": "auto"},
+    **{"magnification": 0, "batch_images": 0},
+}
 
 # Names that a folder can have on every platform and that lead nowhere else:
 # no separator, no drive, no dots at the ends, no device of Windows.

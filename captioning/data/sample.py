@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -228,7 +228,7 @@ def _scene(random: np.random.Generator) -> Scene:
     colours = random.choice(list(COLOURS), len(counts), replace=False)
     for kind, colour, spot in zip(kinds, colours, spots, strict=True):
         size = random.choice(list(SIZES))
-        radius = random.integers(*SIZES[size], endpoint=True)
+        radius = int(random.integers(*SIZES[size], endpoint=True))
         centres = spot + random.uniform(-wobble, wobble, (len(spot), 2)) + shift
         if axis == "down" and counts != (1,):
             centres = centres[:, ::-1]
@@ -251,7 +251,7 @@ SYNONYMS = {
 # What things do on a ground, or on any ground; all others stand.
 VERBS = {"sky": "hang", "water": "float"}
 VERBS |= {"ball": "lie", "ring": "lie", "boat": "lie", "star": "shine"}
-AXES = {
+AXES: dict[str, dict[str, Any]] = {
     "across": {
         "before": "left of",
         "after": "to the right of",

@@ -44,7 +44,7 @@ class Cache(NamedTuple):
     """An open feature cache."""
 
     folder: Path
-    features: np.ndarray  # float16 (rows, regions, channels), memory-mapped
+    features: np.memmap  # float16 (rows, regions, channels)
     finished: np.ndarray  # uint8 (rows,), memory-mapped
     row: dict[str, int]  # image -> row
     files: np.ndarray  # size and modification time, int64 (rows, 2)

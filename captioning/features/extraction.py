@@ -56,7 +56,7 @@ def read(images_dir: Path, name: str, size: int) -> Read:
         pixels, repairs = read_image(images_dir / name, size)
     except UnusableImage as error:
         return Read(name, None, str(error))
-    digest = hashlib.blake2b(pixels, digest_size=features.DIGEST_BYTES)
+    digest = hashlib.blake2b(pixels.data, digest_size=features.DIGEST_BYTES)
     return Read(name, pixels, repairs, digest.digest())
 
 
@@ -188,7 +188,7 @@ def _check_again(
     table = features.load_digests(cache)
     repaired, found = [], {}
     bar = tqdm(
-        read_ahead(images_dir, [names[place] for place in again], size),
+        read_ahead(images_dir, [names[int(place)] for place in again], size),
         total=-(-len(again) // BATCH),
         unit="batch",
         desc="Checking files",
@@ -232,7 +232,8 @@ def _encode_batch(
     if not batch:
         return {}
     rows = [cache.row[each.name] for each in batch]
-    values = encode([each.pixels for each in batch], encoder())
+    pixels = [each.pixels for each in batch if each.pixels is not None]
+    values = encode(pixels, encoder())
     features.write(cache, rows, values, [each.digest for each in batch])
     marks = [REPAIRED if each.reason else DONE for each in batch]
     return dict(zip(rows, marks, strict=True))

@@ -10,6 +10,7 @@ the one that leaves the last mark goes on alone and completes the cache.
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from captioning.files import lock, write_text
 
@@ -29,7 +30,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def do_part(
-    folder: Path, text: str, number: int, of: int, work: Callable[[], None]
+    folder: Path, text: str, number: int, of: int, work: Callable[[], Any]
 ) -> list[int]:
     """Does the part of one worker.
 

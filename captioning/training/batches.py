@@ -173,11 +173,11 @@ class CaptionBatches(keras.utils.PyDataset):
         pairs = [*zip(images, chosen, strict=True)]
         # Of the last batch, a process may get no image.
         rows = _chosen(self.captions, pairs)
-        weights = np.ones(len(rows), np.float32)
+        weights: np.ndarray = np.ones(len(rows), np.float32)
         if self.importance is not None:
             weights = _chosen(self.importance, pairs)
         numbers = np.array([len(each) for each in chosen], int)
-        image = np.repeat(np.arange(len(images)), numbers)
+        image: np.ndarray = np.repeat(np.arange(len(images)), numbers)
         if self.static:
             missing = self.room - len(rows)
             rows = np.pad(rows, ((0, missing), (0, 0)))
@@ -195,7 +195,7 @@ class CaptionBatches(keras.utils.PyDataset):
             return [Terrace(0, self.longest, len(rows))]
         exact = [
             each._replace(
-                captions=max(1, np.count_nonzero(rows[:, each.first + 1]))
+                captions=max(1, int(np.count_nonzero(rows[:, each.first + 1])))
             )
             for each in self.terraces
         ]

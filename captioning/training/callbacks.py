@@ -160,7 +160,8 @@ class Judge(keras.callbacks.Callback):
         shares = [[each.caption for each in found]]
         if processes > 1:
             shares = job.gather(shares[0])
-        images, captions = self.split.images, {}
+        images = self.split.images
+        captions: dict[str, str] = {}
         for first, share in enumerate(shares):
             captions |= zip(images[first::processes], share, strict=True)
         references = {
@@ -235,9 +236,9 @@ class SavePoints(keras.callbacks.Callback):
 
     def self_critical_epochs(self) -> int:
         """How many epochs of it are done."""
-        return (
-            self.epoch - self.cross_entropy_epochs if self.self_critical else 0
-        )
+        if self.cross_entropy_epochs is None:
+            return 0
+        return self.epoch - self.cross_entropy_epochs
 
     def begin_self_critical(self) -> None:
         """Ends cross-entropy, and saves the weights to go on from.

@@ -204,7 +204,7 @@ class Rounds:
             self.rows[images],
             rows,
             self.config.batch_images,
-            importance=importance,
+            importance=[*importance],
         ), float(rewards.mean())
 
 
@@ -288,7 +288,8 @@ def train(
             runs.load_weights(decoder, points.place)
             points.begin_self_critical()
         rounds = Rounds(config, decoder, features, rows, captions, words)
-        end = points.cross_entropy_epochs + config.scst_epochs
+        done = points.self_critical_epochs()
+        end = points.epoch - done + config.scst_epochs
         for epoch in range(points.epoch, end):
             points.start(epoch)
             _run_rounds(decoder, rounds, points)
