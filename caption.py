@@ -140,13 +140,13 @@ def load_captioner(config: Config, run: Path) -> Any:
     import model as captioning_model
     from captioning import backend, runs
     from captioning.decoding import captioner
-    from captioning.features import extraction
+    from captioning.features import encoder_weights, extraction
 
     backend.set_precision(config)
     description, _ = runs.load_description(run)
-    weights = captioning_model.check_weights(config, description)
+    encoder_weights.check(config.encoder_weights, description)
     decoder, words = captioner.load_decoder(config, run)
-    encoder = captioning_model.build_encoder(config, weights)
+    encoder = captioning_model.build_encoder(config)
     searcher = captioner.build(decoder, config)
 
     def caption(photos: list[extraction.Read]) -> list[Any]:

@@ -127,12 +127,13 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
     import model as captioning_model
     from captioning import backend, runs
     from captioning.decoding import captioner, export
+    from captioning.features import encoder_weights
 
     config, run = members[0]
     backend.set_precision(config)
     description, _ = runs.load_description(run)
-    weights = captioning_model.check_weights(config, description)
-    encoder = captioning_model.build_encoder(config, weights)
+    encoder_weights.check(config.encoder_weights, description)
+    encoder = captioning_model.build_encoder(config)
     decoder, words = captioner.load_decoder(config, run)
     searcher = captioner.build(decoder, config)
     export.save(encoder, searcher, words, config.input_size, folder)
@@ -223,15 +224,15 @@ def open_run(
     config: Config, run: Path, images: list[str]
 ) -> tuple[Any, Any, Any, Any]:
     """Opens a run: decoder, vocabulary, features and the images' rows."""
-    import model as captioning_model
     from captioning import runs
     from captioning.data import prepared
     from captioning.decoding import captioner
+    from captioning.features import encoder_weights
 
     description, _ = runs.load_description(run)
     # The features are cached: the encoder's weights need not be at hand.
     if Path(config.encoder_weights).exists():
-        captioning_model.check_weights(config, description)
+        encoder_weights.check(config.encoder_weights, description)
     cache, rows = prepared.open_features(config, description, images)
     decoder, words = captioner.load_decoder(config, run)
     return decoder, words, cache.features, rows

@@ -1,15 +1,12 @@
 """The Keras model: frozen encoder, Bahdanau attention, LSTM decoder.
 
 The architecture is that of Show, Attend and Tell (Xu et al. 2015) with soft
-attention. What does not depend on the decoder's state is computed outside of
-the loop over words: attention keys once an image, however many captions it
-has; the word's part of the LSTM input and the output layer as one matrix
-product each, over all words of all captions.
-
-Only `keras` is imported, so that every backend runs the same code.
+attention. What does not depend on the state of the decoder is computed outside
+of the loop over words: attention keys once per image, however many captions it
+has; the word's part of the LSTM and the output layer as one matrix product
+each, over all words of all captions.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,24 +16,18 @@ from keras import ops
 
 from captioning.backend import scan, use_xla
 from captioning.data.vocabulary import PAD
-from captioning.features import cache as features
-from captioning.features import encoder_weights as encoder_file
-from config import ENCODERS, Config, UserError
-
-# Seeds of their own, so that --seed changes the training and neither the
-# encoder nor, with it, the feature cache.
-RANDOM_ENCODER_SEED = 0
-
+from captioning.features import encoder_weights
+from config import ENCODERS, Config
 
 # --- encoder ---------------------------------------------------------------
 
 
-def build_encoder(config: Config, weights: str) -> keras.Model:
+def build_encoder(config: Config) -> keras.Model:
     """Builds the frozen encoder.
 
     Args:
-        config: its encoder fields name the network and the image size.
-        weights: `imagenet`, `random`, or the path of a weights file.
+        config: its encoder fields name the network, its weights and the size
+            of the images.
 
     Returns:
         A model from uint8 RGB images (batch, size, size, 3), where size is
@@ -44,11 +35,11 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
         channels).
 
     Raises:
-        UserError: if the weights cannot be had or do not fit.
+        UserError: if the weights cannot be loaded.
     """
-    application, network, truncated = _networks(config)
+    network, truncated = _networks(config)
     network.trainable = False
-    _load_encoder_weights(network, application, config.encoder, weights)
+    encoder_weights.load(network, config.encoder_weights, config.encoder)
 
     module = getattr(keras.applications, ENCODERS[config.encoder].module)
     shape = network.input_shape[1:]
@@ -57,9 +48,9 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
     feature_map = truncated(pixels, training=False)  # (batch, h, w, channels)
     _, height, width, channels = feature_map.shape
     annotations = ops.reshape(feature_map, (-1, height * width, channels))
-    # float16 ends at 65,504; an activation beyond it would become infinite.
+    # float16 ends at 65,504; a larger activation would become infinite.
     annotations = ops.cast(annotations, "float32")
-    if weights == "random":
+    if config.encoder_weights == "random":
         annotations = annotations / _size_of_response(truncated)
     annotations = ops.clip(annotations, -65504, 65504)
     encoder = keras.Model(images, ops.cast(annotations, "float16"))
@@ -67,15 +58,21 @@ def build_encoder(config: Config, weights: str) -> keras.Model:
     return encoder
 
 
-def _networks(config: Config) -> tuple[Any, keras.Model, keras.Model]:
-    """A network of Keras Applications, its weights still to be loaded.
+def feature_shape(config: Config) -> tuple[int, int]:
+    """(regions, channels) of an encoder, from the network without weights."""
+    _, truncated = _networks(config)
+    _, height, width, channels = truncated.output_shape
+    return height * width, channels
+
+
+def _networks(config: Config) -> tuple[keras.Model, keras.Model]:
+    """A network of Keras Applications without trained weights.
 
     Returns:
-        What makes the network; the network; and the part of it that gives the
-        feature map (batch, height, width, channels). Squares of the map of an
-        enlarged image are averaged, so that it has no more regions than one
-        that is not; where it does not divide, the last squares are what is
-        left.
+        The network, and the part of it that ends in the feature map (batch,
+        height, width, channels). The map of an enlarged image is averaged in
+        squares, so that it has no more regions than that of a plain one; where
+        it does not divide, the last squares are what remains.
     """
     entry = ENCODERS[config.encoder]
     application = getattr(keras.applications, entry.application)
@@ -87,135 +84,20 @@ def _networks(config: Config) -> tuple[Any, keras.Model, keras.Model]:
             config.magnification, padding="same"
         )
         feature_map = pooling(feature_map)
-    return application, network, keras.Model(network.input, feature_map)
-
-
-def feature_shape(config: Config) -> tuple[int, int]:
-    """(regions, channels) of an encoder, from the network without weights."""
-    _, _, truncated = _networks(config)
-    _, height, width, channels = truncated.output_shape
-    return height * width, channels
-
-
-def describe_features(config: Config, weights: str) -> dict[str, Any]:
-    """What the features of a config depend on, for `captioning.features.cache`.
-
-    Args:
-        config: its encoder fields.
-        weights: `imagenet`, `random`, or the path of a weights file.
-    """
-    return features.describe(
-        config.encoder,
-        ENCODERS[config.encoder].layer,
-        weights_fingerprint(weights),
-        config.image_size,
-        config.magnification,
-    )
-
-
-def weights_fingerprint(weights: str) -> str:
-    """A short name for encoder weights that another file cannot have.
-
-    Args:
-        weights: `imagenet`, `random`, or the path of a weights file.
-
-    Raises:
-        UserError: if there is no such file.
-    """
-    if weights == "random":
-        return f"random-{RANDOM_ENCODER_SEED}"
-    if weights == "imagenet":
-        return weights
-    try:
-        with open(weights, "rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256")
-    except OSError as error:
-        raise UserError(
-            f"encoder weights {weights}: {error.strerror}; --encoder-weights "
-            "takes imagenet, random or the path of a weights file"
-        ) from None
-    return f"sha256-{digest.hexdigest()[:16]}"
-
-
-def check_weights(config: Config, description: dict[str, Any]) -> str:
-    """Holds the encoder weights at hand against those of a run.
-
-    Args:
-        config: its encoder fields.
-        description: from `runs.load_description`.
-
-    Returns:
-        The weights: `imagenet`, `random` or a path.
-
-    Raises:
-        UserError: if they are not the ones that the run was trained with.
-    """
-    weights = config.encoder_weights
-    found = weights_fingerprint(weights)
-    if found != description["weights"]:
-        raise UserError(
-            f"the run was trained with the encoder weights "
-            f"{description['weights']}, and {weights} is {found}: give the "
-            "same file by --encoder-weights"
-        )
-    return weights
-
-
-def _load_encoder_weights(
-    network: keras.Model, application: Any, name: str, weights: str
-) -> None:
-    if weights == "random":
-        _draw_weights(network)
-        return
-    if weights == "imagenet":
-        try:
-            shape = network.input_shape[1:]
-            trained = application(include_top=False, input_shape=shape)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"the ImageNet weights of {name} could not be downloaded "
-                f"({reason}): get the file elsewhere and give its path by "
-                "--encoder-weights"
-            ) from None
-        network.set_weights(trained.get_weights())
-        return
-    encoder_file.load(network, weights, name)
+    return network, keras.Model(network.input, feature_map)
 
 
 def _size_of_response(network: keras.Model) -> float:
-    """How large the numbers are by which random filters answer to noise.
+    """The scale of what random filters make of noise.
 
-    Without trained normalisation they grow or shrink from layer to layer, in
-    deep networks beyond what float16 holds. A power of two, so that rounding,
-    which differs between backends, does not matter.
+    Without trained normalisation, activations grow or shrink from layer to
+    layer, in deep networks beyond the range of float16. A power of two, so
+    that rounding, which differs between backends, does not matter.
     """
-    generator = np.random.default_rng(RANDOM_ENCODER_SEED)
+    generator = np.random.default_rng(encoder_weights.RANDOM_SEED)
     noise = generator.normal(0, 100, (1, *network.input_shape[1:]))
     response = np.asarray(network(noise.astype("float32"), training=False))
     return 2.0 ** round(float(np.log2(np.std(response.astype("float32")))))
-
-
-def _draw_weights(network: keras.Model) -> None:
-    """Glorot-normal kernels from NumPy, the same on every backend.
-
-    With these the shortcuts of residual networks outweigh the filters beside
-    them, so that more of the image is left in the last layer.
-    """
-    generator = np.random.default_rng(RANDOM_ENCODER_SEED)
-    drawn = []
-    for variable in network.weights:
-        shape = variable.shape
-        if len(shape) > 1:
-            area = np.prod(shape[:-2])  # of the filter, in pixels
-            # A depthwise filter, (height, width, channels, 1), has one input.
-            ends = 2 if shape[-1] == 1 else shape[-2] + shape[-1]
-            scale = np.sqrt(2 / (area * ends))
-            drawn.append(generator.normal(0, scale, shape))
-        else:
-            ones = variable.name in ("gamma", "moving_variance")
-            drawn.append(np.full(shape, float(ones)))
-    network.set_weights(drawn)
 
 
 # --- decoder ---------------------------------------------------------------

@@ -214,11 +214,11 @@ def unknown_shares(table: Any, words: Any) -> dict[str, float]:
 def describe_features(config: Config) -> dict[str, Any]:
     """What the features depend on; imports Keras and sets its precision."""
     command.import_keras()
-    import model
     from captioning import backend
+    from captioning.features import encoder_weights
 
     backend.set_precision(config)
-    return model.describe_features(config, config.encoder_weights)
+    return encoder_weights.describe_features(config)
 
 
 def encode_part(
@@ -324,11 +324,11 @@ def fill_cache(
     }
 
     def build() -> Any:
-        weights = config.encoder_weights
         print(
-            f"Encoding with {config.encoder} ({weights} weights, {precision})"
+            f"Encoding with {config.encoder} ({config.encoder_weights} "
+            f"weights, {precision})"
         )
-        return model.build_encoder(config, weights).predict_on_batch
+        return model.build_encoder(config).predict_on_batch
 
     names = dataset.table["image"].drop_duplicates().tolist()
     opened = cache.create(

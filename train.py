@@ -76,7 +76,7 @@ def fit(
 ) -> None:
     """Trains on the training split, and judges by the validation split."""
     from captioning import backend, runs
-    from captioning.training import callbacks, loop, objective, self_critical
+    from captioning.training import callbacks, loop, self_critical
     from captioning.training.schedule import Schedule
     from model import build_model
 
@@ -99,12 +99,7 @@ def fit(
         "scheduled_epochs", config.epochs
     )
     rate = Schedule(config.learning_rate, steps, scheduled, config.warmup_share)
-    decoder.compile(
-        objective.build_optimizer(config, rate, steps),
-        objective.SmoothedCrossEntropy(config.label_smoothing),
-        weighted_metrics=[objective.TokenAccuracy()],
-        jit_compile=backend.use_xla(),
-    )
+    loop.compile_decoder(decoder, config, rate, steps)
     judge = callbacks.Judge(
         config, place, decoder, cache.features, val_rows, val, words, devices
     )
@@ -155,9 +150,9 @@ def open_features(
     from captioning import runs
     from captioning.data import prepared
     from captioning.features.cache import load_digests
-    from model import describe_features
+    from captioning.features.encoder_weights import describe_features
 
-    description = describe_features(config, config.encoder_weights)
+    description = describe_features(config)
     cache, rows = prepared.open_features(config, description, train.images)
     _, val_rows = prepared.open_features(config, description, val.images)
     if devices.process == 0:

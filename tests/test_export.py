@@ -15,6 +15,7 @@ from captioning import runs
 from captioning.backend import TENSORFLOW
 from captioning.data import prepared, vocabulary
 from captioning.data.vocabulary import END, SPECIAL_WORDS, Vocabulary
+from captioning.features import encoder_weights
 from config import Config, UserError
 
 # Prints the captions and scores of the images in a file.
@@ -53,7 +54,7 @@ def run(tmp_path_factory, request):
     keras.config.set_dtype_policy(request.param)
     keras.utils.set_random_seed(1)
     words = Vocabulary((*SPECIAL_WORDS, *"abcdefgh", "é"))
-    encoder = model.build_encoder(config, "random")
+    encoder = model.build_encoder(config)
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (6, 64, 64, 3), np.uint8)
     pixels //= np.array([1, 2, 4, 8, 16, 32], np.uint8)[:, None, None, None]
@@ -63,10 +64,10 @@ def run(tmp_path_factory, request):
     decoder.standardisation.mean.assign(features.mean((0, 1), np.float32))
     deviation = features.std((0, 1), np.float32)
     decoder.standardisation.deviation.assign(deviation + 1e-4)
-    bias = decoder.deep_output.logits.bias
+    bias = decoder.logits.bias
     bias.assign(np.where(np.arange(len(words)) == END, -3, np.array(bias)))
     place = home / "run"
-    description = model.describe_features(config, "random")
+    description = encoder_weights.describe_features(config)
     images = runs.digest_images([], np.zeros((0, 16), np.uint8))
     shape = features.shape[1:]
     runs.begin(config, place, words, description, shape, images)

@@ -10,6 +10,7 @@ from keras import ops
 from captioning.backend import TENSORFLOW, Devices, use_xla
 from captioning.data.vocabulary import END, PAD, START, UNKNOWN
 from captioning.decoding.search import BeamSearch
+from captioning.features.encoder_weights import describe_features
 from captioning.features.extraction import BATCH, encode
 from captioning.training.batches import CaptionBatches
 from captioning.training.objective import (
@@ -24,7 +25,6 @@ from model import (
     CaptioningModel,
     build_encoder,
     build_model,
-    describe_features,
     doubly_stochastic_penalty,
     feature_shape,
 )
@@ -453,11 +453,17 @@ def test_the_sizes_of_a_config_shape_the_model():
 # --- encoder ---------------------------------------------------------------
 
 
+def random(**fields) -> Config:
+    """An encoder with random weights."""
+    fields = {"encoder_weights": "random", "magnification": 1, **fields}
+    return Config(**fields)
+
+
 @pytest.fixture(scope="module")
 def small_encoder():
     keras.config.set_dtype_policy("float32")
-    config = Config(encoder="mobilenetv2", image_size=64, magnification=1)
-    return config, build_encoder(config, "random")
+    config = random(encoder="mobilenetv2", image_size=64)
+    return config, build_encoder(config)
 
 
 def test_the_encoder_is_frozen_and_gives_float16(small_encoder):
@@ -484,7 +490,7 @@ def test_features_do_not_depend_on_the_batch_to_the_last_bit(small_encoder):
 
 def test_random_encoder_weights_are_the_same_every_time(small_encoder):
     config, encoder = small_encoder
-    again = build_encoder(config, "random")
+    again = build_encoder(config)
     for one, other in zip(
         encoder.get_weights(), again.get_weights(), strict=True
     ):
@@ -492,8 +498,8 @@ def test_random_encoder_weights_are_the_same_every_time(small_encoder):
 
 
 def test_the_encoder_preprocesses_rgb_as_keras_applications_does():
-    config = Config(encoder="vgg16", image_size=32, magnification=1)
-    encoder = build_encoder(config, "random")
+    config = random(encoder="vgg16", image_size=32)
+    encoder = build_encoder(config)
     image = np.zeros((1, 32, 32, 3), np.uint8)
     image[..., 0] = 255  # red, in RGB
     network = keras.applications.VGG16(
@@ -515,9 +521,9 @@ def test_the_encoder_preprocesses_rgb_as_keras_applications_does():
 
 @pytest.mark.parametrize("encoder", ["vgg16", "resnet50", "mobilenetv2"])
 def test_random_features_fit_into_float16(encoder):
-    config = Config(encoder=encoder, image_size=64, magnification=1)
+    config = random(encoder=encoder, image_size=64)
     images = np.random.randint(0, 256, (2, 64, 64, 3), np.uint8)
-    found = build_encoder(config, "random").predict_on_batch(images)
+    found = build_encoder(config).predict_on_batch(images)
     found = np.asarray(found, np.float32)
     # Far from both ends of float16, 6e-8 and 65504.
     assert 0.01 < found.std() < 50
@@ -543,7 +549,7 @@ def test_regions_are_averages_of_squares_of_the_feature_map(small_encoder):
     plain = dataclasses.replace(config, image_size=96, magnification=1)
     pooled = dataclasses.replace(config, image_size=48, magnification=2)
     whole, averaged = (
-        np.asarray(build_encoder(each, "random").predict_on_batch(images))
+        np.asarray(build_encoder(each).predict_on_batch(images))
         for each in (plain, pooled)
     )
     channels = whole.shape[-1]
@@ -566,15 +572,13 @@ def test_regions_are_averages_of_squares_of_the_feature_map(small_encoder):
 
 
 def test_magnification_makes_other_features_of_one_shape():
-    plain, enlarged = Config(magnification=1), Config(magnification=2)
-    one, other = (
-        describe_features(each, "random") for each in (plain, enlarged)
-    )
+    plain, enlarged = random(), random(magnification=2)
+    one, other = (describe_features(each) for each in (plain, enlarged))
     assert other == {**one, "magnification": 2}
     assert feature_shape(plain) == feature_shape(enlarged) == (49, 2048)
 
 
 def test_another_encoder_has_other_features():
-    one = describe_features(Config(magnification=1), "random")
-    other = describe_features(Config(image_size=256, magnification=1), "random")
+    one = describe_features(random())
+    other = describe_features(random(image_size=256))
     assert one != other

@@ -515,7 +515,9 @@ def test_the_real_encoder_tells_photographs_apart(real_data, tmp_path):
     from model import build_encoder
 
     weights = real_data / "weights" / "resnet50_notop.weights.h5"
-    encoder = build_encoder(Config(magnification=1), str(weights))
+    encoder = build_encoder(
+        Config(magnification=1, encoder_weights=str(weights))
+    )
     folder = real_data / "data" / "flickr8k" / "Images"
     paths = sorted(folder.iterdir())[:4]
     pixels = np.stack([read_image(path, 224)[0] for path in paths])

@@ -34,7 +34,7 @@ def use_tiny_encoder(patch: pytest.MonkeyPatch) -> None:
     """Puts the encoder in the place of the network, and of Keras."""
     model: Any = ModuleType("model")
     model.feature_shape = lambda config: (4, 3)
-    model.build_encoder = lambda config, weights: SimpleNamespace(
+    model.build_encoder = lambda config: SimpleNamespace(
         predict_on_batch=encode
     )
     keras: Any = ModuleType("keras")

@@ -68,7 +68,9 @@ def features_folder(config: Config, description: dict[str, Any]) -> Path:
 
 def _fields(config: Config) -> dict[str, Any]:
     """The data fields; 1 and 1.0 are one value."""
-    kinds: dict[str, Any] = {each.name: each.type for each in dataclasses.fields(Config)}
+    kinds: dict[str, Any] = {
+        each.name: each.type for each in dataclasses.fields(Config)
+    }
     return {n: kinds[n](getattr(config, n)) for n in group("data")}
 
 

@@ -1,30 +1,142 @@
-"""Loads the weights of an encoder from a file, of this encoder and no other."""
+"""The weights of an encoder: their identity, and how they are loaded."""
 
 import functools
+import hashlib
 from collections import Counter
 from typing import Any
 
 import h5py
 import keras
+import numpy as np
 
-from config import ENCODERS, UserError
+from captioning.features import cache
+from config import ENCODERS, Config, UserError
+
+# A seed of its own: --seed changes the training, and neither the encoder nor,
+# with it, the feature cache.
+RANDOM_SEED = 0
 
 # How often each shape of a weight occurs. It identifies a network, whichever
 # format the file has: Keras 3 does not store the names of layers.
 Shapes = Counter[tuple[int, ...]]
 
 
-def load(network: keras.Model, path: str, encoder: str) -> None:
-    """Loads a weights file, `.weights.h5` or `.h5`, into a network.
+def describe_features(config: Config) -> dict[str, Any]:
+    """What the features of a config depend on, as `cache.describe` has it.
+
+    Args:
+        config: its encoder fields.
+    """
+    return cache.describe(
+        config.encoder,
+        ENCODERS[config.encoder].layer,
+        fingerprint(config.encoder_weights),
+        config.image_size,
+        config.magnification,
+    )
+
+
+def fingerprint(weights: str) -> str:
+    """A short name that identifies encoder weights.
+
+    Args:
+        weights: `imagenet`, `random`, or the path of a weights file.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    if weights == "random":
+        return f"random-{RANDOM_SEED}"
+    if weights == "imagenet":
+        return weights
+    try:
+        with open(weights, "rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256")
+    except OSError as error:
+        raise UserError(
+            f"encoder weights {weights}: {error.strerror}; --encoder-weights "
+            "takes imagenet, random or the path of a weights file"
+        ) from None
+    return f"sha256-{digest.hexdigest()[:16]}"
+
+
+def check(weights: str, description: dict[str, Any]) -> None:
+    """Compares encoder weights with those that a run was trained with.
+
+    Args:
+        weights: `imagenet`, `random`, or the path of a weights file.
+        description: from `runs.load_description`.
+
+    Raises:
+        UserError: if they differ.
+    """
+    found, wanted = fingerprint(weights), description["weights"]
+    if found != wanted:
+        raise UserError(
+            f"the run was trained with the encoder weights {wanted}, and "
+            f"{weights} is {found}: give the same file as --encoder-weights"
+        )
+
+
+def load(network: keras.Model, weights: str, encoder: str) -> None:
+    """Gives a network its weights.
 
     Args:
         network: an encoder without its top.
-        path: the file.
+        weights: `imagenet`, `random`, or the path of a weights file,
+            `.weights.h5` or `.h5`.
         encoder: the name of the network, a key of `ENCODERS`.
 
     Raises:
-        UserError: if the file does not hold the weights of the network.
+        UserError: if they cannot be downloaded, or the file does not hold the
+            weights of the network.
     """
+    if weights == "random":
+        network.set_weights(_random_weights(network))
+    elif weights == "imagenet":
+        network.set_weights(_imagenet_weights(network, encoder))
+    else:
+        _load_file(network, weights, encoder)
+
+
+def _random_weights(network: keras.Model) -> list[np.ndarray]:
+    """Glorot-normal kernels from NumPy, the same on every backend.
+
+    With these the shortcuts of residual networks outweigh the filters beside
+    them, so that more of the image is left in the last layer.
+    """
+    generator = np.random.default_rng(RANDOM_SEED)
+    weights = []
+    for variable in network.weights:
+        shape = variable.shape
+        if len(shape) > 1:
+            area = np.prod(shape[:-2])  # of the filter, in pixels
+            # A depthwise filter, (height, width, channels, 1), has one input.
+            ends = 2 if shape[-1] == 1 else shape[-2] + shape[-1]
+            scale = np.sqrt(2 / (area * ends))
+            weights.append(generator.normal(0, scale, shape))
+        else:
+            ones = variable.name in ("gamma", "moving_variance")
+            weights.append(np.full(shape, float(ones)))
+    return weights
+
+
+def _imagenet_weights(network: keras.Model, encoder: str) -> list[np.ndarray]:
+    application = getattr(keras.applications, ENCODERS[encoder].application)
+    shape = network.input_shape[1:]
+    try:
+        trained = application(include_top=False, input_shape=shape)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the ImageNet weights of {encoder} could not be downloaded "
+            f"({reason}): download the file elsewhere and give its path as "
+            "--encoder-weights"
+        ) from None
+    return trained.get_weights()
+
+
+def _load_file(network: keras.Model, path: str, encoder: str) -> None:
     found, wanted = _shapes_in_file(path), _shapes_of(network)
     if found != wanted:
         raise UserError(

@@ -7,10 +7,11 @@ import keras
 import numpy as np
 
 from captioning import runs
-from captioning.backend import Devices
+from captioning.backend import Devices, use_xla
 from captioning.data.prepared import Split
 from captioning.data.vocabulary import Vocabulary, encode
 from captioning.features.cache import channel_statistics
+from captioning.training import objective
 from captioning.training.batches import CaptionBatches
 from captioning.training.callbacks import SavePoints
 from config import Config
@@ -55,6 +56,25 @@ def standardise(decoder: Any, features: np.ndarray, rows: np.ndarray) -> None:
     mean, deviation = channel_statistics(features, rows)
     decoder.standardisation.mean.assign(mean)
     decoder.standardisation.deviation.assign(deviation)
+
+
+def compile_decoder(
+    decoder: keras.Model, config: Config, rate: Any, steps: int
+) -> None:
+    """Compiles a decoder for cross-entropy.
+
+    Args:
+        decoder: a `model.CaptioningModel`.
+        config: its training fields.
+        rate: the learning rate, a number or a schedule.
+        steps: per epoch.
+    """
+    decoder.compile(
+        objective.build_optimizer(config, rate, steps),
+        objective.SmoothedCrossEntropy(config.label_smoothing),
+        weighted_metrics=[objective.TokenAccuracy()],
+        jit_compile=use_xla(),
+    )
 
 
 def resume(decoder: Any, points: SavePoints) -> None:

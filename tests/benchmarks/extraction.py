@@ -70,10 +70,9 @@ def build(encoder: str, precision: str, weights: Path) -> Encode:
     policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision]
     keras.config.set_dtype_policy(policy)
     path = weights / f"{encoder}_notop.weights.h5"
-    config = resolve(Config(encoder=encoder))
-    built = model.build_encoder(
-        config, str(path) if path.exists() else "random"
-    )
+    known = str(path) if path.exists() else "random"
+    config = resolve(Config(encoder=encoder, encoder_weights=known))
+    built = model.build_encoder(config)
     encode = built.predict_on_batch
     for _ in range(2):
         encode(np.zeros((extraction.BATCH, 224, 224, 3), np.uint8))

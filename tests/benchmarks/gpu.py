@@ -101,7 +101,7 @@ def measure_extraction(
     from captioning.features import cache as features
     from captioning.features import extraction
 
-    encoder = model.build_encoder(config, "random")
+    encoder = model.build_encoder(config)
     encode = encoder.predict_on_batch
     size, batches = config.input_size, -(-images // extraction.BATCH)
     shape = (extraction.BATCH, size, size, 3)
@@ -151,7 +151,6 @@ def measure_training(
     import keras
 
     import model
-    import train
     from captioning.training.batches import CaptionBatches
 
     images = batch * actions.steps
@@ -162,7 +161,7 @@ def measure_training(
         features, rows, captions, batch, config.captions_per_image, seed=0
     )
     decoder = model.build_model(config, actions.words, CHANNELS)
-    train.compile_decoder(config, decoder, len(batches))
+    loop.compile_decoder(decoder, config, config.learning_rate, len(batches))
     clock: list[float] = []
     watch = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: clock.append(time.perf_counter()),
@@ -191,19 +190,19 @@ def measure_search(
     """Captions as `evaluate.py` makes them, all of the longest length."""
     import model
     from captioning.data.vocabulary import END, SPECIAL_WORDS, Vocabulary
-    from captioning.decoding import search
+    from captioning.decoding import captioner
 
     words = map(str, range(actions.words - len(SPECIAL_WORDS)))
     vocabulary = Vocabulary((*SPECIAL_WORDS, *words))
     decoder = model.build_model(config, actions.words, CHANNELS)
     bias = np.zeros(actions.words, np.float32)
     bias[END] = -1e6
-    decoder.deep_output.logits.bias.assign(bias)
-    searcher = search.build(decoder, config)
+    decoder.logits.bias.assign(bias)
+    searcher = captioner.build(decoder, config)
     rows = np.resize(np.arange(len(features)), actions.images)
 
     def caption(some: np.ndarray) -> None:
-        search.caption_rows(searcher, features, some, vocabulary)
+        captioner.caption_rows(searcher, [features], [some], vocabulary)
 
     once = timed(lambda: caption(rows[:1]))
     took = timed(lambda: caption(rows))

@@ -97,17 +97,17 @@ def main(arguments: command.Arguments) -> None:
 
     from captioning import backend
     from captioning.data.vocabulary import END, PAD
-    from captioning.decoding import search
+    from captioning.decoding import captioner, search
     from model import CaptioningModel
 
     precision = backend.set_precision(arguments.config)
     keras.utils.set_random_seed(0)
-    decoder = CaptioningModel(WORDS, LENGTH + 1, UNITS, UNITS, UNITS)
-    decoder.build({"features": (None, None, CHANNELS)})
+    decoder = CaptioningModel(WORDS, UNITS, UNITS, UNITS)
+    decoder.build((None, None, CHANNELS))
     # Every caption has all of its words, so that no search gets off early.
     bias = np.zeros(WORDS, np.float32)
     bias[END] = -1e6
-    decoder.deep_output.logits.bias.assign(bias)
+    decoder.logits.bias.assign(bias)
     random = np.random.default_rng(0)
     features = random.normal(size=(IMAGES, REGIONS, CHANNELS))
     features = features.astype(np.float16)
@@ -123,7 +123,7 @@ def main(arguments: command.Arguments) -> None:
         captions[name] = np.asarray(found["words"])[:, 0]
         rates[name] = IMAGES / took
         print(f"{name:12} {rates[name]:7.1f} images/s ({precision})")
-    configured = search.build(decoder, arguments.config)
+    configured = captioner.build(decoder, arguments.config)
     configured.predict_on_batch(features)
     took = seconds(lambda: configured.predict_on_batch(features))
     name = f"beam of {arguments.config.beam_size}"

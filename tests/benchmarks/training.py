@@ -28,7 +28,6 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
 from captioning import command  # noqa: E402
 from captioning.data import datasets, vocabulary  # noqa: E402
 from config import Config, UserError  # noqa: E402
@@ -215,16 +214,19 @@ def main(arguments: command.Arguments) -> None:
     """Measures."""
     command.import_keras()
     import keras
-    import tensorflow as tf
 
     import model
     from captioning import backend
+    from captioning.training import loop
 
     config = arguments.config
     captions = draw_captions(config)
     owners = np.repeat(np.arange(len(captions)), [*map(len, captions)])
     rows = np.concatenate(captions)  # (captions, steps + 1)
-    tf.config.threading.set_intra_op_parallelism_threads(THREADS)
+    if backend.TENSORFLOW:
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(THREADS)
     keras.utils.set_random_seed(config.seed)
     precision = backend.set_precision(config)
     dtype = keras.config.dtype_policy().compute_dtype
@@ -244,13 +246,16 @@ def main(arguments: command.Arguments) -> None:
         everything = np.arange(len(captions))
         batches = make_batches(config, features, everything, captions)
         decoder = model.build_model(config, WORDS, CHANNELS)
-        train.compile_decoder(config, decoder, len(batches))
+        loop.compile_decoder(
+            decoder, config, config.learning_rate, len(batches)
+        )
         measure_memory(config, decoder, folder, captions)
         epochs = {"ours": ours(decoder, batches)}
         epochs["loading"] = lambda: load(batches)
         sample = np.random.default_rng(0).permutation(len(rows))[:SAMPLE]
         given = (folder, owners[sample], rows[sample])
-        epochs["TensorFlow"] = yardsticks.with_tensorflow(*given)
+        if backend.TENSORFLOW:
+            epochs["TensorFlow"] = yardsticks.with_tensorflow(*given)
         if importlib.util.find_spec("torch"):
             epochs["PyTorch"] = yardsticks.with_pytorch(*given)
         else:
