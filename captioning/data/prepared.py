@@ -68,9 +68,8 @@ def features_folder(config: Config, description: dict[str, Any]) -> Path:
 
 def _fields(config: Config) -> dict[str, Any]:
     """The data fields; 1 and 1.0 are one value."""
-    kinds: dict[str, Any] = {
-        each.name: each.type for each in dataclasses.fields(Config)
-    }
+    fields = dataclasses.fields(Config)
+    kinds: dict[str, Any] = {each.name: each.type for each in fields}
     return {n: kinds[n](getattr(config, n)) for n in group("data")}
 
 

@@ -151,6 +151,7 @@ def measure_training(
     import keras
 
     import model
+    from captioning.training import loop
     from captioning.training.batches import CaptionBatches
 
     images = batch * actions.steps
@@ -253,7 +254,8 @@ def main(arguments: command.Arguments) -> None:
     from captioning import backend
 
     # As photographs are encoded, and not the drawn sample.
-    fields = {**arguments.given, "dataset": "flickr30k"}
+    fields = {"encoder_weights": "random", **arguments.given}
+    fields["dataset"] = "flickr30k"
     config = resolve(Config(**fields), fields)
     actions = arguments.actions
     backend.set_seed(config.seed)

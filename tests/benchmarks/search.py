@@ -35,20 +35,22 @@ def plain(decoder: Any, features: Any) -> list[int]:
 
     from captioning.data.vocabulary import END, PAD, START, UNKNOWN
 
-    annotations, keys, hidden, cell = decoder.start(features[None])
+    annotations, keys, *state = decoder.start(features[None])
+    hidden, cell = (each[:, None] for each in state)
     beam = [(0.0, [START])]
     finished = []
     for step in range(LENGTH + 1):
         width = len(beam)
         last = np.array([words[-1] for _, words in beam])
-        found, hidden, cell, _ = decoder.step(
-            last,
+        found, hidden, cell, _ = decoder.next_word(
+            last[:, None],
             hidden,
             cell,
+            decoder.step.cast_weights(),
             np.repeat(keys, width, axis=0),
             np.repeat(annotations, width, axis=0),
         )
-        found = np.array(found)  # (hypotheses, vocabulary)
+        found = np.array(found)[:, 0]  # (hypotheses, vocabulary)
         found[:, [PAD, START, UNKNOWN]] = -np.inf
         if step == 0:
             found[:, END] = -np.inf
