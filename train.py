@@ -76,6 +76,7 @@ def fit(
 ) -> None:
     """Trains on the training split, and judges by the validation split."""
     from captioning import backend, runs
+    from captioning.scoring.metrics import CIDER_IMAGES
     from captioning.training import callbacks, loop, self_critical
     from captioning.training.schedule import Schedule
     from model import build_model
@@ -100,8 +101,13 @@ def fit(
     )
     rate = Schedule(config.learning_rate, steps, scheduled, config.warmup_share)
     loop.compile_decoder(decoder, config, rate, steps)
+    measure = callbacks.ValidationCider(
+        config, decoder, cache.features, val_rows, val, words, devices
+    )
     judge = callbacks.Judge(
-        config, place, decoder, cache.features, val_rows, val, words, devices
+        *(measure, place, config.cider_every, config.patience, config.epochs),
+        by_loss=len(val.images) < CIDER_IMAGES,
+        writes=devices.process == 0,
     )
     points = callbacks.SavePoints(
         place, batches, judge, scheduled, devices.process == 0

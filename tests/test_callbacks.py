@@ -22,13 +22,13 @@ def judge(tmp_path, monkeypatch):
             runs, "save_weights", lambda model, place, epoch: kept.append(epoch)
         )
         ciders = iter([cider for cider, _ in epochs])
-        callback = callbacks.MeasureCider(
-            lambda: next(ciders),
-            contextlib.nullcontext(),
-            *(tmp_path, 1, patience, len(epochs)),
+        callback = callbacks.Judge(
+            *(lambda: next(ciders), tmp_path, 1, patience, len(epochs)),
             by_loss=by_loss,
         )
-        callback.set_model(type("Model", (), {"stop_training": False})())
+        callback.averaged = contextlib.nullcontext()
+        model = type("Model", (), {"stop_training": False})()
+        keras.callbacks.Callback.set_model(callback, model)
         for number, (_, loss) in enumerate(epochs):
             logs = {} if loss is None else {"val_loss": loss}
             callback.on_epoch_end(number, logs)
@@ -82,8 +82,7 @@ def test_what_patience_goes_by_comes_back(tmp_path):
     model.compile("adam", "mse")
     model.optimizer.build(model.trainable_variables)
     saved, restored = (
-        callbacks.MeasureCider(lambda: 0.0, None, tmp_path, 1, 4, 9)
-        for _ in range(2)
+        callbacks.Judge(lambda: 0.0, tmp_path, 1, 4, 9) for _ in range(2)
     )
     saved.best, saved.best_loss = 0.3, 4.5
     saved.best_epoch, saved.since_best = 2, 3

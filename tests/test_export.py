@@ -45,6 +45,7 @@ def run(tmp_path_factory, request):
         encoder_weights="random",
         image_size=64,
         magnification=1,
+        batch_images=4,
         decoder_units=16,
         attention_units=16,
         embedding_units=16,

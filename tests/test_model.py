@@ -360,22 +360,9 @@ def test_the_optimizer_is_kerass_adamw():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_the_learning_rate_warms_up_and_decays():
-    config = Config(epochs=4, warmup_share=0.25, learning_rate=0.01)
-    optimizer = build_optimizer(config, steps=5)
-    optimizer.build([keras.Variable(np.zeros(1))])
-    rates = []
-    for step in (0, 5, 15, 20):
-        optimizer.iterations.assign(step)
-        rates.append(float(optimizer.learning_rate))
-    half = 0.01 * (1 + np.cos(np.pi * 10 / 15)) / 2
-    np.testing.assert_allclose(rates, [0.002, 0.01, half, 0], atol=1e-6)
-
-
 def test_word_embeddings_learn_embedding_rate_times_as_fast():
     """As the decoder sees them. Adam's first step is the learning rate."""
     config = Config(
-        learning_rate=0.001,
         embedding_rate=16.0,
         decoder_units=8,
         attention_units=7,
@@ -397,7 +384,7 @@ def test_word_embeddings_learn_embedding_rate_times_as_fast():
     np.testing.assert_allclose(*starts, atol=1e-7)
     others = decoder.get_weights()
     decoder.compile(
-        build_optimizer(config, 1),
+        build_optimizer(config, 0.001, 1),
         SmoothedCrossEntropy(0.1),
         jit_compile=use_xla(),
     )

@@ -18,7 +18,6 @@ from captioning.decoding import captioner
 from captioning.files import write_csv
 from captioning.scoring import metrics
 from captioning.scoring.figures import write_curves
-from captioning.scoring.metrics import CIDER_IMAGES
 from captioning.training.batches import CaptionBatches
 from config import Config, UserError
 from model import build_model
@@ -72,18 +71,11 @@ class Averaged(keras.callbacks.Callback):
             variable.assign(value)
 
 
-class Judge(keras.callbacks.Callback):
-    """Adds `val_cider`, of free-running captions, to an epoch's logs.
-
-    Keeps the weights of the best epoch, and stops when no better one comes.
-    The best epoch has the highest CIDEr and, among equal ones, the lowest
-    validation loss. Where the validation split is too small for CIDEr, the
-    validation loss decides alone. Self-critical training has no such loss:
-    there, its last epoch is kept.
+class ValidationCider:
+    """Captions the validation split freely, and scores that by CIDEr.
 
     Args:
-        config: its training and decoding fields.
-        place: the run folder.
+        config: its decoding fields.
         decoder: the model that is trained.
         features: float16 (all rows, regions, channels).
         rows: of the validation images, int (images,).
@@ -96,7 +88,6 @@ class Judge(keras.callbacks.Callback):
     def __init__(
         self,
         config: Config,
-        place: Path,
         decoder: keras.Model,
         features: np.ndarray,
         rows: np.ndarray,
@@ -104,14 +95,9 @@ class Judge(keras.callbacks.Callback):
         words: Vocabulary,
         devices: Devices = ALONE,
     ) -> None:
-        super().__init__()
-        self.config, self.place, self.devices = config, place, devices
+        self.decoder, self.devices = decoder, devices
         self.features, self.rows = features, rows
         self.split, self.words = split, words
-        self.by_loss = len(split.images) < CIDER_IMAGES
-        self.averaged = Averaged()
-        self.averaged.set_model(decoder)
-        self.set_model(decoder)
         with one_device():
             self.captioner = decoder
             if devices.number > 1:
@@ -119,38 +105,13 @@ class Judge(keras.callbacks.Callback):
                     config, len(words), features.shape[-1]
                 )
             self.search = captioner.build(self.captioner, config)
-        self.best, self.best_loss = -1.0, float("inf")
-        self.best_epoch, self.since_best = 0, 0
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Judges, every few epochs and after the last one."""
-        due = (epoch + 1) % self.config.cider_every == 0
-        if due or epoch + 1 == self.config.epochs:
-            with self.averaged:
-                self.judge(epoch, logs)
-
-    def judge(self, epoch: int, logs: dict[str, float]) -> None:
-        """Measures, and keeps the weights if they are the best."""
-        logs["val_cider"] = self.measure()
-        better = self.is_better(logs)
-        if better and self.devices.process == 0:
-            with one_device():  # the others do not take part
-                runs.save_weights(self.model, self.place, epoch + 1)
-        tie = logs["val_cider"] == self.best and not self.by_loss
-        if better:
-            self.best, self.best_epoch = logs["val_cider"], epoch + 1
-            self.best_loss = logs.get("val_loss", float("inf"))
-            self.since_best = 0
-        elif not tie:
-            self.since_best += 1
-        self.model.stop_training = self.stopped
-
-    def measure(self) -> float:
-        """CIDEr of the validation split, captioned by the weights of now."""
+    def __call__(self) -> float:
+        """CIDEr with the current weights."""
         process, processes = self.devices.process, self.devices.processes
         with one_device():
-            if self.captioner is not self.model:
-                self.captioner.set_weights(self.model.get_weights())
+            if self.captioner is not self.decoder:
+                self.captioner.set_weights(self.decoder.get_weights())
             found = captioner.caption_rows(
                 self.search,
                 [self.features],
@@ -170,6 +131,71 @@ class Judge(keras.callbacks.Callback):
         }
         return metrics.cider(captions, references)
 
+
+class Judge(keras.callbacks.Callback):
+    """Adds `val_cider`, of free-running captions, to an epoch's logs.
+
+    Keeps the weights of the best epoch, and stops when no better one comes.
+    The best epoch has the highest CIDEr and, among equal ones, the lowest
+    validation loss. Where the validation split is too small for CIDEr, the
+    validation loss decides alone. Self-critical training has no such loss:
+    there, its last epoch is kept.
+
+    Args:
+        measure: captions the validation split, and returns its CIDEr.
+        place: the run folder.
+        every: epochs between measurements.
+        patience: stop after this many measurements without a better one.
+        epochs: how many epochs there are; it also measures after the last.
+        by_loss: whether the validation loss decides alone.
+        writes: whether this process saves the weights.
+    """
+
+    def __init__(
+        self,
+        measure: ValidationCider,
+        place: Path,
+        every: int,
+        patience: int,
+        epochs: int,
+        by_loss: bool = False,
+        writes: bool = True,
+    ) -> None:
+        super().__init__()
+        self.measure, self.place, self.writes = measure, place, writes
+        self.every, self.patience, self.epochs = every, patience, epochs
+        self.by_loss = by_loss
+        self.averaged: Any = Averaged()
+        self.best, self.best_loss = -1.0, float("inf")
+        self.best_epoch, self.since_best = 0, 0
+
+    def set_model(self, model: keras.Model) -> None:
+        """Sets the model that is judged."""
+        super().set_model(model)
+        self.averaged.set_model(model)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Judges, every few epochs and after the last one."""
+        if (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs:
+            with self.averaged:
+                self.judge(epoch, logs)
+
+    def judge(self, epoch: int, logs: dict[str, float]) -> None:
+        """Measures, and keeps the weights if they are the best."""
+        logs["val_cider"] = self.measure()
+        better = self.is_better(logs)
+        if better and self.writes:
+            with one_device():  # the others do not take part
+                runs.save_weights(self.model, self.place, epoch + 1)
+        tie = logs["val_cider"] == self.best and not self.by_loss
+        if better:
+            self.best, self.best_epoch = logs["val_cider"], epoch + 1
+            self.best_loss = logs.get("val_loss", float("inf"))
+            self.since_best = 0
+        elif not tie:
+            self.since_best += 1
+        self.model.stop_training = self.stopped
+
     def is_better(self, logs: dict[str, float]) -> bool:
         """Whether an epoch is better than all before it."""
         loss = logs.get("val_loss")
@@ -182,7 +208,7 @@ class Judge(keras.callbacks.Callback):
     @property
     def stopped(self) -> bool:
         """Whether patience has run out."""
-        return self.since_best >= self.config.patience
+        return self.since_best >= self.patience
 
     def __str__(self) -> str:
         """The best epoch, for people."""

@@ -81,6 +81,7 @@ def resume(decoder: Any, points: SavePoints) -> None:
     """Restores a run from its last saved point, if it has one."""
     decoder.optimizer.build(decoder.trainable_variables)
     points.restore(decoder)
+    points.judge.set_model(decoder)
     if points.epoch or points.batch:
         print(f"Resuming after {points.epoch} epochs and {points.batch} steps")
         if points.self_critical:

@@ -272,14 +272,13 @@ def train(
     """
     job.wait("self-critical")  # the first process may still be writing
     with one_device():
-        decoder, judge = points.model, points.judge
-        if judge.captioner is not decoder:
-            # Sampling and judging is no work for several devices: each process
-            # does all of it, and they agree.
-            decoder = judge.captioner
-            judge.devices = ALONE
-            judge.set_model(decoder)
-            points.set_model(decoder)
+        # Sampling and judging is no work for several devices: each process does
+        # all of it, and they agree.
+        judge, measure = points.judge, points.judge.measure
+        decoder = measure.decoder = measure.captioner
+        measure.devices = ALONE
+        judge.set_model(decoder)
+        points.set_model(decoder)
         compile_decoder(config, decoder)
         decoder.optimizer.build(decoder.trainable_variables)
         if points.self_critical:
