@@ -166,7 +166,7 @@ def next_words(decoder, features, words) -> list[np.ndarray]:
 
 
 def test_the_step_of_a_search_agrees_with_teacher_forcing():
-    decoder, features = tiny(), some_features()
+    decoder, features = tiny(embedding_rate=4.0), some_features()
     captions = [[(5, 6, 7), (8, 9, 10)], [(11, 4, 5), (6, 6, 6)]]
     inputs, _, _ = batches(captions, features)[0]
     logits, _ = decoder.teacher_force(inputs)
