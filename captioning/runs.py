@@ -149,7 +149,9 @@ def decoding_config(
     for name in [*group("data"), *group("encoder")]:
         if name not in (*EVALUATED, "limit_images"):
             _refuse_other(given, config, name, place)
-    asked = [n for n in (*EVALUATED, "precision") if n in _chosen(given)]
+    asked = [name for name in EVALUATED if name in _chosen(given)]
+    if "precision" in given:  # `auto` is that of this machine
+        asked.append("precision")
     if "dataset_dir" in given:
         asked.append("dataset")  # which may be named by its folder
     names = [*group("place"), *group("decoding"), *asked]

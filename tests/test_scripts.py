@@ -106,7 +106,7 @@ def test_runs_are_averaged(home):
 def test_the_weights_of_a_run_are_those_of_the_decoder_alone(home):
     """Not the optimizer's, which are three times as many."""
     with h5py.File(home / "checkpoints" / RUN / "model.weights.h5") as weights:
-        assert "optimizer" not in weights and "deep_output" in weights
+        assert "optimizer" not in weights and "embedding" in weights
 
 
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home):
@@ -386,7 +386,7 @@ def test_an_evaluation_says_what_made_it(home):
         assert run["versions"]["keras"] and run["date"]
         low, high = found["intervals"]["token_accuracy"]
         assert low <= found["token_accuracy"] <= high
-        assert low < high
+        assert low < high or not found["token_accuracy"]
 
 
 def test_a_run_is_evaluated_in_its_precision_on_any_machine(home, monkeypatch):
