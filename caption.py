@@ -95,8 +95,8 @@ def main(arguments: command.Arguments) -> int:
         captioned += 1
     where = f"; figures in {actions.attention}" if actions.attention else ""
     print(
-        f"{captioned:,} captions by {run}, {failed:,} photographs left out"
-        f"{where}. Next: python evaluate.py scores the run",
+        f"Captioned {captioned:,} of {captioned + failed:,} photographs with "
+        f"{run}{where}. Next: python evaluate.py scores the run",
         file=sys.stderr,
     )
     return command.FAILED if failed else command.DONE
