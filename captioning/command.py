@@ -197,10 +197,14 @@ def import_keras() -> None:
         sys.stderr.flush()
         os.dup2(saved, 2)
         os.close(saved)
-    if keras.config.backend() not in BACKENDS:
+    _check_backend(keras.config.backend())
+
+
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
         raise UserError(
-            f"Keras's backend {keras.config.backend()} is not supported: set "
-            f"KERAS_BACKEND to {' or '.join(BACKENDS)}"
+            f"Keras's backend {name} is not supported: set KERAS_BACKEND to "
+            f"{' or '.join(BACKENDS)}"
         )
 
 
@@ -246,6 +250,8 @@ def run(
     arguments = parse(description, actions)
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        # Before any work: Keras is imported late.
+        _check_backend(os.environ.get("KERAS_BACKEND") or BACKENDS[0])
         code = main(arguments) or DONE
     except UserError as error:
         tell(str(error))

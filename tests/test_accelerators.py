@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import pytest
 
-import train
 from captioning import backend
 from captioning.backend import TENSORFLOW
 from captioning.data.vocabulary import END, PAD, START
 from captioning.decoding import captioner
+from captioning.training import loop
 from captioning.training.batches import CaptionBatches
 from captioning.training.objective import SmoothedCrossEntropy
 from config import Config
@@ -50,10 +50,14 @@ def gpus(monkeypatch):
 def make_batches(**options) -> CaptionBatches:
     """Captions of one word and of two, that make batches of two lengths."""
     short, long = [START, END, PAD], [START, 5, END]
-    captions = [np.array([each] * 2, np.int32) for each in (short, long) * 2]
     generator = np.random.default_rng(0)
-    features = generator.normal(size=(4, REGIONS, CHANNELS)).astype(np.float16)
-    return CaptionBatches(features, np.arange(4), captions, 1, **options)
+    captions = [
+        np.array([short if chance < 0.5 else long] * 2, np.int32)
+        for chance in generator.random(400)
+    ]
+    shape = (400, REGIONS, CHANNELS)
+    features = generator.normal(size=shape).astype(np.float16)
+    return CaptionBatches(features, np.arange(400), captions, 100, **options)
 
 
 def tiny() -> CaptioningModel:
@@ -83,7 +87,7 @@ def test_gpus_compute_in_bfloat16_if_all_of_them_can(
 def test_on_gpus_xla_compiles_training_and_search(gpus):
     gpus("9.0")
     config, decoder = Config(ema_epochs=0), tiny()
-    train.compile_decoder(config, decoder, 1)
+    loop.compile_decoder(decoder, config, 0.001, 1)
     assert decoder.jit_compile
     assert captioner.build(decoder, config).jit_compile
 

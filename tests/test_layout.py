@@ -128,20 +128,20 @@ def test_more_images_extend_the_features_and_leave_the_rest(home):
 
 
 def test_a_text_folder_lists_what_is_wrong_with_its_own_images(home):
-    good("--limit-images", "4")
+    good("--limit-images", "5")
     images = home / "data" / "photos" / "images"
     (images / "037.png").write_bytes(b"no picture")
     good()
-    good("--limit-images", "3")
+    good("--limit-images", "4")
     lists = {
         each: pd.read_csv(prepared.folder(each) / "skipped.csv")["image"]
-        for each in (config(), config(limit_images=3))
+        for each in (config(), config(limit_images=4))
     }
     assert [*lists[config()]] == ["037.png"]
-    assert lists[config(limit_images=3)].empty
+    assert lists[config(limit_images=4)].empty
     path = prepared.folder(config()) / "repaired.csv"
     assert "007.png" in path.read_text()
-    path = prepared.folder(config(limit_images=3)) / "repaired.csv"
+    path = prepared.folder(config(limit_images=4)) / "repaired.csv"
     assert "007.png" not in path.read_text()
 
 
@@ -332,7 +332,8 @@ def test_captions_of_another_layout_are_of_the_same_dataset(home):
     shutil.copytree(place / "images", place / "images2")
     text = (place / "captions.csv").read_text()
     (place / "results.csv").write_text(
-        "\n".join(
+        "image_name| comment_number| comment\n"
+        + "\n".join(
             f"{line.split(',')[0]}| 0| {line.split(',')[1]}"
             for line in text.splitlines()[1:]
         )

@@ -141,7 +141,7 @@ def test_curves_mark_the_epoch_that_was_kept(tmp_path):
     table["val_cider"] = [np.nan, 0.0, np.nan, 0.0, np.nan, 0.0]
     examples = examples_in(tmp_path, ["a"])
     path = tmp_path / "report.html"
-    metrics = {**METRICS, "run": {"epoch": 4}}
+    metrics = {**METRICS, "run": {"epoch": 4, "images_trained_on": 0}}
     report.write_report(
         *(path, "t", "x", metrics, examples, [attend(1)], tmp_path, table)
     )

@@ -150,8 +150,14 @@ def test_tokens_are_counted_for_each_image():
     logits[3] = 0  # all alike: 7 stands behind seven others
     logits[4, [4, 8]] = 3  # a tie, which the first wins
     logits[5, [5, 8]] = 3  # a tie, which the first wins
-    batch = ({"image": images}, targets, np.ones(6, np.float32))
-    counts = teacher_forced.count(lambda inputs: logits, [batch], 2)
+    # One terrace of one step: a caption per token.
+    inputs = {
+        "features": np.zeros((3, 1, 1)),  # the third fills the batch up
+        "image": images,
+        "words": (np.ones((6, 1), np.int32),),
+    }
+    batch = (inputs, targets, np.ones(6, np.float32), logits)
+    counts = teacher_forced.count([batch], 2)
     assert counts.tokens.tolist() == [4, 2]
     assert counts.hits.tolist() == [2, 0]
     assert counts.top.tolist() == [2, 1]
@@ -167,25 +173,29 @@ def test_tokens_are_counted_for_each_image():
     assert low == 0 and high == 0.5  # of one image or the other
 
 
-def test_padded_captions_count_like_packed_ones():
+def test_padding_does_not_count_and_terraces_keep_their_images():
+    """The same captions as one rectangle, and cut into two terraces."""
     random = np.random.default_rng(0)
-    targets = random.integers(UNKNOWN, 9, (2, 3, 4))
-    targets[0, 1:, 2:] = targets[1, 2] = PAD
-    logits = random.normal(size=(2, 3, 4, 9)).astype(np.float32)
-    real = targets != PAD
-    # A third image fills the batch up.
-    padded = (
-        {},
-        np.concatenate([targets, np.full((1, 3, 4), PAD)]),
-        np.concatenate([real, np.zeros((1, 3, 4))]),
-    )
-    full = np.concatenate([logits, logits[:1]])
-    one = teacher_forced.count(lambda inputs: full, [padded], 2)
-    packed = (
-        {"image": np.nonzero(real)[0]},
-        targets[real],
-        np.ones(real.sum()),
-    )
-    other = teacher_forced.count(lambda inputs: logits[real], [packed], 2)
+    image = np.array([1, 0, 1, 0], np.int32)  # of each caption
+    targets = random.integers(UNKNOWN, 9, (4, 4))
+    targets[2:, 2:] = PAD
+    logits = random.normal(size=(4, 4, 9)).astype(np.float32)
+
+    def count(*cuts):
+        """Of terraces: (first step, last step, captions)."""
+        parts = [(slice(0, c), slice(a, b)) for a, b, c in cuts]
+        inputs = {
+            "features": np.zeros((2, 1, 1)),
+            "image": image,
+            "words": tuple(targets[each] for each in parts),
+        }
+        flat = np.concatenate([targets[each].ravel() for each in parts])
+        scores = [logits[each].reshape(-1, 9) for each in parts]
+        weights = (flat != PAD).astype(np.float32)
+        batch = (inputs, flat, weights, np.concatenate(scores))
+        return teacher_forced.count([batch], 2)
+
+    one, other = count((0, 4, 4)), count((0, 2, 4), (2, 4, 2))
+    assert one.tokens.tolist() == [6, 6]
     for name in one._fields:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name))

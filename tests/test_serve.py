@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from werkzeug.serving import make_server
 
-from captioning.decoding import search, serve
+from captioning.decoding import captioner, serve
 from config import UserError
 from tests.browser import chromium, find, phone, press, wait
 
@@ -19,10 +19,10 @@ WORDS = ["a", "<b>dog</b>"]
 
 def caption(photos):
     """Stands in for a model; a photograph's caption tells its size."""
-    best = search.Hypothesis(WORDS, -0.5, -1.0)
-    other = search.Hypothesis([str(photos[0].pixels.shape[0])], -0.6, -1.2)
+    best = captioner.Hypothesis(WORDS, -0.5, -1.0)
+    other = captioner.Hypothesis([str(photos[0].pixels.shape[0])], -0.6, -1.2)
     attention = np.full((2, 9), 1 / 9, "float32")
-    return [search.Captioned([best, other], attention)]
+    return [captioner.Captioned([best, other], attention)]
 
 
 @pytest.fixture

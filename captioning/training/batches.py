@@ -41,7 +41,7 @@ class Terrace(NamedTuple):
     captions: int  # that a batch has room for
 
 
-def terraces(lengths: np.ndarray, captions: int) -> list[Terrace]:
+def choose_terraces(lengths: np.ndarray, captions: int) -> list[Terrace]:
     """Chooses terraces for batches of captions.
 
     Args:
@@ -84,6 +84,7 @@ class CaptionBatches(keras.utils.PyDataset):
             does not fit), so that XLA compiles once; None: where it compiles.
         devices: that share a batch. Several get every caption padded to the
             longest, and a process gets its own images alone.
+        terraces: None: chosen by the lengths of the captions.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class CaptionBatches(keras.utils.PyDataset):
         importance: Sequence[np.ndarray] | None = None,
         static: bool | None = None,
         devices: Devices = ALONE,
+        terraces: list[Terrace] | None = None,
     ) -> None:
         super().__init__(workers=WORKERS)
         self.features, self.rows, self.captions = features, rows, captions
@@ -112,7 +114,9 @@ class CaptionBatches(keras.utils.PyDataset):
         self.room = self.share * most  # captions
         self.longest = captions[0].shape[1] - 1
         lengths = [np.count_nonzero(each, axis=1) - 1 for each in captions]
-        self.terraces = terraces(np.concatenate(lengths), self.room)
+        self.terraces = terraces or choose_terraces(
+            np.concatenate(lengths), self.room
+        )
         self.begin(0)
 
     def begin(self, epoch: int, skip: int = 0) -> None:

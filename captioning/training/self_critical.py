@@ -25,7 +25,7 @@ from captioning.data import vocabulary
 from captioning.data.vocabulary import SPECIAL_WORDS
 from captioning.decoding import captioner, search
 from captioning.decoding.consensus import ORDERS, SIGMA
-from captioning.training.batches import CaptionBatches
+from captioning.training.batches import CaptionBatches, choose_terraces
 from captioning.training.callbacks import SavePoints
 from config import Config
 
@@ -150,10 +150,19 @@ class Rounds:
         self.config, self.features, self.rows = config, features, rows
         self.words = words
         self.judge = CiderD(captions)
+        # All rounds have the same terraces: other ones would be compiled again.
+        # Those of the references, and room for the longest caption.
+        samples = max(2, config.captions_per_image)
+        lengths = [len(each) + 1 for image in captions for each in image]
+        steps = config.max_caption_length + 1
+        *first, last = choose_terraces(
+            np.minimum(lengths, steps), config.batch_images * samples
+        )
+        self.terraces = [*first, last._replace(last=steps)]
         self.sampler = search.Sample(
             decoder,
             # The baseline of a sample is the other samples.
-            samples=max(2, config.captions_per_image),
+            samples=samples,
             # What may not be sampled is never punished, and would get likelier.
             min_length=0,
             max_length=config.max_caption_length,
@@ -205,6 +214,7 @@ class Rounds:
             rows,
             self.config.batch_images,
             importance=[*importance],
+            terraces=self.terraces,
         ), float(rewards.mean())
 
 
