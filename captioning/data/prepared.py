@@ -285,6 +285,8 @@ def _check_fields(config: Config, place: Path) -> None:
                 f"{path}: {name} is {found.get(name)!r}, not {wanted!r}: run "
                 "preprocess.py again"
             )
+    if "directory" not in found or "images_dir" not in found:
+        raise UserError(f"{path} is incomplete: run preprocess.py again")
     was, now = Path(found["directory"]), directory(config).resolve()
     if config.dataset_dir and was != now and was.is_dir():
         raise UserError(
