@@ -92,7 +92,7 @@ def test_exactly_one_of_the_workers_completes_the_cache(alone, tmp_path):
 
 def test_workers_and_a_run_alone_keep_out_of_each_others_way(tmp_path):
     make_photos(tmp_path)
-    worker = start(tmp_path, "--worker", "1/2", pause=1)
+    worker = start(tmp_path, "--worker", "1/2", pause=60)
     wait_for(lambda: len(finished_rows(tmp_path)), "row of the worker")
     for flags in (["--worker", "1/2"], []):
         code, _, err = end(start(tmp_path, *flags))
@@ -100,7 +100,7 @@ def test_workers_and_a_run_alone_keep_out_of_each_others_way(tmp_path):
         assert "another process is at work" in err and "worker-1" in err
     worker.kill()
     worker.communicate()
-    single = start(tmp_path, pause=1)
+    single = start(tmp_path, pause=60)
     count = len(finished_rows(tmp_path))
     wait_for(lambda: len(finished_rows(tmp_path)) > count, "further row")
     for flags in (["--worker", "0/2"], []):
@@ -183,7 +183,7 @@ def test_a_worker_that_fails_leaves_no_mark(tmp_path):
 
 def test_runs_on_other_captions_of_the_same_images_take_turns(tmp_path):
     make_photos(tmp_path)
-    first = start(tmp_path, "--limit-images", "9", pause=1)
+    first = start(tmp_path, "--limit-images", "9", pause=60)
     wait_for(lambda: len(finished_rows(tmp_path)), "row of the first")
     for flags in ([], ["--worker", "0/2"]):
         code, _, err = end(start(tmp_path, *flags))
@@ -191,7 +191,7 @@ def test_runs_on_other_captions_of_the_same_images_take_turns(tmp_path):
         assert "another process is at work" in err
     first.kill()
     first.communicate()
-    worker = start(tmp_path, "--worker", "1/2", pause=1)
+    worker = start(tmp_path, "--worker", "1/2", pause=60)
     count = len(finished_rows(tmp_path))
     wait_for(lambda: len(finished_rows(tmp_path)) > count, "further row")
     code, _, err = end(start(tmp_path, "--limit-images", "9"))
