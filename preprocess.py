@@ -28,7 +28,7 @@ def read_worker(text: str) -> tuple[int, int]:
     number, _, of = text.partition("/")
     if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
         raise argparse.ArgumentTypeError(
-            f"wants a number from 0 and how many there are, like 0/4, not "
+            f"expects a number from 0 and how many there are, like 0/4, not "
             f"{text!r}"
         )
     return int(number), int(of)
