@@ -46,9 +46,8 @@ class _Search(keras.Model):
         ends = np.zeros(self.size, np.float32)
         ends[END] = IMPOSSIBLE
         self.ends = ends  # (vocabulary,)
-
-    def build(self, shape: Any) -> None:
-        """Nothing to make: the decoders have their weights."""
+        # The decoders have their weights. JAX would compile the loop a second
+        # time, to build what is not built.
         self.built = True
 
     def start(self, features: Any) -> tuple[list[Any], list[Any]]:
