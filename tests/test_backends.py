@@ -94,6 +94,7 @@ def test_a_run_goes_on_on_the_other_backend(home):
     assert table["val_loss"].iloc[-1] < table["val_loss"][0] - 0.1
 
 
+@pytest.mark.skipif(HERE == "jax", reason="starts JAX from either backend")
 def test_on_jax_nothing_imports_tensorflow(home):
     flags = [*FLAGS, "--run-name", "alone"]
     data = ["--min-word-count", "2"]

@@ -100,12 +100,12 @@ def test_what_patience_goes_by_comes_back(tmp_path):
 
 
 def test_the_rate_warms_up_decays_and_then_stays_low():
-    rate = Schedule(0.01, steps=100, epochs=8, warmup_share=0.05)
-    found = np.array([float(rate(step)) for step in range(900)])
-    assert found[:41].argmax() == 40 and found[40] == pytest.approx(0.01)
-    assert (np.diff(found[40:801]) < 0).all() and found[800] < 1e-9
-    last = found[700:800].mean()
-    np.testing.assert_allclose(found[801:], last, rtol=0.02)
+    rate = Schedule(0.01, steps=20, epochs=8, warmup_share=0.05)
+    found = np.array([float(rate(step)) for step in range(170)])
+    assert found[:9].argmax() == 8 and found[8] == pytest.approx(0.01)
+    assert (np.diff(found[8:161]) < 0).all() and found[160] < 1e-9
+    last = found[140:160].mean()
+    np.testing.assert_allclose(found[161:], last, rtol=0.1)
 
 
 def test_a_schedule_of_a_single_step_is_a_number():
