@@ -143,8 +143,8 @@ def load_captioner(config: Config, run: Path) -> Any:
     from captioning.features import encoder_weights, extraction
 
     backend.set_precision(config)
-    description, _ = runs.load_description(run)
-    encoder_weights.check(config.encoder_weights, description)
+    descriptions, _ = runs.load_description(run)
+    encoder_weights.check(config, descriptions)
     decoder, words = captioner.load_decoder(config, run)
     encoder = captioning_model.build_encoder(config)
     searcher = captioner.build(decoder, config)
@@ -154,8 +154,8 @@ def load_captioner(config: Config, run: Path) -> Any:
         if not pixels:
             return []
         features = extraction.encode(pixels, encoder.predict_on_batch)
-        rows = np.arange(len(features))
-        return captioner.caption_rows(searcher, [features], [rows], words)
+        everything = np.arange(len(features))
+        return captioner.caption_images(searcher, [features], everything, words)
 
     return caption
 

@@ -32,20 +32,37 @@ class Encoder(NamedTuple):
 
     application: str  # class in keras.applications
     module: str  # module in keras.applications with its preprocess_input
-    layer: str  # the layer whose output is cached as annotation vectors
+    # The layer whose output is cached as annotation vectors; LAST is the last
+    # one, where Keras gives it another name every time.
+    layer: str
 
 
+LAST = "output"
 # The name that --encoder takes -> where Keras Applications has it. A new
 # encoder is one line here. VGG's block5_conv3 is the layer that Show, Attend
-# and Tell uses (Xu et al. 2015, section 4.3); for the residual networks it is
-# the last convolutional layer.
+# and Tell uses (Xu et al. 2015, section 4.3); the others have their last
+# feature map.
 ENCODERS = {
     "vgg16": Encoder("VGG16", "vgg16", "block5_conv3"),
     "vgg19": Encoder("VGG19", "vgg19", "block5_conv4"),
     "resnet50": Encoder("ResNet50", "resnet50", "conv5_block3_out"),
     "resnet101": Encoder("ResNet101", "resnet", "conv5_block3_out"),
     "resnet152": Encoder("ResNet152", "resnet", "conv5_block3_out"),
+    "resnet50v2": Encoder("ResNet50V2", "resnet_v2", "post_relu"),
+    "resnet101v2": Encoder("ResNet101V2", "resnet_v2", "post_relu"),
+    "resnet152v2": Encoder("ResNet152V2", "resnet_v2", "post_relu"),
+    "xception": Encoder("Xception", "xception", "block14_sepconv2_act"),
     "mobilenetv2": Encoder("MobileNetV2", "mobilenet_v2", "out_relu"),
+    **{
+        f"efficientnetv2{size.lower()}": Encoder(
+            f"EfficientNetV2{size}", "efficientnet_v2", "top_activation"
+        )
+        for size in ("B0", "B1", "B2", "B3", "S", "M", "L")
+    },
+    **{
+        f"convnext{size.lower()}": Encoder(f"ConvNeXt{size}", "convnext", LAST)
+        for size in ("Tiny", "Small", "Base", "Large", "XLarge")
+    },
 }
 LAYOUTS = (
     *("auto", "karpathy", "huggingface", "coco", "plain", "kaggle30k"),
@@ -84,8 +101,10 @@ def _group(name: str) -> Callable[..., Any]:
         least: float | None = None,
         most: float | None = None,
         choices: Sequence[str] | None = None,
+        joined: bool | None = None,  # whether `+` joins several of them
     ) -> Any:
-        limits = {"least": least, "most": most, "choices": choices}
+        limits: dict[str, Any] = {"least": least, "most": most}
+        limits |= {"choices": choices, "joined": joined}
         limits = {k: v for k, v in limits.items() if v is not None}
         metadata = {"group": name, "help": text, **limits}
         return field(default=default, metadata=metadata)
@@ -142,11 +161,17 @@ class Config:
     # --- encoder: which image features; another feature folder in the cache
     # ResNet50 runs three times as fast as VGG16 and is cached in as many bytes
     # (49x2048 instead of 196x512 float16 numbers per image).
-    encoder: str = _encoder("resnet50", "frozen encoder", choices=(*ENCODERS,))
+    encoder: str = _encoder(
+        "resnet50",
+        "frozen encoder, or several joined by +, like resnet50+xception",
+        choices=(*ENCODERS,),
+        joined=True,
+    )
     encoder_weights: str = _encoder(
         "auto",
         "'imagenet', 'random' or a weights file ('auto': random for the "
-        "sample, imagenet otherwise)",
+        "sample, imagenet otherwise); of several encoders one for all, or one "
+        "each, separated by commas",
     )
     # What the encoders were trained at.
     image_size: int = _encoder(
@@ -268,6 +293,7 @@ class Config:
         check_name("dataset", self.dataset)
         if self.run_name:
             check_name("run_name", self.run_name)
+        each_encoder(self)
         if self.min_caption_length > self.max_caption_length:
             raise UserError(
                 f"min_caption_length {self.min_caption_length} is above "
@@ -290,10 +316,36 @@ def _check(each: dataclasses.Field, value: Any) -> None:
     if most is not None and not value <= most:
         raise UserError(f"{each.name} {value} is above {most}")
     choices = each.metadata.get("choices")
-    if choices and value not in choices:
+    parts = str(value).split("+") if each.metadata.get("joined") else [value]
+    if choices and not {*parts} <= {*choices}:
         raise UserError(
             f"{each.name} {value!r} is not one of {', '.join(choices)}"
         )
+    if len({*parts}) < len(parts):
+        raise UserError(f"{each.name} {value!r} names one of them twice")
+
+
+def each_encoder(config: "Config") -> list[tuple[str, str]]:
+    """The encoders that a config joins, and the weights of each.
+
+    Returns:
+        Pairs of a key of `ENCODERS` and `auto`, `imagenet`, `random` or the
+        path of a weights file.
+
+    Raises:
+        UserError: if there are more or fewer weights than encoders.
+    """
+    names, weights = config.encoder.split("+"), [config.encoder_weights]
+    if len(names) > 1:
+        weights = config.encoder_weights.split(",")
+    if len(weights) == 1:
+        weights *= len(names)
+    if len(weights) != len(names):
+        raise UserError(
+            f"encoder_weights {config.encoder_weights!r} names {len(weights)} "
+            f"for {len(names)} encoders: give one for each of {config.encoder}"
+        )
+    return [*zip(names, weights, strict=True)]
 
 
 def group(name: str) -> list[str]:
@@ -358,10 +410,12 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
             f"the dataset in {place} cannot be called like the built-in "
             f"{SAMPLE}: give it another name with --dataset"
         )
-    weights = config.encoder_weights
-    if weights == "auto":
-        # The drawn sample needs no trained filters; photographs do.
-        weights = "random" if sample else "imagenet"
+    # The drawn sample needs no trained filters; photographs do.
+    auto = "random" if sample else "imagenet"
+    weights = ",".join(
+        auto if each == "auto" else each
+        for each in config.encoder_weights.split(",")
+    )
     return dataclasses.replace(
         config,
         dataset=dataset,

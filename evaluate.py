@@ -131,8 +131,8 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
 
     config, run = members[0]
     backend.set_precision(config)
-    description, _ = runs.load_description(run)
-    encoder_weights.check(config.encoder_weights, description)
+    descriptions, _ = runs.load_description(run)
+    encoder_weights.check(config, descriptions)
     encoder = captioning_model.build_encoder(config)
     decoder, words = captioner.load_decoder(config, run)
     searcher = captioner.build(decoder, config)
@@ -197,11 +197,13 @@ def caption_split(
         What the search found for each image, and the figures that need the
         model: teacher-forced ones and the speed.
     """
+    import numpy as np
+
     from captioning.decoding import captioner
 
     config, images = members[0][0], len(split.images)
     opened = [open_run(*each, split.images) for each in members]
-    decoders, vocabularies, features, rows = zip(*opened, strict=True)
+    decoders, vocabularies, features = zip(*opened, strict=True)
     words = vocabularies[0]
     averaged = f", {len(members)} runs averaged" if len(members) > 1 else ""
     print(
@@ -209,40 +211,37 @@ def caption_split(
     )
     searcher = captioner.build(decoders, config)
     # The first batch compiles the search, which is no part of its speed.
-    warm_up = [each[:1] for each in rows]
-    captioner.caption_rows(searcher, features, warm_up, words)
+    everything = np.arange(images)
+    captioner.caption_images(searcher, features, everything[:1], words)
     begun = time.monotonic()
-    found = captioner.caption_rows(
-        searcher, features, rows, words, progress=True
+    found = captioner.caption_images(
+        searcher, features, everything, words, progress=True
     )
     speed = images / (time.monotonic() - begun)
-    figures = teacher_forced(config, decoders, features, rows, split, words)
+    figures = teacher_forced(config, decoders, features, split, words)
     return found, {**figures, "images_per_second": speed}
 
 
 def open_run(
     config: Config, run: Path, images: list[str]
-) -> tuple[Any, Any, Any, Any]:
-    """Opens a run: decoder, vocabulary, features and the images' rows."""
+) -> tuple[Any, Any, Any]:
+    """Opens a run: its decoder, vocabulary, and the images' features."""
     from captioning import runs
     from captioning.data import prepared
     from captioning.decoding import captioner
     from captioning.features import encoder_weights
 
-    description, _ = runs.load_description(run)
-    # The features are cached: the encoder's weights need not be at hand.
-    if Path(config.encoder_weights).exists():
-        encoder_weights.check(config.encoder_weights, description)
-    cache, rows = prepared.open_features(config, description, images)
+    descriptions, _ = runs.load_description(run)
+    encoder_weights.check(config, descriptions, needed=False)
+    features = prepared.open_features(config, descriptions, images)
     decoder, words = captioner.load_decoder(config, run)
-    return decoder, words, cache.features, rows
+    return decoder, words, features
 
 
 def teacher_forced(
     config: Config,
     decoders: Any,
     features: Any,
-    rows: Any,
     split: Any,
     words: Any,
 ) -> dict[str, Any]:
@@ -251,8 +250,7 @@ def teacher_forced(
     Args:
         config: its batch size and the longest caption.
         decoders: the models.
-        features: for each decoder, float16 (all rows, regions, channels).
-        rows: for each decoder, the rows of the images, int (images,).
+        features: of the images, for each decoder.
         split: from `prepared.load_split`.
         words: the vocabulary.
     """
@@ -266,8 +264,7 @@ def teacher_forced(
         for tokens in split.tokens
     ]
     batches = [
-        CaptionBatches(*each, captions, config.batch_images)
-        for each in zip(features, rows, strict=True)
+        CaptionBatches(each, captions, config.batch_images) for each in features
     ]
     scored = captioner.teacher_force(decoders, batches)
     counts = teacher_forced.count(scored, len(split.images))

@@ -17,17 +17,18 @@ from keras import ops
 from captioning.backend import scan, use_xla
 from captioning.data.vocabulary import PAD
 from captioning.features import encoder_weights
-from config import ENCODERS, Config
+from captioning.features.joined import averages
+from config import ENCODERS, LAST, Config, UserError, each_encoder
 
 # --- encoder ---------------------------------------------------------------
 
 
 def build_encoder(config: Config) -> keras.Model:
-    """Builds the frozen encoder.
+    """Builds the frozen encoder; several of them are one with joined outputs.
 
     Args:
-        config: its encoder fields name the network, its weights and the size
-            of the images.
+        config: its encoder fields name the networks, their weights and the
+            size of the images.
 
     Returns:
         A model from uint8 RGB images (batch, size, size, 3), where size is
@@ -35,37 +36,68 @@ def build_encoder(config: Config) -> keras.Model:
         channels).
 
     Raises:
-        UserError: if the weights cannot be loaded.
+        UserError: if weights cannot be loaded.
     """
-    network, truncated = _networks(config)
-    network.trainable = False
-    encoder_weights.load(network, config.encoder_weights, config.encoder)
-
-    module = getattr(keras.applications, ENCODERS[config.encoder].module)
-    shape = network.input_shape[1:]
+    shape = (config.input_size, config.input_size, 3)
     images = keras.Input(shape, dtype="uint8", name="images")
-    pixels = module.preprocess_input(ops.cast(images, "float32"))
-    feature_map = truncated(pixels, training=False)  # (batch, h, w, channels)
-    _, height, width, channels = feature_map.shape
-    annotations = ops.reshape(feature_map, (-1, height * width, channels))
-    # float16 ends at 65,504; a larger activation would become infinite.
-    annotations = ops.cast(annotations, "float32")
-    if config.encoder_weights == "random":
-        annotations = annotations / _size_of_response(truncated)
-    annotations = ops.clip(annotations, -65504, 65504)
-    encoder = keras.Model(images, ops.cast(annotations, "float16"))
+    maps = [
+        _annotate(images, name, weights, config.magnification)
+        for name, weights in each_encoder(config)
+    ]
+    fewest = min(each.shape[1] for each in maps)
+    for place, each in enumerate(maps):
+        average = averages(each.shape[1], fewest)
+        if average is not None:
+            each = ops.matmul(average, ops.cast(each, "float32"))
+            maps[place] = ops.cast(each, "float16")
+    joined = ops.concatenate(maps, axis=2) if len(maps) > 1 else maps[0]
+    encoder = keras.Model(images, joined)
     encoder.compile(jit_compile=use_xla())
     return encoder
 
 
+def _annotate(images: Any, name: str, weights: str, magnification: int) -> Any:
+    """The annotation vectors of one encoder.
+
+    Args:
+        images: uint8 RGB (batch, size, size, 3).
+        name: of the encoder, a key of `ENCODERS`.
+        weights: `imagenet`, `random` or the path of a weights file.
+        magnification: how many times the images are enlarged.
+
+    Returns:
+        Float16 (batch, regions, channels).
+    """
+    network, truncated = _networks(name, images.shape[1], magnification)
+    network.trainable = False
+    encoder_weights.load(network, weights, name)
+
+    module = getattr(keras.applications, ENCODERS[name].module)
+    pixels = module.preprocess_input(ops.cast(images, "float32"))
+    feature_map = truncated(pixels, training=False)  # (batch, h, w, channels)
+    _, height, width, channels = feature_map.shape
+    annotations = ops.reshape(feature_map, (-1, height * width, channels))
+    annotations = ops.cast(annotations, "float32")
+    if weights == "random":
+        annotations = annotations / _size_of_response(truncated)
+    # float16 ends at 65,504; a larger activation would become infinite.
+    annotations = ops.clip(annotations, -65504, 65504)
+    return ops.cast(annotations, "float16")
+
+
 def feature_shape(config: Config) -> tuple[int, int]:
-    """(regions, channels) of an encoder, from the network without weights."""
-    _, truncated = _networks(config)
-    _, height, width, channels = truncated.output_shape
-    return height * width, channels
+    """(regions, channels) of an encoder, from its networks without weights."""
+    shapes = [
+        _networks(name, config.input_size, config.magnification)[1].output_shape
+        for name, _ in each_encoder(config)
+    ]
+    regions = min(height * width for _, height, width, _ in shapes)
+    return regions, sum(shape[-1] for shape in shapes)
 
 
-def _networks(config: Config) -> tuple[keras.Model, keras.Model]:
+def _networks(
+    name: str, size: int, magnification: int
+) -> tuple[keras.Model, keras.Model]:
     """A network of Keras Applications without trained weights.
 
     Returns:
@@ -73,16 +105,23 @@ def _networks(config: Config) -> tuple[keras.Model, keras.Model]:
         height, width, channels). The map of an enlarged image is averaged in
         squares, so that it has no more regions than that of a plain one; where
         it does not divide, the last squares are what remains.
+
+    Raises:
+        UserError: if the network does not take images as small as these.
     """
-    entry = ENCODERS[config.encoder]
+    entry = ENCODERS[name]
     application = getattr(keras.applications, entry.application)
-    shape = (config.input_size, config.input_size, 3)
-    network = application(include_top=False, weights=None, input_shape=shape)
-    feature_map = network.get_layer(entry.layer).output
-    if config.magnification > 1:
-        pooling = keras.layers.AveragePooling2D(
-            config.magnification, padding="same"
+    try:
+        network = application(
+            include_top=False, weights=None, input_shape=(size, size, 3)
         )
+    except ValueError as error:  # each network has a least size of its own
+        raise UserError(f"{name} with --image-size: {error}") from None
+    feature_map = network.output
+    if entry.layer != LAST:
+        feature_map = network.get_layer(entry.layer).output
+    if magnification > 1:
+        pooling = keras.layers.AveragePooling2D(magnification, padding="same")
         feature_map = pooling(feature_map)
     return network, keras.Model(network.input, feature_map)
 
@@ -97,7 +136,7 @@ def _size_of_response(network: keras.Model) -> float:
     generator = np.random.default_rng(encoder_weights.RANDOM_SEED)
     noise = generator.normal(0, 100, (1, *network.input_shape[1:]))
     response = np.asarray(network(noise.astype("float32"), training=False))
-    return 2.0 ** round(float(np.log2(np.std(response.astype("float32")))))
+    return 2.0 ** round(float(np.log2(np.std(response, dtype="float64"))))
 
 
 # --- decoder ---------------------------------------------------------------

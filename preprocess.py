@@ -13,11 +13,21 @@ writes the rest.
 """
 
 import argparse
+import dataclasses
 import sys
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from captioning import command
-from config import SAMPLE, SPLITS, Config, UserError, is_named_by_folder
+from config import (
+    SAMPLE,
+    SPLITS,
+    Config,
+    UserError,
+    each_encoder,
+    is_named_by_folder,
+)
 
 # Above this share of unknown words in a split, the user is warned.
 MANY_UNKNOWN = 0.1
@@ -73,18 +83,21 @@ def main(arguments: command.Arguments) -> None:
     check_words(config, dataset.table)
     if old := prepared.old_layout(config):
         print(f"Note: {old}. Images are encoded again.", file=sys.stderr)
-    description = describe_features(config)
+    described = describe_features(config)
     place = prepared.folder(config)
-    features = prepared.features_folder(config, description)
     worker = arguments.actions.worker
-    if worker and not encode_part(config, dataset, description, *worker):
+    if worker and not encode_part(config, dataset, described, *worker):
         return
-    with workers.alone(features):
-        dataset, duplicates = encode_images(config, dataset, description)
+    folders = [prepared.features_folder(config, each) for each in described]
+    with ExitStack() as held:
+        for features in sorted(folders):
+            held.enter_context(workers.alone(features))
+        dataset, duplicates = encode_images(config, dataset, described)
         check_splits(config, dataset)
         with lock(place, wait=True):
             words, repaired = prepared.save(config, dataset, duplicates)
-        workers.clear(features, place.name)
+        for features in folders:
+            workers.clear(features, place.name)
     report(dataset, repaired, words, len(duplicates))
     print(f"Wrote {place}. Next: {command.next_line('train.py', arguments)}")
 
@@ -211,8 +224,8 @@ def unknown_shares(table: Any, words: Any) -> dict[str, float]:
     }
 
 
-def describe_features(config: Config) -> dict[str, Any]:
-    """What the features depend on; imports Keras and sets its precision."""
+def describe_features(config: Config) -> list[dict[str, Any]]:
+    """What the features of each encoder depend on; imports Keras."""
     command.import_keras()
     from captioning import backend
     from captioning.features import encoder_weights
@@ -224,7 +237,7 @@ def describe_features(config: Config) -> dict[str, Any]:
 def encode_part(
     config: Config,
     dataset: Any,
-    description: dict[str, Any],
+    described: list[dict[str, Any]],
     number: int,
     of: int,
 ) -> bool:
@@ -236,7 +249,7 @@ def encode_part(
     Args:
         config: its data and encoder fields.
         dataset: the whole of it.
-        description: of the features.
+        described: the features of each encoder.
         number: of this worker, from 0.
         of: how many workers there are.
 
@@ -247,13 +260,17 @@ def encode_part(
     from captioning.features import workers
 
     place = prepared.folder(config)
-    others = workers.do_part(
-        prepared.features_folder(config, description),
-        place.name,
-        number,
-        of,
-        lambda: fill_cache(config, dataset, description, (number, of)),
-    )
+    for encoder, description in enumerate(described):
+        # Whoever is the last with the last encoder is the last with all.
+        others = workers.do_part(
+            prepared.features_folder(config, description),
+            place.name,
+            number,
+            of,
+            partial(
+                fill_cache, config, dataset, described, encoder, (number, of)
+            ),
+        )
     if others:
         print(
             f"Worker {number}/{of} has done its part. Unfinished: "
@@ -264,9 +281,9 @@ def encode_part(
 
 
 def encode_images(
-    config: Config, dataset: Any, description: dict[str, Any]
+    config: Config, dataset: Any, described: list[dict[str, Any]]
 ) -> tuple[Any, Any]:
-    """Encodes all images that the cache lacks.
+    """Encodes all images that the cache of an encoder lacks.
 
     Returns:
         The dataset without the images that cannot be used, and with what was
@@ -279,7 +296,9 @@ def encode_images(
     from captioning.data import datasets
     from captioning.features import extraction
 
-    cache, notes = fill_cache(config, dataset, description)
+    for encoder in range(len(described)):
+        # Each encoder gets the same pixels, and has the same to say of them.
+        cache, notes = fill_cache(config, dataset, described, encoder)
     table = without(dataset.table, [image for image, _ in notes.skipped])
     skipped = dataset.skipped + notes.skipped
     # What the captions lost is a share of the whole dataset, not of the few
@@ -300,10 +319,18 @@ def encode_images(
 def fill_cache(
     config: Config,
     dataset: Any,
-    description: dict[str, Any],
+    described: list[dict[str, Any]],
+    encoder: int,
     worker: tuple[int, int] = (0, 1),
 ) -> tuple[Any, Any]:
-    """Fills the feature cache, or the part of one worker.
+    """Fills the cache of one encoder, or the part of one worker.
+
+    Args:
+        config: its data and encoder fields.
+        dataset: the whole of it.
+        described: the features of each encoder.
+        encoder: which of these to encode with.
+        worker: the number of the worker, and how many there are.
 
     Returns:
         The cache, and what was skipped and repaired.
@@ -323,21 +350,21 @@ def fill_cache(
         "precision": precision,
     }
 
+    name, weights = each_encoder(config)[encoder]
+    alone = dataclasses.replace(config, encoder=name, encoder_weights=weights)
+
     def build() -> Any:
-        print(
-            f"Encoding with {config.encoder} ({config.encoder_weights} "
-            f"weights, {precision})"
-        )
-        return model.build_encoder(config).predict_on_batch
+        print(f"Encoding with {name} ({weights} weights, {precision})")
+        return model.build_encoder(alone).predict_on_batch
 
     names = dataset.table["image"].drop_duplicates().tolist()
     opened = cache.create(
-        prepared.features_folder(config, description),
-        description,
+        prepared.features_folder(config, described[encoder]),
+        described[encoder],
         versions,
         dataset.images_dir,
         names,
-        model.feature_shape(config),
+        model.feature_shape(alone),
     )
     part = extraction.share(names, *worker)
     notes = extraction.fill(

@@ -86,14 +86,14 @@ def fit(
     config = dataclasses.replace(
         config, precision=backend.set_precision(config)
     )
-    cache, rows, val_rows = open_features(
+    features, val_features = open_features(
         config, place, train, val, words, devices
     )
     batches, val_batches = loop.make_batches(
-        config, cache.features, (rows, val_rows), (train, val), words, devices
+        config, (features, val_features), (train, val), words, devices
     )
-    decoder = build_model(config, len(words), cache.features.shape[-1])
-    loop.standardise(decoder, cache.features, rows)
+    decoder = build_model(config, len(words), features.shape[-1])
+    loop.standardise(decoder, features)
 
     steps = len(batches)
     scheduled = (runs.load_progress(place) or {}).get(
@@ -102,7 +102,7 @@ def fit(
     rate = Schedule(config.learning_rate, steps, scheduled, config.warmup_share)
     loop.compile_decoder(decoder, config, rate, steps)
     measure = callbacks.ValidationCider(
-        config, decoder, cache.features, val_rows, val, words, devices
+        config, decoder, val_features, val, words, devices
     )
     judge = callbacks.Judge(
         *(measure, place, config.cider_every, config.patience, config.epochs),
@@ -117,7 +117,7 @@ def fit(
         print(f"This run is trained: {ending(config, points)}")
         return
     print(
-        f"Training {place}: {len(rows):,} images, {len(words):,} words, "
+        f"Training {place}: {len(features):,} images, {len(words):,} words, "
         f"{decoder.count_params():,} weights, {config.precision}, "
         f"{devices.number} device{'s' if devices.number > 1 else ''}"
     )
@@ -135,9 +135,7 @@ def fit(
             watching += callbacks.boards(place, tensorboard)
         loop.run_epochs(batches, val_batches, watching, points, config.epochs)
     if config.scst_epochs:
-        self_critical.train(
-            *(config, points, cache.features, rows, train.tokens, words)
-        )
+        self_critical.train(config, points, features, train.tokens, words)
     elif judge.stopped:
         print(f"Stopped: {ending(config, points)}")
     found = str(judge)
@@ -146,28 +144,26 @@ def fit(
 
 def open_features(
     config: Config, place: Path, train: Any, val: Any, words: Any, devices: Any
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any]:
     """Opens the features, and begins the run on them or checks that it did.
 
     Returns:
-        The cache; the rows of the training and of the validation images, int
-        (images,).
+        Those of the training and of the validation images.
     """
     from captioning import runs
     from captioning.data import prepared
-    from captioning.features.cache import load_digests
     from captioning.features.encoder_weights import describe_features
 
-    description = describe_features(config)
-    cache, rows = prepared.open_features(config, description, train.images)
-    _, val_rows = prepared.open_features(config, description, val.images)
+    described = describe_features(config)
+    features = prepared.open_features(config, described, train.images)
+    val_features = prepared.open_features(config, described, val.images)
     if devices.process == 0:
-        runs.begin(
-            *(config, place, words, description, cache.features.shape[1:]),
-            runs.digest_images(train.images, load_digests(cache)[rows]),
-        )
+        pixels = prepared.pixel_digests(config, described, train.images)
+        images = runs.digest_images(train.images, pixels)
+        shape = features.shape[1:]
+        runs.begin(config, place, words, described, shape, images)
     job.wait("begin")
-    return cache, rows, val_rows
+    return features, val_features
 
 
 def crossed(config: Config, points: Any) -> bool:

@@ -76,16 +76,22 @@ def _kind(kind: type) -> Callable[[str], Any]:
     return read
 
 
-def _name(choices: Sequence[str]) -> Callable[[str], str]:
-    """Converts text for argparse that has to be one of some names."""
+def _name(choices: Sequence[str], joined: bool) -> Callable[[str], str]:
+    """Converts text for argparse that has to be one of some names.
+
+    Args:
+        choices: the names.
+        joined: whether `+` joins several of them.
+    """
 
     def read(text: str) -> str:
         text = SPLIT_SYNONYMS.get(text, text) if "val" in choices else text
-        if text not in choices:
-            raise argparse.ArgumentTypeError(
-                f"expects one of {', '.join(choices)}, not {text!r}"
-                + _nearest(text, choices)
-            )
+        for name in text.split("+") if joined else [text]:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(
+                    f"expects one of {', '.join(choices)}, not {name!r}"
+                    + _nearest(name, choices)
+                )
         return text
 
     return read
@@ -118,7 +124,9 @@ def _parser(
             options = {"action": argparse.BooleanOptionalAction}
         elif "choices" in each.metadata:
             options = {
-                "type": _name(each.metadata["choices"]),
+                "type": _name(
+                    each.metadata["choices"], "joined" in each.metadata
+                ),
                 "metavar": "NAME",
             }
         else:

@@ -265,7 +265,7 @@ def begin(
     config: Config,
     place: Path,
     words: vocabulary.Vocabulary,
-    description: dict[str, Any],
+    descriptions: list[dict[str, Any]],
     shape: tuple[int, ...],
     images: pd.DataFrame,
 ) -> None:
@@ -275,7 +275,7 @@ def begin(
         config: what trains it.
         place: the run folder.
         words: of the training split.
-        description: of the features, from `features.describe`.
+        descriptions: of the features of each encoder, from `encoder_weights`.
         shape: of an image's features, (regions, channels).
         images: of the training split, from `digest_images`.
 
@@ -288,7 +288,7 @@ def begin(
         for what, same in {
             "vocabulary has": known == words,
             "encoder has": load_description(place)
-            == (description, tuple(shape)),
+            == (descriptions, tuple(shape)),
             "training images have": before is None or images.equals(before),
         }.items():
             if not same:
@@ -296,7 +296,8 @@ def begin(
                     f"the {what} changed since {place} was begun: give "
                     "--fresh to start over, or another --run-name"
                 )
-    text = json.dumps({**description, "shape": shape}, indent=2)
+    fields = {"encoders": descriptions, "shape": shape}
+    text = json.dumps(fields, indent=2)
     write_text(place / "features.json", text + "\n")
     vocabulary.save(words, place / "vocabulary.json")
     write_csv(place / IMAGES, images)
@@ -368,13 +369,20 @@ def trained_on(
     return seen.to_numpy()
 
 
-def load_description(place: Path) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Reads the description and shape of the features a run was trained on."""
+def load_description(
+    place: Path,
+) -> tuple[list[dict[str, Any]], tuple[int, int]]:
+    """Reads what the features were that a run was trained on.
+
+    Returns:
+        The description of each encoder's, and the shape of all joined,
+        (regions, channels).
+    """
     path = place / "features.json"
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        regions, channels = description.pop("shape")
-        return description, (regions, channels)
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        regions, channels = fields["shape"]
+        return fields["encoders"], (regions, channels)
     except (
         *(OSError, ValueError, KeyError),
         *(AttributeError, TypeError),

@@ -35,18 +35,17 @@ def probe(folder: Path, run: str) -> dict[str, np.ndarray]:
     config = load_config(place)
     backend.set_precision(config)
     split = prepared.load_split(config, "train")
-    decoder, words, features, rows = evaluate.open_run(
-        config, place, split.images
-    )
+    decoder, words, features = evaluate.open_run(config, place, split.images)
     longest = config.max_caption_length
     captions = [encode(tokens, words, longest) for tokens in split.tokens]
     # Of one size on every backend.
-    batches = CaptionBatches(features, rows, captions, len(rows), static=True)
+    batches = CaptionBatches(features, captions, len(captions), static=True)
     inputs, targets, weights = batches[0]
     likely = ops.log_softmax(decoder(inputs))  # (tokens, vocabulary)
     chosen = ops.take_along_axis(likely, targets[:, None], 1)[:, 0]
-    found = captioner.caption_rows(
-        captioner.build(decoder, config), [features], [rows], words
+    images = np.arange(len(features))
+    found = captioner.caption_images(
+        captioner.build(decoder, config), [features], images, words
     )
     return {
         "words": targets,

@@ -57,7 +57,7 @@ def make_batches(**options) -> CaptionBatches:
     ]
     shape = (400, REGIONS, CHANNELS)
     features = generator.normal(size=shape).astype(np.float16)
-    return CaptionBatches(features, np.arange(400), captions, 100, **options)
+    return CaptionBatches(features, captions, 100, **options)
 
 
 def tiny() -> CaptioningModel:

@@ -27,10 +27,10 @@ def make(captions: list, batch_images: int = 2, **options) -> CaptionBatches:
     number = len(captions)
     features = np.arange(10 * number).reshape(-1, 1, 1).astype(np.float16)
     features = np.broadcast_to(features, (10 * number, 3, 2))
-    rows = np.arange(number)[::-1] * 10  # of image 0 the last
+    features = features[np.arange(number)[::-1] * 10]  # of image 0 the last
     captions = [np.array(each, np.int32) for each in captions]
     options = {"static": False, **options}
-    return CaptionBatches(features, rows, captions, batch_images, **options)
+    return CaptionBatches(features, captions, batch_images, **options)
 
 
 def many(number: int, captions: int = 1) -> list:
@@ -48,7 +48,7 @@ def batches_of(data: CaptionBatches, epoch: int = 0, skip: int = 0) -> list:
 
 def images_of(data: CaptionBatches, epoch: int = 0, skip: int = 0) -> list:
     """The images of each batch, by their features."""
-    last = len(data.rows) - 1
+    last = len(data.features) - 1
     return [
         [last - int(value) // 10 for value in inputs["features"][:, 0, 0]]
         for inputs, *_ in batches_of(data, epoch, skip)

@@ -72,7 +72,7 @@ def batches(captions, features=None, longest=4, **options) -> CaptionBatches:
             row[: len(words) + 2] = [START, *words, END]
     features = some_features(len(rows)) if features is None else features
     options = {"batch_images": len(rows), "static": False, **options}
-    return CaptionBatches(features, np.arange(len(rows)), rows, **options)
+    return CaptionBatches(features, rows, **options)
 
 
 # --- one step --------------------------------------------------------------
@@ -562,7 +562,7 @@ def test_regions_are_averages_of_squares_of_the_feature_map(small_encoder):
 
 def test_magnification_makes_other_features_of_one_shape():
     plain, enlarged = random(), random(magnification=2)
-    one, other = (describe_features(each) for each in (plain, enlarged))
+    (one,), (other,) = map(describe_features, (plain, enlarged))
     assert other == {**one, "magnification": 2}
     assert feature_shape(plain) == feature_shape(enlarged) == (49, 2048)
 

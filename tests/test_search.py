@@ -310,15 +310,15 @@ def test_the_attention_is_that_of_the_best_caption(temperature):
         last = word
 
 
-def test_rows_are_captioned_in_their_order():
+def test_images_are_captioned_in_their_order():
     """Batch by batch; the last batch has fewer."""
     decoder, features = tiny(13, 6), some_features(13, 60)
     assert len(features) % captioner.BATCH
     vocabulary = Vocabulary((*SPECIAL_WORDS, *"abcdef"))
     searcher = compiled(BeamSearch(decoder, 2, 0.7, 1, 4))
     forward, backward = (
-        captioner.caption_rows(searcher, [features], [rows], vocabulary)
-        for rows in (np.arange(60), np.arange(60)[::-1])
+        captioner.caption_images(searcher, [features], places, vocabulary)
+        for places in (np.arange(60), np.arange(60)[::-1])
     )
     assert [e.words for e in forward] == [e.words for e in backward[::-1]]
     whole = predict(searcher, features)["words"]
@@ -396,13 +396,13 @@ def test_samples_have_their_least_length_and_no_special_word(seed, least):
         assert (words[length + 1 :] == PAD).all()
 
 
-def test_rows_are_sampled_in_their_order():
+def test_images_are_sampled_in_their_order():
     """Where only one word is likely after each image, it is sampled."""
     decoder, features = tiny(13, 6, scale=30.0), some_features(13, 60)
     sampler = compiled(Sample(decoder, 2, 1, 4, 1))
     forward, backward = (
-        captioner.sample_rows(sampler, features, rows)
-        for rows in (np.arange(60), np.arange(60)[::-1])
+        captioner.sample_images(sampler, features, places)
+        for places in (np.arange(60), np.arange(60)[::-1])
     )
     assert forward.shape == (60, 2, 5)
     same = (forward == backward[::-1]).all(axis=(1, 2))

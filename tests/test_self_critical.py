@@ -17,6 +17,7 @@ from captioning.data.vocabulary import (
     encode,
 )
 from captioning.decoding import captioner
+from captioning.features.joined import Features
 from captioning.training import self_critical
 from captioning.training.batches import CaptionBatches
 from config import Config
@@ -79,10 +80,10 @@ def make_rounds(images: int = 3):
     shape = (images, 4, 6)  # (images, regions, channels)
     features = np.random.default_rng(0).normal(size=shape).astype("float16")
     decoder = build_model(CONFIG, len(WORDS), 6)
+    everything = Features([features], [np.arange(images)])
     references = [[["a", "b"]], [["a", "b"]], [["c"]]][:images]
-    rows = np.arange(images)
     return decoder, self_critical.Rounds(
-        CONFIG, decoder, features, rows, references, WORDS
+        CONFIG, decoder, everything, references, WORDS
     )
 
 
@@ -149,7 +150,6 @@ def test_weights_of_captions_reach_their_words(static):
     importance = [np.array([1.0, -2.0, 3.0])]
     batches = CaptionBatches(
         np.zeros((1, 4, 6), np.float16),
-        np.arange(1),
         [encode(caption, WORDS, 4)],
         1,
         importance=importance,

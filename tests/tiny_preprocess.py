@@ -52,9 +52,11 @@ def use_tiny_encoder(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         preprocess,
         "describe_features",
-        lambda config: features.describe(
-            config.encoder, "quarters", "tiny", config.image_size
-        ),
+        lambda config: [
+            features.describe(
+                config.encoder, "quarters", "tiny", config.image_size
+            )
+        ],
     )
     patch.setattr(extraction, "BATCH", 4)
     patch.setattr(extraction, "COMMIT_SECONDS", 0.0)

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from captioning.data import vocabulary
 from captioning.data.datasets import Dataset
 from captioning.data.vocabulary import Vocabulary
 from captioning.features import cache as features
+from captioning.features.joined import Features
 from captioning.files import write_csv, write_text
 from config import SPLITS, Config, UserError, group
 
@@ -228,22 +229,46 @@ def load_vocabulary(config: Config) -> Vocabulary:
 
 
 def open_features(
-    config: Config, description: dict[str, Any], images: Iterable[str]
-) -> tuple[features.Cache, np.ndarray]:
+    config: Config,
+    descriptions: Sequence[dict[str, Any]],
+    images: Sequence[str],
+) -> Features:
     """Opens the features of some images.
 
     Args:
         config: its data fields.
-        description: from `features.describe`.
+        descriptions: of each encoder, from `encoder_weights`.
         images: their names.
 
-    Returns:
-        The cache and the row of each image, int (images,).
-
     Raises:
-        UserError: if the features are missing, incomplete, or of images in
+        UserError: if features are missing, incomplete, or of images in
             another folder.
     """
+    opened = [_open_cache(config, each, images) for each in descriptions]
+    return Features(
+        [cache.features for cache, _ in opened], [rows for _, rows in opened]
+    )
+
+
+def pixel_digests(
+    config: Config,
+    descriptions: Sequence[dict[str, Any]],
+    images: Sequence[str],
+) -> np.ndarray:
+    """Digests of the pixels of some images, uint8 (images, bytes).
+
+    Raises:
+        UserError: as `open_features`.
+    """
+    # All encoders were given the same pixels.
+    cache, rows = _open_cache(config, descriptions[0], images)
+    return features.load_digests(cache)[rows]
+
+
+def _open_cache(
+    config: Config, description: dict[str, Any], images: Sequence[str]
+) -> tuple[features.Cache, np.ndarray]:
+    """Opens the cache of an encoder, and finds the row of each image."""
     place = features_folder(config, description)
     cache = features.load(place, description)
     _check_images_dir(config, place)

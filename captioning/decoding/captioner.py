@@ -14,7 +14,7 @@ from captioning.backend import use_xla
 from captioning.data import vocabulary
 from captioning.data.vocabulary import Vocabulary
 from captioning.decoding.search import IMPOSSIBLE, BeamSearch, Sample, average
-from captioning.features.cache import read_rows
+from captioning.features.joined import Features
 from captioning.training.batches import CaptionBatches
 from config import Config
 from model import CaptioningModel, build_model
@@ -88,19 +88,20 @@ def build(
     return search
 
 
-def caption_rows(
+def caption_images(
     search: BeamSearch,
-    features: Sequence[np.ndarray],
-    rows: Sequence[np.ndarray],
+    features: Sequence[Features | np.ndarray],
+    images: np.ndarray,
     words: Vocabulary,
     progress: bool = False,
 ) -> list[Captioned]:
-    """Captions images whose features are cached, batch by batch.
+    """Captions images batch by batch.
 
     Args:
         search: from `build`.
-        features: for each decoder, float16 (all rows, regions, channels).
-        rows: for each decoder, the rows of the images in its features.
+        features: for each decoder those of the same images, float16 (images,
+            regions, channels).
+        images: which of them, int (n,).
         words: the vocabulary.
         progress: whether to show a bar.
 
@@ -108,8 +109,8 @@ def caption_rows(
         The captions of each image.
     """
     captioned: list[Captioned] = []
-    with tqdm(total=len(rows[0]), unit="image", disable=not progress) as bar:
-        for count, batch in _batches(features, rows):
+    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
+        for count, batch in _batches(features, images):
             found = search.predict_on_batch(batch)
             found = {name: np.asarray(each) for name, each in found.items()}
             captioned += [
@@ -119,23 +120,23 @@ def caption_rows(
     return captioned
 
 
-def sample_rows(
-    sampler: Sample, features: np.ndarray, rows: np.ndarray
+def sample_images(
+    sampler: Sample, features: Features | np.ndarray, images: np.ndarray
 ) -> np.ndarray:
-    """Samples captions for images whose features are cached.
+    """Samples captions of images.
 
     Args:
         sampler: the search.
-        features: float16 (all rows, regions, channels).
-        rows: of the images, int (images,).
+        features: float16 (images, regions, channels).
+        images: which of them, int (n,).
 
     Returns:
-        Words, int32 (images, samples, steps).
+        Words, int32 (n, samples, steps).
     """
     return np.concatenate(
         [
             np.asarray(sampler.predict_on_batch(batch[0]))[:count]
-            for count, batch in _batches([features], [rows])
+            for count, batch in _batches([features], images)
         ]
     )
 
@@ -167,19 +168,15 @@ def teacher_force(
 
 
 def _batches(
-    features: Sequence[np.ndarray], rows: Sequence[np.ndarray]
+    features: Sequence[Features | np.ndarray], images: np.ndarray
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """How many images of a batch count, and the features of each decoder.
 
     All batches have one size, so that a search is compiled once.
     """
-    images = len(rows[0])
-    for start in range(0, images, BATCH):
-        batch = [
-            read_rows(each, np.resize(row[start : start + BATCH], BATCH))
-            for each, row in zip(features, rows, strict=True)
-        ]
-        yield min(BATCH, images - start), batch
+    for start in range(0, len(images), BATCH):
+        some = images[start : start + BATCH]
+        yield len(some), [each[np.resize(some, BATCH)] for each in features]
 
 
 def _captioned(

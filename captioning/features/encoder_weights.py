@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import h5py
@@ -10,7 +12,7 @@ import keras
 import numpy as np
 
 from captioning.features import cache
-from config import ENCODERS, Config, UserError
+from config import ENCODERS, Config, UserError, each_encoder
 
 # A seed of its own: --seed changes the training, and neither the encoder nor,
 # with it, the feature cache.
@@ -21,19 +23,28 @@ RANDOM_SEED = 0
 Shapes = Counter[tuple[int, ...]]
 
 
-def describe_features(config: Config) -> dict[str, Any]:
-    """What the features of a config depend on, as `cache.describe` has it.
+def describe_features(config: Config) -> list[dict[str, Any]]:
+    """What the features of each encoder depend on.
 
     Args:
         config: its encoder fields.
+
+    Returns:
+        For each encoder what `cache.describe` returns.
+
+    Raises:
+        UserError: if a weights file is missing.
     """
-    return cache.describe(
-        config.encoder,
-        ENCODERS[config.encoder].layer,
-        fingerprint(config.encoder_weights),
-        config.image_size,
-        config.magnification,
-    )
+    return [
+        cache.describe(
+            name,
+            ENCODERS[name].layer,
+            fingerprint(weights),
+            config.image_size,
+            config.magnification,
+        )
+        for name, weights in each_encoder(config)
+    ]
 
 
 def fingerprint(weights: str) -> str:
@@ -60,22 +71,31 @@ def fingerprint(weights: str) -> str:
     return f"sha256-{digest.hexdigest()[:16]}"
 
 
-def check(weights: str, description: dict[str, Any]) -> None:
+def check(
+    config: Config, descriptions: Sequence[dict[str, Any]], needed: bool = True
+) -> None:
     """Compares encoder weights with those that a run was trained with.
 
     Args:
-        weights: `imagenet`, `random`, or the path of a weights file.
-        description: from `runs.load_description`.
+        config: its encoder fields.
+        descriptions: from `runs.load_description`.
+        needed: whether a missing file is an error; it is none where the
+            features are cached.
 
     Raises:
         UserError: if they differ.
     """
-    found, wanted = fingerprint(weights), description["weights"]
-    if found != wanted:
-        raise UserError(
-            f"the run was trained with the encoder weights {wanted}, and "
-            f"{weights} is {found}: give the same file as --encoder-weights"
-        )
+    pairs = zip(each_encoder(config), descriptions, strict=True)
+    for (name, weights), description in pairs:
+        if not needed and not os.path.exists(weights):
+            continue
+        found, wanted = fingerprint(weights), description["weights"]
+        if found != wanted:
+            raise UserError(
+                f"the run was trained with the {name} weights {wanted}, and "
+                f"{weights} is {found}: give the same file as "
+                "--encoder-weights"
+            )
 
 
 def load(network: keras.Model, weights: str, encoder: str) -> None:
@@ -111,13 +131,13 @@ def _random_weights(network: keras.Model) -> list[np.ndarray]:
         shape = variable.shape
         if len(shape) > 1:
             area = np.prod(shape[:-2])  # of the filter, in pixels
-            # A depthwise filter, (height, width, channels, 1), has one input.
-            ends = 2 if shape[-1] == 1 else shape[-2] + shape[-1]
+            # A depthwise filter has one input per output.
+            ends = 2 if 1 in shape[-2:] else shape[-2] + shape[-1]
             scale = np.sqrt(2 / (area * ends))
             weights.append(generator.normal(0, scale, shape))
         else:
-            ones = variable.name in ("gamma", "moving_variance")
-            weights.append(np.full(shape, float(ones)))
+            zeros = variable.name in ("bias", "beta", "moving_mean")
+            weights.append(np.full(shape, float(not zeros)))
     return weights
 
 

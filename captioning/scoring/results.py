@@ -248,10 +248,9 @@ def count_trained_on(
     """How many images any of the runs was trained on; None if not known."""
     seen = np.zeros(len(images), bool)
     for config, place in members:
-        description, _ = runs.load_description(place)
+        descriptions, _ = runs.load_description(place)
         try:
-            cache, rows = prepared.open_features(config, description, images)
-            pixels = features.load_digests(cache)[rows]
+            pixels = prepared.pixel_digests(config, descriptions, images)
         except UserError:  # captions from a file can be scored without them
             pixels = np.zeros((len(images), features.DIGEST_BYTES), np.uint8)
         same_dataset = config.dataset == runs.load_config(place).dataset

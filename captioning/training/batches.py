@@ -19,7 +19,7 @@ import numpy as np
 
 from captioning.backend import ALONE, TENSORFLOW, Devices, use_xla
 from captioning.data.vocabulary import PAD
-from captioning.features.cache import read_rows
+from captioning.features.joined import Features
 
 # A terrace ends where fewer than this share of its captions go on.
 SHARE = 0.75
@@ -71,8 +71,8 @@ class CaptionBatches(keras.utils.PyDataset):
     would have seen.
 
     Args:
-        features: float16 (rows, regions, channels), memory-mapped.
-        rows: the row of each image, int (images,).
+        features: of the images, float16 (images, regions, channels); an array
+            or `captioning.features.joined.Features`.
         captions: of each image, int32 (its captions, steps + 1), from
             `vocabulary.encode`.
         batch_images: images per batch.
@@ -89,8 +89,7 @@ class CaptionBatches(keras.utils.PyDataset):
 
     def __init__(
         self,
-        features: np.ndarray,
-        rows: np.ndarray,
+        features: Features | np.ndarray,
         captions: Sequence[np.ndarray],
         batch_images: int,
         captions_per_image: int = 0,
@@ -101,7 +100,7 @@ class CaptionBatches(keras.utils.PyDataset):
         terraces: list[Terrace] | None = None,
     ) -> None:
         super().__init__(workers=WORKERS)
-        self.features, self.rows, self.captions = features, rows, captions
+        self.features, self.captions = features, captions
         self.batch_images = batch_images
         self.captions_per_image = captions_per_image
         self.seed, self.importance = seed, importance
@@ -122,7 +121,7 @@ class CaptionBatches(keras.utils.PyDataset):
     def begin(self, epoch: int, skip: int = 0) -> None:
         """Sets the order of an epoch, and how many batches of it to skip."""
         self.epoch, self.skip = epoch, skip
-        images = np.arange(len(self.rows))
+        images = np.arange(len(self.captions))
         if self.seed is not None:
             generator = np.random.default_rng((self.seed, epoch))
             images = generator.permutation(images)
@@ -154,7 +153,7 @@ class CaptionBatches(keras.utils.PyDataset):
             words.append(np.where(real, shown[:, :-1], PAD))
             targets.append(shown[:, 1:].ravel())
             spread.append((real * weights[:captions, None]).ravel())
-        features = read_rows(self.features, self.rows[images])
+        features = self.features[images]
         if self.static:
             missing = self.share - len(images)
             features = np.pad(features, ((0, missing), (0, 0), (0, 0)))

@@ -15,6 +15,7 @@ from captioning.backend import ALONE, TENSORFLOW, Devices, one_device
 from captioning.data.prepared import Split
 from captioning.data.vocabulary import Vocabulary
 from captioning.decoding import captioner
+from captioning.features.joined import Features
 from captioning.files import write_csv
 from captioning.scoring import metrics
 from captioning.scoring.figures import write_curves
@@ -77,9 +78,8 @@ class ValidationCider:
     Args:
         config: its decoding fields.
         decoder: the model that is trained.
-        features: float16 (all rows, regions, channels).
-        rows: of the validation images, int (images,).
-        split: the validation split.
+        features: of the validation split.
+        split: its images and captions.
         words: the vocabulary.
         devices: that training uses. Each process captions its share of the
             images, on one device.
@@ -89,15 +89,13 @@ class ValidationCider:
         self,
         config: Config,
         decoder: keras.Model,
-        features: np.ndarray,
-        rows: np.ndarray,
+        features: Features,
         split: Split,
         words: Vocabulary,
         devices: Devices = ALONE,
     ) -> None:
         self.decoder, self.devices = decoder, devices
-        self.features, self.rows = features, rows
-        self.split, self.words = split, words
+        self.features, self.split, self.words = features, split, words
         with one_device():
             self.captioner = decoder
             if devices.number > 1:
@@ -112,11 +110,9 @@ class ValidationCider:
         with one_device():
             if self.captioner is not self.decoder:
                 self.captioner.set_weights(self.decoder.get_weights())
-            found = captioner.caption_rows(
-                self.search,
-                [self.features],
-                [self.rows[process::processes]],
-                self.words,
+            mine = np.arange(len(self.features))[process::processes]
+            found = captioner.caption_images(
+                self.search, [self.features], mine, self.words
             )
         shares = [[each.caption for each in found]]
         if processes > 1:

@@ -11,6 +11,7 @@ from captioning.backend import Devices, use_xla
 from captioning.data.prepared import Split
 from captioning.data.vocabulary import Vocabulary, encode
 from captioning.features.cache import channel_statistics
+from captioning.features.joined import Features
 from captioning.training import objective
 from captioning.training.batches import CaptionBatches
 from captioning.training.callbacks import SavePoints
@@ -19,8 +20,7 @@ from config import Config
 
 def make_batches(
     config: Config,
-    features: np.ndarray,
-    rows: tuple[np.ndarray, np.ndarray],
+    features: tuple[Features, Features],
     splits: tuple[Split, Split],
     words: Vocabulary,
     devices: Devices,
@@ -29,9 +29,8 @@ def make_batches(
 
     Args:
         config: its training fields.
-        features: float16 (all rows, regions, channels).
-        rows: of the images of both splits, int (images,).
-        splits: both of them.
+        features: of both splits.
+        splits: their captions.
         words: the vocabulary.
         devices: that share each batch.
     """
@@ -40,20 +39,21 @@ def make_batches(
         for s in splits
     ]
     train = CaptionBatches(
-        *(features, rows[0], encoded[0], config.batch_images),
+        *(features[0], encoded[0], config.batch_images),
         captions_per_image=config.captions_per_image,
         seed=config.seed,
         devices=devices,
     )
     val = CaptionBatches(
-        *(features, rows[1], encoded[1], config.batch_images), devices=devices
+        *(features[1], encoded[1], config.batch_images), devices=devices
     )
     return train, val
 
 
-def standardise(decoder: Any, features: np.ndarray, rows: np.ndarray) -> None:
+def standardise(decoder: Any, features: Features) -> None:
     """Gives the decoder the statistics of the training features."""
-    mean, deviation = channel_statistics(features, rows)
+    images = np.arange(len(features))
+    mean, deviation = channel_statistics(features, images)
     decoder.standardisation.mean.assign(mean)
     decoder.standardisation.deviation.assign(deviation)
 

@@ -25,6 +25,7 @@ from captioning.data import vocabulary
 from captioning.data.vocabulary import SPECIAL_WORDS
 from captioning.decoding import captioner, search
 from captioning.decoding.consensus import ORDERS, SIGMA
+from captioning.features.joined import Features
 from captioning.training.batches import CaptionBatches, choose_terraces
 from captioning.training.callbacks import SavePoints
 from config import Config
@@ -132,8 +133,7 @@ class Rounds:
     Args:
         config: its training fields.
         decoder: what draws.
-        features: float16 (rows, regions, channels), memory-mapped.
-        rows: the row of each training image, int (images,).
+        features: of the training images.
         captions: the tokenised captions of each training image.
         words: the vocabulary.
     """
@@ -142,13 +142,11 @@ class Rounds:
         self,
         config: Config,
         decoder: keras.Model,
-        features: np.ndarray,
-        rows: np.ndarray,
+        features: Features,
         captions: Sequence[Sequence[Sequence[str]]],
         words: vocabulary.Vocabulary,
     ) -> None:
-        self.config, self.features, self.rows = config, features, rows
-        self.words = words
+        self.config, self.features, self.words = config, features, words
         self.judge = CiderD(captions)
         # All rounds have the same terraces: other ones would be compiled again.
         # Those of the references, and room for the longest caption.
@@ -172,7 +170,7 @@ class Rounds:
 
     def __len__(self) -> int:
         """How many rounds an epoch has."""
-        return -(-len(self.rows) // ROUND_IMAGES)
+        return -(-len(self.features) // ROUND_IMAGES)
 
     def draw(self, epoch: int, number: int) -> tuple[CaptionBatches, float]:
         """Draws the captions of a round.
@@ -185,12 +183,12 @@ class Rounds:
             The batches to train on, and the mean reward.
         """
         seeds = (self.config.seed, epoch)
-        order = np.random.default_rng(seeds).permutation(len(self.rows))
+        order = np.random.default_rng(seeds).permutation(len(self.features))
         images = order[number * ROUND_IMAGES : (number + 1) * ROUND_IMAGES]
         state = np.random.SeedSequence((*seeds, number)).generate_state(2)
         self.sampler.seed.state.assign(state)
-        sampled = captioner.sample_rows(
-            self.sampler, self.features, self.rows[images]
+        sampled = captioner.sample_images(
+            self.sampler, self.features, images
         )  # (images, samples, steps)
         captions = [[*map(self.words.decode, each)] for each in sampled]
         rewards = np.array(
@@ -209,8 +207,7 @@ class Rounds:
         words = sum(np.count_nonzero(each[:, 1:]) for each in rows)
         importance = advantages(rewards) * batches / words
         return CaptionBatches(
-            self.features,
-            self.rows[images],
+            self.features.select(images),
             rows,
             self.config.batch_images,
             importance=[*importance],
@@ -265,8 +262,7 @@ def compile_decoder(config: Config, decoder: Any) -> None:
 def train(
     config: Config,
     points: SavePoints,
-    features: np.ndarray,
-    rows: np.ndarray,
+    features: Features,
     captions: Sequence[Sequence[Sequence[str]]],
     words: vocabulary.Vocabulary,
 ) -> None:
@@ -275,8 +271,7 @@ def train(
     Args:
         config: its training fields.
         points: where training stands.
-        features: float16 (all rows, regions, channels).
-        rows: of the training images, int (images,).
+        features: of the training images.
         captions: the tokenised captions of each training image.
         words: the vocabulary.
     """
@@ -296,7 +291,7 @@ def train(
         else:
             runs.load_weights(decoder, points.place)
             points.begin_self_critical()
-        rounds = Rounds(config, decoder, features, rows, captions, words)
+        rounds = Rounds(config, decoder, features, captions, words)
         done = points.self_critical_epochs()
         end = points.epoch - done + config.scst_epochs
         for epoch in range(points.epoch, end):

@@ -151,6 +151,7 @@ def measure_training(
     import keras
 
     import model
+    from captioning.features.joined import Features
     from captioning.training import loop
     from captioning.training.batches import CaptionBatches
 
@@ -159,7 +160,11 @@ def measure_training(
     rows = random.choice(len(features), images, images > len(features))
     captions = draw_captions(config, images, actions.words)
     batches = CaptionBatches(
-        features, rows, captions, batch, config.captions_per_image, seed=0
+        Features([features], [rows]),
+        captions,
+        batch,
+        config.captions_per_image,
+        seed=0,
     )
     decoder = model.build_model(config, actions.words, CHANNELS)
     loop.compile_decoder(decoder, config, config.learning_rate, len(batches))
@@ -203,7 +208,7 @@ def measure_search(
     rows = np.resize(np.arange(len(features)), actions.images)
 
     def caption(some: np.ndarray) -> None:
-        captioner.caption_rows(searcher, [features], [some], vocabulary)
+        captioner.caption_images(searcher, [features], some, vocabulary)
 
     once = timed(lambda: caption(rows[:1]))
     took = timed(lambda: caption(rows))

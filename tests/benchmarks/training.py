@@ -97,10 +97,13 @@ def make_batches(
     config: Config, features: np.ndarray, rows: np.ndarray, captions: Any
 ) -> Any:
     """Training batches as train.py makes them, with all captions."""
+    from captioning.features.joined import Features
     from captioning.training.batches import CaptionBatches
 
-    images = config.batch_images
-    return CaptionBatches(features, rows, captions, images, seed=config.seed)
+    joined = Features([features], [rows])
+    return CaptionBatches(
+        joined, captions, config.batch_images, seed=config.seed
+    )
 
 
 def ours(decoder: Any, batches: Any) -> Epoch:
