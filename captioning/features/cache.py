@@ -111,12 +111,9 @@ def create(
             "versions": versions,
         }
         was, now = meta.get("images_dir", ""), str(images_dir.resolve())
-        known = set(table["image"])
-        new = [name for name in images if name not in known]
-        if new:
-            added = pd.DataFrame({"image": new, **dict.fromkeys(FILE, 0)})
-            table = pd.concat([table, added] if known else [added])
-            table = table.reset_index(drop=True)
+        new = pd.Index(images).difference(table["image"], sort=False)
+        added = pd.DataFrame({"image": new, **dict.fromkeys(FILE, 0)})
+        table = pd.concat([table, added], ignore_index=True)
         full = (len(table), *shape)
         _check_disk(folder, full)
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +121,7 @@ def create(
             # Other files under the same names, perhaps of equal size and
             # time: only their pixels can tell.
             table[FILE] = 0
-        if new or was != now:
+        if len(new) or was != now:
             write_csv(folder / "images.csv", table)
         if was != now:
             text = json.dumps({**meta, "images_dir": now}, indent=2)
@@ -271,9 +268,8 @@ def channel_statistics(
         that hardly ever fire are not blown up, no deviation is below a
         hundredth of the mean deviation.
     """
-    chosen = rows[
-        np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
-    ]
+    places = np.linspace(0, len(rows) - 1, min(most, len(rows)))
+    chosen = rows[places.astype(int)]
     total = squares = 0.0
     for start in range(0, len(chosen), 64):
         # Sorted, so that the disk is read in one direction.
@@ -284,11 +280,8 @@ def channel_statistics(
     number = len(chosen) * features.shape[1]
     mean = total / number
     deviation = np.sqrt(np.maximum(squares / number - mean**2, 0))
-    least = max(0.01 * deviation.mean(), 1e-6)
-    return (
-        mean.astype(np.float32),
-        np.maximum(deviation, least).astype(np.float32),
-    )
+    deviation = np.maximum(deviation, max(0.01 * deviation.mean(), 1e-6))
+    return mean.astype(np.float32), deviation.astype(np.float32)
 
 
 def _table_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -333,9 +326,7 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
         blocks = getattr(status, "st_blocks", None)
         here = status.st_size if blocks is None else blocks * 512
     needed = 2 * int(np.prod(shape, dtype=np.int64)) - here
-    place = folder
-    while not place.exists():
-        place = place.parent
+    place = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
