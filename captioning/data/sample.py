@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config import SPLITS, UserError
 
-SEED = 0
+SEED = 0  # of everything random
 SIDE = 224  # of the square images, in pixels
 MARGIN = 48  # pixels that objects may extend beyond the edge
 DRAWING = 1  # increment it when what is drawn or written changes
@@ -364,18 +364,17 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
-def write_sample(folder: Path, seed: int = SEED, images: int = 1200) -> None:
+def write_sample(folder: Path, images: int = 1200) -> None:
     """Draws the sample dataset, unless the folder already has it.
 
     The images are JPEG, like photographs: a fifth of the size of PNG, and the
-    same bytes for the same seed. Each has its own random numbers, so that it
+    same bytes every time. Each has its own random numbers, so that it
     does not depend on how many there are. `captions.csv` is written last: a
     folder without it is drawn again.
 
     Args:
         folder: gets `images/`, `captions.csv` (image, caption, split) and
             `sample.json`, which says what was drawn.
-        seed: of everything random.
         images: how many to draw, at least 3. One in twelve is for validation,
             as many are for the test, the others for training.
 
@@ -383,7 +382,7 @@ def write_sample(folder: Path, seed: int = SEED, images: int = 1200) -> None:
         UserError: if the folder contains another dataset.
     """
     table, note = folder / "captions.csv", folder / "sample.json"
-    drawn = json.dumps({"drawing": DRAWING, "seed": seed, "images": images})
+    drawn = json.dumps({"drawing": DRAWING, "seed": SEED, "images": images})
     names = [f"scene_{number:05d}.jpg" for number in range(images)]
     if table.exists():
         if not note.exists():
@@ -402,7 +401,7 @@ def write_sample(folder: Path, seed: int = SEED, images: int = 1200) -> None:
     progress = tqdm(names, "drawing the sample", unit="image", delay=15)
     splits = np.repeat(SPLITS, sizes)
     for number, (name, split) in enumerate(zip(progress, splits, strict=True)):
-        random = np.random.default_rng([seed, number])
+        random = np.random.default_rng([SEED, number])
         scene = _scene(random)
         quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
         content = cv2.imencode(".jpg", _draw(scene, random), quality)[1]
