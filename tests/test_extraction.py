@@ -195,13 +195,3 @@ def test_of_a_few_images_only_these_count_as_broken(tmp_path):
     (skipped,) = tmp_path.glob("data/cache/*/*/skipped.csv")
     wanted = "image,reason\ngone.png,missing\n001.png,not an image\n"
     assert skipped.read_text() == wanted
-
-
-def test_an_image_with_one_caption_left_out_keeps_the_others(tmp_path):
-    make_photos(tmp_path)
-    path = tmp_path / "data" / "photos" / "captions.csv"
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write("001.png,...,train\n")
-    assert run(tmp_path)[0] == 0
-    (written,) = tmp_path.glob("data/cache/*/*/captions.csv")
-    assert "001.png" in set(pd.read_csv(written)["image"])

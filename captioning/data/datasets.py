@@ -113,16 +113,10 @@ def find_dataset(
             "the images go"
         )
     rows.sort(key=lambda row: row.image)
+    table = pd.DataFrame(rows)[["image", "split", "caption"]]
     tokens = [vocabulary.tokenise(row.caption) for row in rows]
-    table = pd.DataFrame(
-        {
-            "image": [row.image for row in rows],
-            "split": [row.split for row in rows],
-            "caption": [row.caption for row in rows],
-            "tokens": [" ".join(words) for words in tokens],
-            "image_id": _image_ids(rows),
-        }
-    )
+    table["tokens"] = [" ".join(words) for words in tokens]
+    table["image_id"] = _image_ids(rows)
     paths = [directory / path for path in found.paths]
     return Dataset(
         table,
@@ -306,17 +300,13 @@ def _find_images(
 ) -> tuple[str, list[Row]]:
     """The folder of the images, and the rows with the names they have there.
 
-    Args:
-        rows: of one caption file.
-        files: of the dataset.
-        near: a folder to look in first; may be empty.
+    It is looked for in the folder `near` first, which may be empty.
     """
     # Images may lie in one folder where the captions name two (COCO's
     # train2014 and val2014), or one that was called otherwise.
     flat = [row._replace(image=row.image.split("/")[-1]) for row in rows]
-    for part, names in itertools.product(
-        dict.fromkeys((near, "")), (rows, flat)
-    ):
+    parts = dict.fromkeys((near, ""))
+    for part, names in itertools.product(parts, (rows, flat)):
         folder = _folder_of({_nfc(row.image) for row in names}, files, part)
         if folder is not None:
             return folder, names
@@ -334,13 +324,13 @@ def _folder_of(names: set[str], files: _Files, near: str) -> str | None:
         for depth in depths:
             if depth <= len(parts) and "/".join(parts[-depth:]) in names:
                 counts["/".join(there.split("/")[:-depth])] += 1
-    if not counts:
-        return None
-    most = max(counts.values())
-    # Of equals the usual one, then the shallowest.
-    best = [folder for folder in counts if counts[folder] == most]
-    usual = (f for f in best if posixpath.basename(f).lower() in _IMAGE_FOLDERS)
-    return next(usual, best[0])
+
+    def likeness(folder: str) -> tuple[int, bool]:
+        name = posixpath.basename(folder).lower()
+        return counts[folder], name in _IMAGE_FOLDERS
+
+    # Of equals the shallowest.
+    return max(counts, key=likeness, default=None)
 
 
 def _look_up(
@@ -406,8 +396,7 @@ def _clean(rows: list[Row], notes: Notes) -> list[Row]:
 def _unsafe(image: str) -> str:
     """Why an image of this name must not be opened; empty if it may.
 
-    The rules of all platforms apply on each, so that a dataset is the same
-    everywhere.
+    The rules of all platforms apply on each: a dataset is the same everywhere.
     """
     if not image:
         return "no image name"

@@ -47,6 +47,7 @@ _NEEDS_HEIC = (
 )
 # How files begin that Pillow should have identified, and JPEG XL.
 _HEADERS = b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*"
+_HEIC_HEADERS = b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"
 _JXL_HEADERS = b"\xff\x0a", b"\0\0\0\x0cJXL "
 
 # The size is checked here, in one place and with one message.
@@ -158,9 +159,8 @@ def _decode(data: bytes, size: int) -> tuple[np.ndarray, list[str], int]:
 
 def _why_unidentified(data: bytes) -> str:
     """Why Pillow does not know what a file is."""
-    if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf"):
-        known = "HEIF" in _FORMATS
-        return "broken header" if known else _NEEDS_HEIC
+    if data[4:11] in _HEIC_HEADERS:
+        return "broken header" if "HEIF" in _FORMATS else _NEEDS_HEIC
     if data.startswith(_JXL_HEADERS):
         return "JPEG XL cannot be read: convert it to JPEG"
     return "broken header" if data.startswith(_HEADERS) else "not an image"
@@ -210,14 +210,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns pixels upright.
+    """Turns pixels (height, width, 3) upright, by their EXIF orientation.
 
     After resizing: that is less work, and OpenCV rounds a mirrored image
     differently.
-
-    Args:
-        pixels: uint8 RGB (height, width, 3).
-        orientation: by EXIF.
     """
     image = Image.fromarray(pixels)
     image.getexif()[ExifTags.Base.Orientation] = orientation

@@ -102,10 +102,8 @@ GROUNDS = {
 }
 
 
-def _ground(
-    ground: Ground, random: np.random.Generator
-) -> np.ndarray:  # (SIDE, SIDE, 3) uint8
-    """Draws a ground with soft patches of light and its own texture."""
+def _ground(ground: Ground, random: np.random.Generator) -> np.ndarray:
+    """Draws a ground with patches of light, uint8 BGR (SIDE, SIDE, 3)."""
     base = ground.colour + random.integers(-12, 13, 3)
     patches = cv2.resize(
         random.normal(0, 9, (5, 5)), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC
@@ -117,9 +115,8 @@ def _ground(
     ends = starts + random.uniform(-1, 1, starts.shape) * ground.reach
     change = random.integers(*ground.brightness, (ground.strokes, 1))
     colours = np.clip(base + change, 0, 255).tolist()
-    for start, end, colour in zip(
-        starts, ends.astype(int), colours, strict=True
-    ):
+    lines = zip(starts, ends.astype(int), colours, strict=True)
+    for start, end, colour in lines:
         cv2.line(image, start, end, colour, ground.width, cv2.LINE_AA)
     if ground is GROUNDS["road"]:
         top = int(random.integers(30, SIDE - 30))
@@ -128,10 +125,8 @@ def _ground(
     return image
 
 
-def _object(
-    group: Group, random: np.random.Generator
-) -> np.ndarray:  # (side, side, 4) uint8, the last channel is opacity
-    """Draws one object as a paper cut-out with a white rim."""
+def _object(group: Group, random: np.random.Generator) -> np.ndarray:
+    """Draws a paper cut-out with a white rim, uint8 BGRA (side, side, 4)."""
     own = np.clip(COLOURS[group.colour] + random.integers(-14, 15, 3), 0, 255)
     inks = INKS | {"own": (*own.tolist(), 255)}
     inks["shade"] = (*(own * 0.7).tolist(), 255)
@@ -151,21 +146,14 @@ def _object(
     canvas = canvas[:, :: random.choice((-1, 1))]
     turn = cv2.getRotationMatrix2D((120, 120), random.uniform(-8, 8), 1)
     side = round(2.4 * group.radius)
-    return cv2.resize(
-        cv2.warpAffine(canvas, turn, (240, 240)),
-        (side, side),
-        interpolation=cv2.INTER_AREA,
-    )
+    turned = cv2.warpAffine(canvas, turn, (240, 240))
+    return cv2.resize(turned, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def _draw(
-    scene: Scene, random: np.random.Generator
-) -> np.ndarray:  # (SIDE, SIDE, 3) uint8, BGR
-    """Draws the ground, then each object over its own shadow."""
-    image = np.pad(
-        _ground(GROUNDS[scene.ground], random).astype(np.float32),
-        ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)),
-    )
+def _draw(scene: Scene, random: np.random.Generator) -> np.ndarray:
+    """Draws a ground and objects on it, uint8 BGR (SIDE, SIDE, 3)."""
+    ground = _ground(GROUNDS[scene.ground], random).astype(np.float32)
+    image = np.pad(ground, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
     for group in scene.groups:
         for centre in group.centres:
             cutout = _object(group, random)

@@ -19,6 +19,7 @@ finished.bin names no row that the others lack.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import mmap
 import os
@@ -339,15 +340,10 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
 def _check_files(
     folder: Path, shape: tuple[int, int] | None, advice: str
 ) -> tuple[int, pd.DataFrame]:
-    """Checks that the files of a cache fit each other.
+    """Checks that the files of a cache fit each other, and `shape` if given.
 
     What is missing or cut off would otherwise be filled with zeros, and
-    count.
-
-    Args:
-        folder: where the cache is.
-        shape: (regions, channels) that are wanted; None takes any.
-        advice: what to do if they do not fit.
+    count. `advice` is what to do if they do not fit.
 
     Returns:
         How many rows `finished.bin` has, 0 if the cache is still to be made;
@@ -377,10 +373,11 @@ def _check_files(
         )
     # A process that was killed while it extended the cache leaves some files
     # longer than others.
-    for name, start, width in (
-        ("features.npy", found.offset, 2 * int(np.prod(wanted[1:]))),
-        ("digests.bin", 0, DIGEST_BYTES),
-    ):
+    widths = {
+        "features.npy": (found.offset, 2 * int(np.prod(wanted[1:]))),
+        "digests.bin": (0, DIGEST_BYTES),
+    }
+    for name, (start, width) in widths.items():
         size = _size(folder / name)
         least, most = start + marked * width, start + len(table) * width
         if not least <= size <= most:
@@ -392,15 +389,11 @@ def _check_files(
 
 
 def _lengthen_array(path: Path, shape: tuple[int, ...], keep: bool) -> None:
-    """Makes features.npy as long as `shape` says.
+    """Makes features.npy (rows, regions, channels) as long as `shape` says.
 
     NumPy pads the header so that the first dimension has room to grow: the
-    header can be rewritten in front of the rows.
-
-    Args:
-        path: the file.
-        shape: (rows, regions, channels).
-        keep: what the file holds; otherwise it is created.
+    header can be rewritten in front of the rows. What the file holds goes,
+    unless `keep` is set.
     """
     header = io.BytesIO()
     fields = {"descr": "<f2", "fortran_order": False, "shape": shape}
@@ -439,27 +432,20 @@ def _lengthen(path: Path, size: int) -> None:
 def _write_rows(
     path: Path, start: int, rows: Sequence[int], values: np.ndarray
 ) -> None:
-    """Writes rows of equal length to the disk, neighbours in one go.
+    """Writes rows (rows, ...) to the disk, neighbours in one go.
 
-    Args:
-        path: the file.
-        start: where its row 0 begins, in bytes.
-        rows: where to.
-        values: (rows, ...).
+    Row 0 of the file begins at the byte `start`.
     """
     if not len(rows):
         return
     width = values[0].nbytes
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
     try:
         with open(path, "r+b", opener=_open_synchronous) as handle:
-            for first, some in zip(
-                np.split(np.asarray(rows), breaks),
-                np.split(values, breaks),
-                strict=True,
-            ):
-                handle.seek(start + int(first[0]) * width)
-                handle.write(np.ascontiguousarray(some).data.cast("B"))
+            for first, last in itertools.pairwise([0, *breaks, len(rows)]):
+                handle.seek(start + int(rows[first]) * width)
+                some = np.ascontiguousarray(values[first:last])
+                handle.write(some.data.cast("B"))
             handle.flush()
             os.fsync(handle.fileno())
     except OSError as error:
