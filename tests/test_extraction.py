@@ -11,7 +11,6 @@ import pytest
 
 from captioning.features import cache as features
 from captioning.features import extraction
-from config import UserError
 from tests.processes import end, make_photos, run, start
 
 DESCRIPTION = features.describe("tiny", "pixels", "none", 32)
@@ -57,16 +56,6 @@ def fill_up(disk: Path, leave: int = 0) -> Path:
 
 
 # --- full disks -----------------------------------------------------------
-
-
-def test_a_disk_that_is_too_small_is_told_before_the_first_image(
-    small_disk, tmp_path
-):
-    make_photos(tmp_path)
-    fill_up(small_disk, leave=300_000)
-    with pytest.raises(UserError, match="GB more and the disk has"):
-        fill(small_disk / "cache", tmp_path)
-    assert not (small_disk / "cache" / "features.npy").exists()
 
 
 def test_a_disk_that_fills_up_later_does_not_stop_what_was_reserved(
@@ -140,54 +129,6 @@ def test_a_full_disk_when_the_tables_are_written_is_one_line(
     assert written.read_bytes() == whole.read_bytes()
 
 
-# --- other settings -------------------------------------------------------
-
-
-def test_another_encoder_leaves_the_old_cache_as_it_is(tmp_path):
-    make_photos(tmp_path, 20)
-    flags = ("--max-skipped-share", "0.5")
-    assert run(tmp_path, *flags)[0] == 0
-    (old,) = tmp_path.glob("data/cache/*/features/resnet50-*")
-    before = {path.name: path.read_bytes() for path in old.iterdir()}
-    assert run(tmp_path, *flags, "--encoder", "vgg16")[0] == 0
-    (new,) = tmp_path.glob("data/cache/*/features/vgg16-*")
-    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
-    assert {path.name for path in new.iterdir()} == set(before)
-
-
-# --- damaged caches -------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["features.npy", "images.csv", "meta.json"])
-@pytest.mark.parametrize("damage", ["missing", "cut off"])
-def test_a_damaged_cache_is_refused_and_not_filled_up(tmp_path, name, damage):
-    make_photos(tmp_path, 20)
-    make_photos(tmp_path / "more", 24)
-    place = tmp_path / "cache"
-    fill(place, tmp_path)
-    path = place / name
-    if damage == "missing":
-        path.unlink()
-    else:
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) // 2])
-    before = (place / "finished.bin").read_bytes()
-    with pytest.raises(UserError, match=f"{name}.*delete"):
-        fill(place, tmp_path / "more")
-    assert (place / "finished.bin").read_bytes() == before
-
-
-def test_a_cache_that_was_killed_while_it_was_made_is_made(tmp_path):
-    make_photos(tmp_path, 20)
-    fill(tmp_path / "whole", tmp_path)
-    place = tmp_path / "cache"
-    place.mkdir()
-    (place / "features.npy").write_bytes(bytes(1000))
-    fill(place, tmp_path)
-    whole = (tmp_path / "whole" / "features.npy").read_bytes()
-    assert (place / "features.npy").read_bytes() == whole
-
-
 # --- equal photographs ----------------------------------------------------
 
 
@@ -254,13 +195,3 @@ def test_of_a_few_images_only_these_count_as_broken(tmp_path):
     (skipped,) = tmp_path.glob("data/cache/*/*/skipped.csv")
     wanted = "image,reason\ngone.png,missing\n001.png,not an image\n"
     assert skipped.read_text() == wanted
-
-
-def test_an_image_with_one_caption_left_out_keeps_the_others(tmp_path):
-    make_photos(tmp_path)
-    path = tmp_path / "data" / "photos" / "captions.csv"
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write("001.png,...,train\n")
-    assert run(tmp_path)[0] == 0
-    (written,) = tmp_path.glob("data/cache/*/*/captions.csv")
-    assert "001.png" in set(pd.read_csv(written)["image"])

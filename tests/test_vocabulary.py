@@ -1,7 +1,5 @@
 """Captions as words, and words as numbers."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,26 +53,17 @@ A, DOG, RUNS, S = range(4, 8)
         ("\u201cA dog\u201d \u2014 runs\u2026", "a dog runs"),
         ("<start> <end> <unk>", "start end unk"),
         ("tab\tand\u00a0space", "tab and space"),
-        ("... ! ' - \u2014", ""),
-        ("", ""),
-    ],
-)
-def test_a_caption_is_split_into_words_without_punctuation(caption, words):
-    assert tokenise(caption) == words.split()
-
-
-@pytest.mark.parametrize(
-    ("caption", "words"),
-    [
         ("a \u2018dog\u2019 runs", "a dog runs"),
         ("\u72ac\u304c\u8d70\u308b\u3002", "\u72ac\u304c\u8d70\u308b"),
         ("\u00bfun perro?", "un perro"),
         ("\u00abun chien\u00bb", "un chien"),
         ("कुत्ता है।", "कुत्ता है"),
         ("كلب، قطة؟", "كلب قطة"),
+        ("... ! ' - \u2014", ""),
+        ("", ""),
     ],
 )
-def test_punctuation_beyond_ascii_is_dropped_too(caption, words):
+def test_a_caption_is_split_into_words_without_punctuation(caption, words):
     assert tokenise(caption) == words.split()
 
 
@@ -93,29 +82,17 @@ def test_words_of_any_text_can_be_joined_by_spaces_and_split_again(text):
 def test_the_most_frequent_words_come_first_then_the_alphabet():
     captions = [[*"cbad"], [*"bdc"], [*"de"]]
     assert build(captions, 1).words == (*SPECIAL_WORDS, *"dbcae")
-
-
-def test_rare_words_are_left_out():
-    captions = [[*"aaa"], [*"bb"], [*"c"]]
-    assert build(captions, 2).words == (*SPECIAL_WORDS, "a", "b")
+    # Rare ones are left out.
+    assert build(captions, 2).words == (*SPECIAL_WORDS, *"dbc")
     assert build(captions, 4).words == SPECIAL_WORDS
 
 
 def test_the_special_words_have_their_numbers():
     assert (PAD, START, END, UNKNOWN) == (0, 1, 2, 3)
     assert SPECIAL_WORDS == ("<pad>", "<start>", "<end>", "<unk>")
-    assert build([["a"]], 1).numbers == {
-        **{"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3},
-        "a": 4,
-    }
-
-
-def test_the_numbers_are_made_once_and_not_for_every_image():
-    assert WORDS.numbers is WORDS.numbers
-
-
-def test_its_length_counts_the_special_words():
-    assert len(WORDS) == 8
+    words = build([["a"]], 1)
+    assert len(words) == 5 and words.numbers["<unk>"] == UNKNOWN
+    assert words.numbers["a"] == 4
 
 
 def test_the_share_of_unknown_words_is_one_of_all_words():
@@ -152,9 +129,6 @@ def test_captions_become_rows_of_numbers():
         [START, END, PAD, PAD, PAD],
         [START, DOG, DOG, DOG, PAD],  # cut: no <end>
     ]
-
-
-def test_no_captions_are_no_rows():
     assert encode([], WORDS, 3).shape == (0, 5)
 
 
@@ -185,22 +159,21 @@ def test_a_vocabulary_comes_back_as_it_was_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data",
+    "text",
     [
-        b"",
-        b"{",
-        b"\xff\xfe",
-        b"5",
-        b"[]",
-        b"{}",
-        b'{"words": 3}',
-        b'{"words": ["a", "dog"]}',
-        json.dumps({"words": SPECIAL_WORDS[::-1]}).encode(),
+        "",
+        "{",
+        "\xff",
+        "5",
+        "[]",
+        "{}",
+        '{"words": 3}',
+        '{"words": ["a", "dog"]}',
     ],
 )
-def test_what_is_no_vocabulary_is_refused_in_one_line(tmp_path, data):
+def test_what_is_no_vocabulary_is_refused_in_one_line(tmp_path, text):
     path = tmp_path / "vocabulary.json"
-    path.write_bytes(data)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(UserError) as error:
         vocabulary.load(path)
     message = str(error.value)

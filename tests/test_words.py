@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import end, make_photos, start
+from tests.processes import make_photos, run
 
 CHINESE = "一位穿红色外套的老人在{}号桥上唱歌。"
 
@@ -19,7 +19,7 @@ def preprocess(folder: Path, captions: str, *flags: str) -> tuple:
         split = "val" if number % 5 == 0 else "train"
         lines.append(f"{number:03d}.png,{captions.format(number)},{split}")
     path.write_text("\n".join(lines), encoding="utf-16")
-    return end(start(folder, *flags))
+    return run(folder, *flags)
 
 
 @pytest.mark.parametrize("captions", ["word{}", CHINESE])

@@ -1,6 +1,7 @@
 """Several processes share the rows of one cache."""
 
 import itertools
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from captioning.features import extraction, workers
 from captioning.files import lock
 from config import UserError
-from tests.processes import end, make_photos, start
+from tests.processes import end, make_photos, run, start
 
 
 def written(folder: Path) -> dict[str, bytes]:
@@ -68,8 +69,7 @@ def test_four_workers_one_of_them_killed_write_what_a_single_run_writes(
         return bool((rows // 4 % 4 == 2).any())
 
     wait_for(third_has_begun, "row of the third worker")
-    processes[2].kill()
-    processes[2].communicate()
+    kill(processes[2])
     done = [end(processes[n]) for n in (0, 1, 3)]
     assert [code for code, _, _ in done] == [0, 0, 0]
     assert all("Next:" not in out for _, out, _ in done)
@@ -90,25 +90,38 @@ def test_exactly_one_of_the_workers_completes_the_cache(alone, tmp_path):
     assert written(tmp_path) == alone
 
 
+def kill(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
+
+
+def keep_out(folder: Path, *flags: str) -> None:
+    """Starts a process that another one at work has to keep out."""
+    code, _, err = end(start(folder, *flags))
+    assert code == 1 and len(err.splitlines()) == 1
+    assert "another process is at work" in err
+
+
+def start_encoding(folder: Path, *flags: str) -> subprocess.Popen:
+    """Starts a process, and waits until it has begun to encode."""
+    before = len(finished_rows(folder))
+    process = start(folder, *flags, pause=60)
+    wait_for(lambda: len(finished_rows(folder)) > before, "further row")
+    return process
+
+
 def test_workers_and_a_run_alone_keep_out_of_each_others_way(tmp_path):
     make_photos(tmp_path)
-    worker = start(tmp_path, "--worker", "1/2", pause=60)
-    wait_for(lambda: len(finished_rows(tmp_path)), "row of the worker")
-    for flags in (["--worker", "1/2"], []):
-        code, _, err = end(start(tmp_path, *flags))
-        assert code == 1 and len(err.splitlines()) == 1
-        assert "another process is at work" in err and "worker-1" in err
-    worker.kill()
-    worker.communicate()
-    single = start(tmp_path, pause=60)
-    count = len(finished_rows(tmp_path))
-    wait_for(lambda: len(finished_rows(tmp_path)) > count, "further row")
-    for flags in (["--worker", "0/2"], []):
-        code, _, err = end(start(tmp_path, *flags))
-        assert code == 1 and len(err.splitlines()) == 1
-        assert "another process is at work" in err
-    single.kill()
-    single.communicate()
+    worker = start_encoding(tmp_path, "--worker", "1/2")
+    keep_out(tmp_path, "--worker", "1/2")
+    keep_out(tmp_path)
+    # Nor does a run on other captions of the same images begin.
+    keep_out(tmp_path, "--limit-images", "9")
+    kill(worker)
+    single = start_encoding(tmp_path, "--limit-images", "15")
+    keep_out(tmp_path, "--worker", "0/2")
+    keep_out(tmp_path)
+    kill(single)
     code, _, err = end(start(tmp_path))
     assert code == 0, err
 
@@ -181,25 +194,6 @@ def test_a_worker_that_fails_leaves_no_mark(tmp_path):
     assert workers.do_part(tmp_path / "key", "a", 1, 2, nothing) == [0]
 
 
-def test_runs_on_other_captions_of_the_same_images_take_turns(tmp_path):
-    make_photos(tmp_path)
-    first = start(tmp_path, "--limit-images", "9", pause=60)
-    wait_for(lambda: len(finished_rows(tmp_path)), "row of the first")
-    for flags in ([], ["--worker", "0/2"]):
-        code, _, err = end(start(tmp_path, *flags))
-        assert code == 1 and len(err.splitlines()) == 1
-        assert "another process is at work" in err
-    first.kill()
-    first.communicate()
-    worker = start(tmp_path, "--worker", "1/2", pause=60)
-    count = len(finished_rows(tmp_path))
-    wait_for(lambda: len(finished_rows(tmp_path)) > count, "further row")
-    code, _, err = end(start(tmp_path, "--limit-images", "9"))
-    assert code == 1 and "another process is at work" in err
-    worker.kill()
-    worker.communicate()
-
-
 def test_the_parts_of_the_workers_are_all_rows_once():
     names = [str(n) for n in range(331)]
     parts = [extraction.share(names, n, 4) for n in range(4)]
@@ -210,5 +204,5 @@ def test_the_parts_of_the_workers_are_all_rows_once():
 
 @pytest.mark.parametrize("worker", ["4/4", "-1/4", "1", "a/b", "0/0", ""])
 def test_a_worker_that_makes_no_sense_is_wrong_usage(tmp_path, worker):
-    code, _, err = end(start(tmp_path, f"--worker={worker}"))
+    code, _, err = run(tmp_path, f"--worker={worker}")
     assert code == 2 and len(err.splitlines()) == 1 and "0/4" in err

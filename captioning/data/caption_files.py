@@ -24,17 +24,38 @@ from config import SPLIT_SYNONYMS, SPLITS, UserError
 # stands beside "filename" holds the image itself in tables exported from
 # Hugging Face.
 IMAGE_COLUMNS = (
-    *("file_name", "filename", "image_name", "image_file", "image_path"),
-    *("image", "img_name", "img", "path"),
+    "file_name",
+    "filename",
+    "image_name",
+    "image_file",
+    "image_path",
+    "image",
+    "img_name",
+    "img",
+    "path",
 )
-CAPTION_COLUMNS = (
-    *("caption", "comment", "raw", "text", "sentence", "description"),
+_CAPTION_COLUMNS = (
+    "caption",
+    "comment",
+    "raw",
+    "text",
+    "sentence",
+    "description",
 )
+# COCO's validation images that Karpathy moved to training are "restval".
+_SPLIT_NAMES = {
+    "restval": "train",
+    "training": "train",
+    "testing": "test",
+    **SPLIT_SYNONYMS,
+    **dict(zip(SPLITS, SPLITS, strict=True)),
+}
+# Hugging Face's descriptions of a dataset, which have no captions.
+NO_CAPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
@@ -69,14 +90,31 @@ class Notes(NamedTuple):
 
 def split_name(text: str) -> str:
     """train, val or test for any usual name of a split; else empty."""
-    text = text.strip().lower()
-    synonyms = {
-        # COCO's validation images that Karpathy moved to training.
-        **{"restval": "train", "training": "train", "testing": "test"},
-        **SPLIT_SYNONYMS,
-    }
-    text = synonyms.get(text, text)
-    return text if text in SPLITS else ""
+    return _SPLIT_NAMES.get(text.strip().lower(), "")
+
+
+def read(paths: Sequence[Path], layout: str, notes: Notes) -> list[list[Row]]:
+    """Reads the caption files of one dataset.
+
+    Args:
+        paths: the files.
+        layout: one of LAYOUTS.
+        notes: takes what is skipped, repaired and to be said.
+
+    Returns:
+        The rows of each file.
+
+    Raises:
+        UserError: if a file is of another kind, or there is no caption.
+    """
+    _, reader = LAYOUTS[layout]
+    rows = [list(reader(read_text(p, notes), p, notes)) for p in paths]
+    if not any(rows):
+        raise UserError(
+            f"{paths[0]}: no captions in it are in the {layout} layout; see "
+            "data/README.md, or choose another with --layout"
+        )
+    return rows
 
 
 # --- text -----------------------------------------------------------------
@@ -92,17 +130,14 @@ def read_text(path: Path, notes: Notes) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    encoding = "utf-8"
-    for mark, name in _BYTE_ORDER_MARKS.items():
-        if data.startswith(mark):
-            data, encoding = data[len(mark) :], name
-            break
-    if encoding == "utf-8":
-        text = _decode_utf_8(data, path, notes)
-    else:
-        text = data.decode(encoding, errors="replace")
+    mark = next(filter(data.startswith, _BYTE_ORDER_MARKS), None)
+    if mark:
+        encoding = _BYTE_ORDER_MARKS[mark]
+        text = data[len(mark) :].decode(encoding, errors="replace")
         family = encoding[: len("utf-16")].upper()
         notes.messages.append(f"{path} is not UTF-8: read as {family}.")
+    else:
+        text = _decode_utf_8(data.removeprefix(codecs.BOM_UTF8), path, notes)
     if "\0" in text:
         text = text.replace("\0", "")
         notes.repaired.append((path.name, "NUL bytes removed"))
@@ -139,22 +174,30 @@ def _as_windows_1252(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("as-windows-1252", _as_windows_1252)
 
 
+def _read_token(text: str, path: Path, notes: Notes) -> Iterator[Row]:
+    for line in text.split("\n"):
+        image, tab, caption = line.partition("\t")
+        if image and tab:
+            yield Row(image, caption)
+        elif line.strip():
+            notes.skipped.append((line[:80], "row without a caption"))
+
+
 # --- JSON -----------------------------------------------------------------
 
 
-def _read_json(path: Path, notes: Notes, key: str) -> dict[str, Any]:
+def _parse_document(text: str, path: Path, key: str) -> dict[str, Any]:
     """A JSON object with a list of images and one under `key`."""
     try:
-        document = json.loads(read_text(path, notes))
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path} is not valid JSON ({reason}): download it again"
         ) from None
     for each in ("images", key):
-        if not isinstance(document, dict) or not isinstance(
-            document.get(each), list
-        ):
+        found = document.get(each) if isinstance(document, dict) else None
+        if not isinstance(found, list):
             raise UserError(
                 f"{path} has no list {each!r}; see data/README.md, or choose "
                 "other captions with --layout"
@@ -177,19 +220,18 @@ def _number(value: Any) -> int | None:
     return int(value) if whole else None
 
 
-def _read_karpathy(path: Path, notes: Notes) -> Iterator[Row]:
-    for image in _dicts(_read_json(path, notes, "images")["images"]):
-        name = posixpath.join(
-            _string(image.get("filepath")), _string(image.get("filename"))
-        )
+def _read_karpathy(text: str, path: Path, notes: Notes) -> Iterator[Row]:
+    for image in _dicts(_parse_document(text, path, "images")["images"]):
+        folder, file = map(_string, map(image.get, ("filepath", "filename")))
+        name = posixpath.join(folder, file)
         split = _string(image.get("split"))
         number = _number(image.get("cocoid"))
         for sentence in _dicts(image.get("sentences")):
             yield Row(name, _string(sentence.get("raw")), split, number)
 
 
-def _read_coco(path: Path, notes: Notes) -> Iterator[Row]:
-    document = _read_json(path, notes, "annotations")
+def _read_coco(text: str, path: Path, notes: Notes) -> Iterator[Row]:
+    document = _parse_document(text, path, "annotations")
     # captions_train2017.json
     split = path.stem.lower().removeprefix("captions_").rstrip("0123456789")
     # Keys are text: an image_id that is a list could not be looked up.
@@ -198,12 +240,39 @@ def _read_coco(path: Path, notes: Notes) -> Iterator[Row]:
         for image in _dicts(document["images"])
     }
     for annotation in _dicts(document["annotations"]):
-        yield Row(
-            names.get(str(annotation.get("image_id")), ""),
-            _string(annotation.get("caption")),
-            split_name(split),
-            _number(annotation.get("image_id")),
-        )
+        number = annotation.get("image_id")
+        name = names.get(str(number), "")
+        caption = _string(annotation.get("caption"))
+        yield Row(name, caption, split_name(split), _number(number))
+
+
+def _read_objects(text: str, path: Path, notes: Notes) -> Iterator[Row]:
+    """JSON objects with the fields of a table: in a list, or one per line.
+
+    An object of image names and captions is understood too.
+    """
+    try:
+        objects = json.loads(text)
+    except (ValueError, RecursionError):
+        objects = list(_parse_lines(text, notes))
+    if isinstance(objects, dict) and not _columns(objects):
+        objects = [{"image": i, "caption": c} for i, c in objects.items()]
+    for each in objects if isinstance(objects, list) else [objects]:
+        columns = _columns(each) if isinstance(each, dict) else None
+        if columns:
+            yield from _rows_of([*each.values()], columns, notes)
+        else:
+            reason = "no fields image and caption"
+            notes.skipped.append((json.dumps(each)[:80], reason))
+
+
+def _parse_lines(text: str, notes: Notes) -> Iterator[Any]:
+    """The values of a file with one JSON value per line."""
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            notes.skipped.append((line[:80], "line that is not valid JSON"))
 
 
 # --- tables ---------------------------------------------------------------
@@ -225,7 +294,7 @@ def _columns(names: Iterable[Any]) -> _Columns | None:
     # caption, captions, or caption_0 to caption_4
     groups = (
         [i for i, n in enumerate(names) if re.fullmatch(rf"{c}s?_?\d*", n)]
-        for c in CAPTION_COLUMNS
+        for c in _CAPTION_COLUMNS
     )
     captions = next(filter(None, groups), None)
     if image is None or captions is None:
@@ -234,11 +303,11 @@ def _columns(names: Iterable[Any]) -> _Columns | None:
     return _Columns(image, captions, split, names)
 
 
-def _read_table(path: Path, notes: Notes) -> Iterator[Row]:
+def _read_table(text: str, path: Path, notes: Notes) -> Iterator[Row]:
     """A table whose first line names its columns, with any separator."""
-    text = read_text(path, notes).lstrip("\n")
+    text = text.lstrip("\n")
     if _TOKEN_LINE.match(text):
-        yield from _token_rows(text, notes)
+        yield from _read_token(text, path, notes)
         return
     marked = _EXCEL_SEPARATOR.match(text)
     text = text[marked.end() :] if marked else text
@@ -265,6 +334,13 @@ def _read_table(path: Path, notes: Notes) -> Iterator[Row]:
         fields = _fit(record, columns, glue, notes)
         if fields:
             yield from _rows_of(fields, columns, notes)
+
+
+def _read_table_or_objects(
+    text: str, path: Path, notes: Notes
+) -> Iterator[Row]:
+    is_table = path.suffix.lower() in (".csv", ".tsv", ".txt")
+    return (_read_table if is_table else _read_objects)(text, path, notes)
 
 
 def _csv_records(
@@ -330,8 +406,8 @@ def _rows_of(
         notes.skipped.append((image, "list of captions that cannot be read"))
         return
     # Not every image has as many captions as the table has columns.
-    captions = [text for texts in lists for text in texts if text.strip()]
-    for caption in captions or [""]:
+    captions = filter(str.strip, itertools.chain(*lists))
+    for caption in [*captions] or [""]:
         yield Row(image, caption, split)
 
 
@@ -341,13 +417,11 @@ def _captions_in(value: Any) -> list[str]:
     Raises:
         ValueError: if it is a list that cannot be read.
     """
-    text = value.strip() if isinstance(value, str) else ""
+    text = _string(value).strip()
     begins_as_list = re.match(r"(array\()?\[\s*['\"{\]]", text)
     if begins_as_list or _PRINTED_LIST.fullmatch(text):
         value = _parse_list(text)
-    if isinstance(value, list):
-        return [_string(each) for each in value]
-    return [_string(value)]
+    return [_string(v) for v in (value if isinstance(value, list) else [value])]
 
 
 def _parse_list(text: str) -> list[Any]:
@@ -357,75 +431,27 @@ def _parse_list(text: str) -> list[Any]:
     except (ValueError, RecursionError):
         if not _PRINTED_LIST.fullmatch(text):
             raise ValueError("neither JSON nor Python") from None
+    quoted = re.findall(_QUOTED, text, re.DOTALL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a backslash before any letter
         try:
             return [
-                ast.literal_eval(quoted.replace("\n", " "))
-                for quoted in re.findall(_QUOTED, text, re.DOTALL)
+                ast.literal_eval(each.replace("\n", " ")) for each in quoted
             ]
         except SyntaxError as error:  # "\\x" without digits
             raise ValueError(str(error)) from None
 
 
-def _read_objects(path: Path, notes: Notes) -> Iterator[Row]:
-    """JSON objects with the fields of a table: in a list, or one per line.
-
-    An object of image names and captions is understood too.
-    """
-    text = read_text(path, notes)
-    try:
-        objects = json.loads(text)
-    except (ValueError, RecursionError):
-        objects = list(_parse_lines(text, notes))
-    if isinstance(objects, dict) and not _columns(objects):
-        objects = [{"image": i, "caption": c} for i, c in objects.items()]
-    for each in objects if isinstance(objects, list) else [objects]:
-        columns = _columns(each) if isinstance(each, dict) else None
-        if columns:
-            yield from _rows_of([*each.values()], columns, notes)
-        else:
-            text = json.dumps(each)[:80]
-            notes.skipped.append((text, "no fields image and caption"))
-
-
-def _parse_lines(text: str, notes: Notes) -> Iterator[Any]:
-    """The values of a file with one JSON value per line."""
-    for line in filter(str.strip, text.split("\n")):
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError):
-            notes.skipped.append((line[:80], "line that is not valid JSON"))
-
-
-def _read_token(path: Path, notes: Notes) -> Iterator[Row]:
-    yield from _token_rows(read_text(path, notes), notes)
-
-
-def _token_rows(text: str, notes: Notes) -> Iterator[Row]:
-    for line in text.split("\n"):
-        image, tab, caption = line.partition("\t")
-        if image and tab:
-            yield Row(image, caption)
-        elif line.strip():
-            notes.skipped.append((line[:80], "row without a caption"))
-
-
-def _read_table_or_objects(path: Path, notes: Notes) -> Iterator[Row]:
-    is_table = path.suffix.lower() in (".csv", ".tsv", ".txt")
-    yield from (_read_table if is_table else _read_objects)(path, notes)
-
-
 # Layout -> (patterns of its caption files in lower case, its reader). The order
 # is the order of preference: first what has a split of its own, last the names
 # that say least.
-_Reader = Callable[[Path, Notes], Iterator[Row]]
+_Reader = Callable[[str, Path, Notes], Iterator[Row]]
 LAYOUTS: dict[str, tuple[tuple[str, ...], _Reader]] = {
     "karpathy": (("dataset_*.json", "dataset.json"), _read_karpathy),
     "huggingface": (("flickr_annotations_*.csv",), _read_table),
     "coco": (("captions_*.json",), _read_coco),
     "plain": (
-        tuple(f"captions.{ending}" for ending in ("csv", "tsv", "json*")),
+        ("captions.csv", "captions.tsv", "captions.json*"),
         _read_table_or_objects,
     ),
     "kaggle30k": (("results.csv",), _read_table),
@@ -433,29 +459,3 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], _Reader]] = {
     "token": (("*.token.txt", "*.token"), _read_token),
     "imagefolder": (("metadata.csv", "metadata.jsonl"), _read_table_or_objects),
 }
-# Hugging Face's descriptions of a dataset, which have no captions.
-NO_CAPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-
-
-def read(paths: Sequence[Path], layout: str, notes: Notes) -> list[list[Row]]:
-    """Reads the caption files of one dataset.
-
-    Args:
-        paths: the files.
-        layout: one of LAYOUTS.
-        notes: takes what is skipped, repaired and to be said.
-
-    Returns:
-        The rows of each file.
-
-    Raises:
-        UserError: if a file is of another kind, or there is no caption.
-    """
-    _, reader = LAYOUTS[layout]
-    rows = [list(reader(path, notes)) for path in paths]
-    if not any(itertools.chain(*rows)):
-        raise UserError(
-            f"{paths[0]}: no captions in it are in the {layout} layout; see "
-            "data/README.md, or choose another with --layout"
-        )
-    return rows

@@ -13,7 +13,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,24 +105,18 @@ def find_dataset(
     shares = (val_share, test_share)
     rows, how = split_rows(found.rows, directory, others, shares, notes)
     if not rows:
-        images = list(dict.fromkeys(notes.skipped))
-        image, reason = images[0]
+        image, reason = notes.skipped[0]
+        image = " ".join(image.split())  # a name may have line breaks in it
         raise UserError(
             f"{directory / found.paths[0]}: none of its images can be used; "
             f"the first is {image} ({reason}); see data/README.md for where "
             "the images go"
         )
     rows.sort(key=lambda row: row.image)
+    table = pd.DataFrame(rows)[["image", "split", "caption"]]
     tokens = [vocabulary.tokenise(row.caption) for row in rows]
-    table = pd.DataFrame(
-        {
-            "image": [row.image for row in rows],
-            "split": [row.split for row in rows],
-            "caption": [row.caption for row in rows],
-            "tokens": [" ".join(words) for words in tokens],
-            "image_id": _image_ids(rows),
-        }
-    )
+    table["tokens"] = [" ".join(words) for words in tokens]
+    table["image_id"] = _image_ids(rows)
     paths = [directory / path for path in found.paths]
     return Dataset(
         table,
@@ -160,14 +154,13 @@ def equal_pixels_across_splits(
     groups = defaultdict(list)
     for image in sorted(digests.keys() & splits.keys()):
         groups[digests[image]].append(image)
-    pairs: set[tuple[str, str]] = set()
+    pairs = set()
     for group in groups.values():
-        first: dict[str, str] = {}  # split -> its first image
-        for image in group:
-            first.setdefault(splits[image], image)
-        for image in group:
-            others = [i for s, i in first.items() if s != splits[image]]
-            pairs.update((min(image, i), max(image, i)) for i in others[:1])
+        home = splits[group[0]]
+        away = [image for image in group if splits[image] != home]
+        for image in group if away else ():
+            other = away[0] if splits[image] == home else group[0]
+            pairs.add((min(image, other), max(image, other)))
     return sorted(pairs)
 
 
@@ -181,51 +174,29 @@ def _list_files(directory: Path) -> _Files:
             f"no folder {directory}: put the dataset there, see "
             "data/README.md, or say where it is with --dataset-dir"
         )
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == directory:
+            raise UserError(f"{directory}: {error.strerror}")
+        # The images of a folder below will be missing.
+
     paths: list[str] = []
-    pending = [""]
-    while pending:
-        folder = pending.pop()
-        try:
-            with os.scandir(directory / folder) as entries:
-                names, below = _list_folder(entries)
-        except OSError as error:
-            if not folder:
-                raise UserError(f"{directory}: {error.strerror}") from None
-            continue  # its images will be missing
-        paths += [_join(folder, name) for name in names]
-        if _depth(folder) < _MAX_DEPTH:
-            pending += [_join(folder, name) for name in below]
-    # The shallowest first, then by name.
-    paths.sort(key=lambda path: (_depth(path), path))
-    return {_nfc(path): path for path in paths} | {p: p for p in paths}
-
-
-def _list_folder(entries: Iterable[os.DirEntry]) -> tuple[list[str], list[str]]:
-    """The names in a folder, and those of its folders."""
-    names, below = [], []
-    for entry in entries:
+    walk = os.walk(directory, onerror=unreadable, followlinks=True)
+    for here, folders, names in walk:
         # Archives made on a Mac have a shadow "._name" of every file.
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            continue
-        names.append(entry.name)
-        try:
-            if entry.is_dir():
-                below.append(entry.name)
-        except OSError:  # a link to itself
-            continue
-    return names, below
+        folders[:] = [n for n in folders if n[0] != "." and n != "__MACOSX"]
+        names = [n for n in names if n[0] != "."]
+        below = Path(here).relative_to(directory)
+        paths += [(below / name).as_posix() for name in folders + names]
+        if len(below.parts) == _MAX_DEPTH:
+            folders.clear()
+    # The shallowest first, then by name.
+    paths.sort(key=lambda path: (path.count("/"), path))
+    return {_nfc(path): path for path in paths} | {p: p for p in paths}
 
 
 def _nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
-
-
-def _join(folder: str, name: str) -> str:
-    return posixpath.join(folder, name).rstrip("/")
-
-
-def _depth(path: str) -> int:
-    return len(path.split("/")) if path else 0
 
 
 def _find_captions(
@@ -236,22 +207,22 @@ def _find_captions(
     What lies two folders deep counts only where nothing lies above it.
     """
     wanted = LAYOUTS if layout == "auto" else {layout: LAYOUTS[layout]}
-    for deepest, name in itertools.product((2, 3), wanted):
+    for deepest, name in itertools.product((1, 2), wanted):
         patterns, _ = wanted[name]
         paths = [
             path
             for path in dict.fromkeys(files.values())
-            if _depth(path) <= deepest
-            and _is_captions(posixpath.basename(path).lower(), patterns)
+            if path.count("/") <= deepest
+            and _matches(posixpath.basename(path).lower(), patterns)
             and not (directory / path).is_dir()
         ]
-        if paths:
-            # The shorter name first: Flickr8k.token.txt, not the
-            # Flickr8k.lemma.token.txt that lies beside it.
-            paths.sort(key=lambda path: (_depth(path), len(path), path))
-            datasets = defaultdict(list)
-            for path in paths:
-                datasets[_dataset_of(path, name)].append(path)
+        # The shorter name first: Flickr8k.token.txt, not the
+        # Flickr8k.lemma.token.txt that lies beside it.
+        paths.sort(key=lambda path: (path.count("/"), len(path), path))
+        datasets = defaultdict(list)
+        for path in paths:
+            datasets[_dataset_of(path, name)].append(path)
+        if datasets:
             return name, list(datasets.values())
     expected = ", ".join(p for patterns, _ in wanted.values() for p in patterns)
     raise UserError(
@@ -260,7 +231,7 @@ def _find_captions(
     )
 
 
-def _is_captions(name: str, patterns: Iterable[str]) -> bool:
+def _matches(name: str, patterns: Sequence[str]) -> bool:
     return name not in caption_files.NO_CAPTIONS and any(
         fnmatch.fnmatchcase(name, pattern) for pattern in patterns
     )
@@ -329,17 +300,13 @@ def _find_images(
 ) -> tuple[str, list[Row]]:
     """The folder of the images, and the rows with the names they have there.
 
-    Args:
-        rows: of one caption file.
-        files: of the dataset.
-        near: a folder to look in first; may be empty.
+    It is looked for in the folder `near` first, which may be empty.
     """
     # Images may lie in one folder where the captions name two (COCO's
     # train2014 and val2014), or one that was called otherwise.
     flat = [row._replace(image=row.image.split("/")[-1]) for row in rows]
-    for part, names in itertools.product(
-        dict.fromkeys((near, "")), (rows, flat)
-    ):
+    parts = dict.fromkeys((near, ""))
+    for part, names in itertools.product(parts, (rows, flat)):
         folder = _folder_of({_nfc(row.image) for row in names}, files, part)
         if folder is not None:
             return folder, names
@@ -357,50 +324,44 @@ def _folder_of(names: set[str], files: _Files, near: str) -> str | None:
         for depth in depths:
             if depth <= len(parts) and "/".join(parts[-depth:]) in names:
                 counts["/".join(there.split("/")[:-depth])] += 1
-    if not counts:
-        return None
-    most = max(counts.values())
-    # Of equals the usual one, then the shallowest.
-    best = [folder for folder in counts if counts[folder] == most]
-    usual = (f for f in best if posixpath.basename(f).lower() in _IMAGE_FOLDERS)
-    return next(usual, best[0])
+
+    def likeness(folder: str) -> tuple[int, bool]:
+        name = posixpath.basename(folder).lower()
+        return counts[folder], name in _IMAGE_FOLDERS
+
+    # Of equals the shallowest.
+    return max(counts, key=likeness, default=None)
 
 
 def _look_up(
     rows: list[Row], folder: str, files: _Files, notes: Notes
 ) -> list[Row]:
     """Rows with the paths of their images, for those that are there."""
-    found, missing = [], []
+    found, missing = [], {}
     for row in rows:
         path = posixpath.join(folder, row.image)
         there = files.get(path) or files.get(_nfc(path))
         if there:
             found.append(row._replace(image=there))
         else:
-            missing.append(row.image)
-    if missing:
-        alike = _any_case(files)
-    for image in dict.fromkeys(missing):
-        there = alike.get(_nfc(posixpath.basename(image)).casefold(), "")
-        reason = "missing"
-        if there:
-            name = posixpath.basename(there)
-            same = _nfc(name) == _nfc(posixpath.basename(image))
-            reason += f": there is {there if same else name}"
-            if not same and posixpath.splitext(image)[1]:
-                reason += "; upper and lower case count"
-        notes.skipped.append((image, reason))
-    return found
-
-
-def _any_case(files: _Files) -> dict[str, str]:
-    """Names in lower case, with and without ending -> a path."""
-    alike: dict[str, str] = {}
-    for path, there in files.items():
+            missing[row.image] = "missing"
+    alike: dict[str, str] = {}  # names in lower case, also without ending
+    for path, there in files.items() if missing else ():
         name = posixpath.basename(path).casefold()
         alike[name] = there
         alike.setdefault(posixpath.splitext(name)[0], there)
-    return alike
+    for image in missing:
+        asked = _nfc(posixpath.basename(image))
+        if there := alike.get(asked.casefold(), ""):
+            name = posixpath.basename(there)
+            if _nfc(name) == asked:
+                missing[image] += f": there is {there}"
+            else:
+                missing[image] += f": there is {name}"
+                if posixpath.splitext(image)[1]:
+                    missing[image] += "; upper and lower case count"
+    notes.skipped.extend(missing.items())
+    return found
 
 
 def _clean(rows: list[Row], notes: Notes) -> list[Row]:
@@ -435,8 +396,7 @@ def _clean(rows: list[Row], notes: Notes) -> list[Row]:
 def _unsafe(image: str) -> str:
     """Why an image of this name must not be opened; empty if it may.
 
-    The rules of all platforms apply on each, so that a dataset is the same
-    everywhere.
+    The rules of all platforms apply on each: a dataset is the same everywhere.
     """
     if not image:
         return "no image name"

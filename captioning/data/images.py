@@ -30,37 +30,25 @@ _MAX_BYTES = 8 * MAX_PIXELS + 2**20
 # Formats that Pillow opens and nobody keeps photographs in: containers that
 # it cannot decode, measurements without a known white, and drawings (EPS
 # starts a program).
-_NOT_PHOTOGRAPHS = {
-    *("BUFR", "GRIB", "HDF5", "MPEG", "IPTC"),
-    *("FITS", "SPIDER", "MCIDAS"),
-    *("EPS", "WMF"),
-}
+_CONTAINERS = ["BUFR", "GRIB", "HDF5", "MPEG", "IPTC"]
+_MEASUREMENTS = ["FITS", "SPIDER", "MCIDAS"]
+_DRAWINGS = ["EPS", "WMF"]
+_NOT_PHOTOGRAPHS = _CONTAINERS + _MEASUREMENTS + _DRAWINGS
 Image.preinit()  # the common formats come first
 Image.init()
 _FORMATS = [name for name in Image.OPEN if name not in _NOT_PHOTOGRAPHS]
 # Files in a folder that are taken for photographs, whatever their case. HEIC
 # and JPEG XL are among them so that they are reported, not passed over.
-ENDINGS = {
-    *(e for e, f in Image.registered_extensions().items() if f in _FORMATS),
-    *(".heic", ".heif", ".hif", ".jxl"),
-    ".mpo",  # opened as a JPEG
-}
+ENDINGS = {e for e, f in Image.registered_extensions().items() if f in _FORMATS}
+ENDINGS |= {".heic", ".heif", ".hif", ".jxl", ".mpo"}  # .mpo opens as a JPEG
 _NEEDS_HEIC = (
     "HEIC needs pillow-heif: pip install -r requirements-heic.txt, or convert "
     "it to JPEG"
 )
-_JXL = "JPEG XL cannot be read: convert it to JPEG"
-# How files that Pillow could not identify begin -> why.
-_UNIDENTIFIED = {
-    b"\xff\xd8\xff": "broken header",
-    b"\x89PNG": "broken header",
-    b"GIF8": "broken header",
-    b"RIFF": "broken header",
-    b"II*\0": "broken header",
-    b"MM\0*": "broken header",
-    b"\xff\x0a": _JXL,
-    b"\0\0\0\x0cJXL ": _JXL,
-}
+# How files begin that Pillow should have identified, and JPEG XL.
+_HEADERS = b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*"
+_HEIC_HEADERS = b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"
+_JXL_HEADERS = b"\xff\x0a", b"\0\0\0\x0cJXL "
 
 # The size is checked here, in one place and with one message.
 Image.MAX_IMAGE_PIXELS = None
@@ -103,13 +91,11 @@ def decode_image(
     try:
         pixels, repairs, orientation = _decode(data, size)
         height, width = pixels.shape[:2]
-        shape = (size, size)
         if not square:
             scale = size / max(height, width)
-            shape = (
-                max(1, round(width * scale)),
-                max(1, round(height * scale)),
-            )
+            width = max(1, round(width * scale))
+            height = max(1, round(height * scale))
+        shape = (size, size) if square else (width, height)
         pixels = _turn(_resize(pixels, *shape), orientation)
     except UnusableImage:
         raise
@@ -173,13 +159,11 @@ def _decode(data: bytes, size: int) -> tuple[np.ndarray, list[str], int]:
 
 def _why_unidentified(data: bytes) -> str:
     """Why Pillow does not know what a file is."""
-    if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf"):
-        known = "HEIF" in _FORMATS
-        return "broken header" if known else _NEEDS_HEIC
-    for start, reason in _UNIDENTIFIED.items():
-        if data.startswith(start):
-            return reason
-    return "not an image"
+    if data[4:11] in _HEIC_HEADERS:
+        return "broken header" if "HEIF" in _FORMATS else _NEEDS_HEIC
+    if data.startswith(_JXL_HEADERS):
+        return "JPEG XL cannot be read: convert it to JPEG"
+    return "broken header" if data.startswith(_HEADERS) else "not an image"
 
 
 def _what_to_repair(image: Image.Image) -> list[str]:
@@ -226,14 +210,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns pixels upright.
+    """Turns pixels (height, width, 3) upright, by their EXIF orientation.
 
     After resizing: that is less work, and OpenCV rounds a mirrored image
     differently.
-
-    Args:
-        pixels: uint8 RGB (height, width, 3).
-        orientation: by EXIF.
     """
     image = Image.fromarray(pixels)
     image.getexif()[ExifTags.Base.Orientation] = orientation

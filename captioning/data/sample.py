@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config import SPLITS, UserError
 
-SEED = 0
+SEED = 0  # of everything random
 SIDE = 224  # of the square images, in pixels
 MARGIN = 48  # pixels that objects may extend beyond the edge
 DRAWING = 1  # increment it when what is drawn or written changes
@@ -102,10 +102,8 @@ GROUNDS = {
 }
 
 
-def _ground(
-    ground: Ground, random: np.random.Generator
-) -> np.ndarray:  # (SIDE, SIDE, 3) uint8
-    """Draws a ground with soft patches of light and its own texture."""
+def _ground(ground: Ground, random: np.random.Generator) -> np.ndarray:
+    """Draws a ground with patches of light, uint8 BGR (SIDE, SIDE, 3)."""
     base = ground.colour + random.integers(-12, 13, 3)
     patches = cv2.resize(
         random.normal(0, 9, (5, 5)), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC
@@ -117,9 +115,8 @@ def _ground(
     ends = starts + random.uniform(-1, 1, starts.shape) * ground.reach
     change = random.integers(*ground.brightness, (ground.strokes, 1))
     colours = np.clip(base + change, 0, 255).tolist()
-    for start, end, colour in zip(
-        starts, ends.astype(int), colours, strict=True
-    ):
+    lines = zip(starts, ends.astype(int), colours, strict=True)
+    for start, end, colour in lines:
         cv2.line(image, start, end, colour, ground.width, cv2.LINE_AA)
     if ground is GROUNDS["road"]:
         top = int(random.integers(30, SIDE - 30))
@@ -128,10 +125,8 @@ def _ground(
     return image
 
 
-def _object(
-    group: Group, random: np.random.Generator
-) -> np.ndarray:  # (side, side, 4) uint8, the last channel is opacity
-    """Draws one object as a paper cut-out with a white rim."""
+def _object(group: Group, random: np.random.Generator) -> np.ndarray:
+    """Draws a paper cut-out with a white rim, uint8 BGRA (side, side, 4)."""
     own = np.clip(COLOURS[group.colour] + random.integers(-14, 15, 3), 0, 255)
     inks = INKS | {"own": (*own.tolist(), 255)}
     inks["shade"] = (*(own * 0.7).tolist(), 255)
@@ -151,21 +146,14 @@ def _object(
     canvas = canvas[:, :: random.choice((-1, 1))]
     turn = cv2.getRotationMatrix2D((120, 120), random.uniform(-8, 8), 1)
     side = round(2.4 * group.radius)
-    return cv2.resize(
-        cv2.warpAffine(canvas, turn, (240, 240)),
-        (side, side),
-        interpolation=cv2.INTER_AREA,
-    )
+    turned = cv2.warpAffine(canvas, turn, (240, 240))
+    return cv2.resize(turned, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def _draw(
-    scene: Scene, random: np.random.Generator
-) -> np.ndarray:  # (SIDE, SIDE, 3) uint8, BGR
-    """Draws the ground, then each object over its own shadow."""
-    image = np.pad(
-        _ground(GROUNDS[scene.ground], random).astype(np.float32),
-        ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)),
-    )
+def _draw(scene: Scene, random: np.random.Generator) -> np.ndarray:
+    """Draws a ground and objects on it, uint8 BGR (SIDE, SIDE, 3)."""
+    ground = _ground(GROUNDS[scene.ground], random).astype(np.float32)
+    image = np.pad(ground, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
     for group in scene.groups:
         for centre in group.centres:
             cutout = _object(group, random)
@@ -364,18 +352,17 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
-def write_sample(folder: Path, seed: int = SEED, images: int = 1200) -> None:
+def write_sample(folder: Path, images: int = 1200) -> None:
     """Draws the sample dataset, unless the folder already has it.
 
     The images are JPEG, like photographs: a fifth of the size of PNG, and the
-    same bytes for the same seed. Each has its own random numbers, so that it
+    same bytes every time. Each has its own random numbers, so that it
     does not depend on how many there are. `captions.csv` is written last: a
     folder without it is drawn again.
 
     Args:
         folder: gets `images/`, `captions.csv` (image, caption, split) and
             `sample.json`, which says what was drawn.
-        seed: of everything random.
         images: how many to draw, at least 3. One in twelve is for validation,
             as many are for the test, the others for training.
 
@@ -383,7 +370,7 @@ def write_sample(folder: Path, seed: int = SEED, images: int = 1200) -> None:
         UserError: if the folder contains another dataset.
     """
     table, note = folder / "captions.csv", folder / "sample.json"
-    drawn = json.dumps({"drawing": DRAWING, "seed": seed, "images": images})
+    drawn = json.dumps({"drawing": DRAWING, "seed": SEED, "images": images})
     names = [f"scene_{number:05d}.jpg" for number in range(images)]
     if table.exists():
         if not note.exists():
@@ -402,7 +389,7 @@ def write_sample(folder: Path, seed: int = SEED, images: int = 1200) -> None:
     progress = tqdm(names, "drawing the sample", unit="image", delay=15)
     splits = np.repeat(SPLITS, sizes)
     for number, (name, split) in enumerate(zip(progress, splits, strict=True)):
-        random = np.random.default_rng([seed, number])
+        random = np.random.default_rng([SEED, number])
         scene = _scene(random)
         quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
         content = cv2.imencode(".jpg", _draw(scene, random), quality)[1]

@@ -78,12 +78,8 @@ def split_rows(
             f"{len(left_out):,} of {len(images):,} images are left out "
             f"({reason}), such as {left_out[0]}."
         )
-    rows = [
-        row._replace(split=splits[row.image])
-        for row in rows
-        if row.image in splits
-    ]
-    return rows, how
+    kept = [row for row in rows if row.image in splits]
+    return [row._replace(split=splits[row.image]) for row in kept], how
 
 
 def _one_split(
@@ -116,7 +112,10 @@ def _split_by_name(
 
     Where there are folders but none for val, it is taken from train.
     """
-    splits = {image: _split_of_folder(image) for image in images}
+    splits = {}
+    for image in images:
+        folders = map(split_name, image.split("/")[:-1])
+        splits[image] = next(filter(None, folders), "")
     found = {*splits.values()}
     if "" in found or "train" not in found or len(found) < 2:
         return "split by a hash of the image names", {
@@ -128,11 +127,6 @@ def _split_by_name(
         if split == "train":
             splits[image] = _hash_split(image, val_share, 0)
     return "split by folder, and val by a hash of the names in train", splits
-
-
-def _split_of_folder(image: str) -> str:
-    parts = image.lower().split("/")[:-1]
-    return next(filter(None, map(split_name, parts)), "")
 
 
 def _hash_split(image: str, val_share: float, test_share: float) -> str:
@@ -157,6 +151,23 @@ class _List(NamedTuple):
     unknown: list[str]  # names that are of no image
 
 
+class _Group(NamedTuple):
+    """Lists whose paths differ only in their split."""
+
+    pattern: str  # of the paths, such as karpathy_splits/*.txt
+    lists: list[_List]
+
+    @property
+    def images(self) -> set[str]:
+        """The images that the lists name."""
+        return {image for each in self.lists for image in each.images}
+
+    @property
+    def has_train(self) -> bool:
+        """Whether one of the lists is that of the training split."""
+        return any(each.split == "train" for each in self.lists)
+
+
 def _read_lists(
     directory: Path,
     files: Iterable[str],
@@ -173,81 +184,67 @@ def _read_lists(
         UserError: if the lists are those of another dataset.
     """
     groups = _group_lists(directory, files, index, notes)
-    best = max(
-        groups,
-        key=lambda lists: (len(_named(lists)), _has_train(lists)),
-        default=[],
-    )
-    if not _are_of(best, images):
-        if _has_train(best):
+    best = max(groups, key=lambda g: (len(g.images), g.has_train), default=None)
+    if best and not _belongs(best, images):
+        if best.has_train:
             raise UserError(_wrong_lists(directory, best, images))
-        # Without a list for train, a file may have such a name by chance.
-        best = []
-    unused = [e.path for lists in groups if lists is not best for e in lists]
+        best = None  # without a list for train, they have such names by chance
+    unused = [e.path for g in groups if g is not best for e in g.lists]
     if unused:
         notes.messages.append(f"Not used as split lists: {', '.join(unused)}.")
-    for each in filter(lambda each: each.unknown, best):
-        count = len(each.images) + len(each.unknown)
-        notes.messages.append(
-            f"{each.path}: {len(each.unknown):,} of {count:,} names match no "
-            f"image, such as {each.unknown[0][:80]} (an image is called "
-            f"{min(images)})."
-        )
-    pairs = [(image, each.split) for each in best for image in each.images]
-    return f"split by {_pattern(best)}" if best else "", pairs
+    if not best:
+        return "", []
+    for each in best.lists:
+        if each.unknown:
+            count = len(each.images) + len(each.unknown)
+            notes.messages.append(
+                f"{each.path}: {len(each.unknown):,} of {count:,} names match "
+                f"no image, such as {each.unknown[0][:80]} (an image is called "
+                f"{min(images)})."
+            )
+    pairs = [
+        (image, each.split) for each in best.lists for image in each.images
+    ]
+    return f"split by {best.pattern}", pairs
 
 
 def _group_lists(
     directory: Path, files: Iterable[str], index: _Index, notes: Notes
-) -> list[list[_List]]:
-    """Reads all lists; those of a group differ only in their split."""
-    groups = defaultdict(list)
+) -> list[_Group]:
+    groups: dict[str, _Group] = {}
     for path in files:
         folder, name = posixpath.split(path)
         match = _LIST.fullmatch(name)
-        if match and (directory / path).is_file():
-            names = _names(read_text(directory / path, notes), index)
-            group = posixpath.join(folder, f"{match[1] or ''}*{match[3] or ''}")
-            groups[group.casefold()].append(
-                _match(path, split_name(match[2]), names, index)
-            )
+        if not match or not (directory / path).is_file():
+            continue
+        names = _names(read_text(directory / path, notes), index)
+        found = {name: _find(name, index) for name in names}
+        known = [image for image in found.values() if image]
+        unknown = [name for name, image in found.items() if not image]
+        pattern = f"{name[: match.start(2)]}*{name[match.end(2) :]}"
+        pattern = posixpath.join(folder, pattern)
+        key = posixpath.join(folder, f"{match[1] or ''}*{match[3] or ''}")
+        group = groups.setdefault(key.casefold(), _Group(pattern, []))
+        group.lists.append(_List(path, split_name(match[2]), known, unknown))
     return list(groups.values())
 
 
-def _are_of(lists: Iterable[_List], images: set[str]) -> bool:
+def _belongs(group: _Group, images: set[str]) -> bool:
     """Whether lists are of this dataset, or of a part of it or a larger one."""
-    total = sum(len(each.images) + len(each.unknown) for each in lists)
-    named = len(_named(lists))
+    total = sum(len(each.images) + len(each.unknown) for each in group.lists)
+    named = len(group.images)
     return named > 0 and named >= _SAME_DATASET * min(total, len(images))
 
 
-def _wrong_lists(directory: Path, lists: list[_List], images: set[str]) -> str:
-    wrong = next((each for each in lists if each.unknown), lists[0])
+def _wrong_lists(directory: Path, group: _Group, images: set[str]) -> str:
+    wrong = next((each for each in group.lists if each.unknown), group.lists[0])
     example = wrong.unknown[0][:80] if wrong.unknown else "no names"
-    named = len(_named(lists))
     return (
-        f"{directory / wrong.path}: the split lists name {named:,} of the "
-        f"{len(images):,} images; this one has {example}, an image is "
-        f"called {min(images)}: correct the lists, or remove them to split by "
-        "a hash of the names"
+        f"{directory / wrong.path}: the split lists name "
+        f"{len(group.images):,} of the {len(images):,} images; this one has "
+        f"{example}, an image is called {min(images)}: correct the lists, or "
+        "remove them to split by a hash of the names"
     )
-
-
-def _has_train(lists: Iterable[_List]) -> bool:
-    return any(each.split == "train" for each in lists)
-
-
-def _named(lists: Iterable[_List]) -> set[str]:
-    return {image for each in lists for image in each.images}
-
-
-def _pattern(lists: Sequence[_List]) -> str:
-    """The paths of lists in one, such as karpathy_splits/*.txt."""
-    folder, name = posixpath.split(lists[0].path)
-    match = _LIST.fullmatch(name)
-    assert match
-    name = f"{name[: match.start(2)]}*{name[match.end(2) :]}"
-    return posixpath.join(folder, name)
 
 
 def _names(text: str, index: _Index) -> list[str]:
@@ -261,30 +258,19 @@ def _names(text: str, index: _Index) -> list[str]:
     if named is not None:
         return [row[named] for row in rows[1:] if len(row) > named]
     words = [line.split() for line in lines]
-    columns = dict.fromkeys(
-        [
-            tuple(lines),
-            *itertools.zip_longest(*rows, fillvalue=""),
-            *itertools.zip_longest(*words, fillvalue=""),
-        ]
-    )
+    columns = [
+        tuple(lines),
+        *itertools.zip_longest(*rows, fillvalue=""),
+        *itertools.zip_longest(*words, fillvalue=""),
+    ]
 
     def likeness(column: Sequence[str]) -> tuple[int, int]:
         # A column of row numbers may fit too, but not with endings.
         exact = sum(not index.keys().isdisjoint(_forms(n)[:2]) for n in column)
         return exact, sum(bool(_find(name, index)) for name in column)
 
-    return [name for name in max(columns, key=likeness) if name.strip()]
-
-
-def _match(path: str, split: str, names: list[str], index: _Index) -> _List:
-    found = {name: _find(name, index) for name in names}
-    return _List(
-        path,
-        split,
-        [image for image in found.values() if image],
-        [name for name, image in found.items() if not image],
-    )
+    best = max(dict.fromkeys(columns), key=likeness)
+    return [name for name in best if name.strip()]
 
 
 def _index(images: set[str]) -> _Index:

@@ -1,6 +1,7 @@
 """Captions as words, and words as numbers."""
 
 import functools
+import itertools
 import json
 import re
 import unicodedata
@@ -103,12 +104,8 @@ class Vocabulary:
 
     def decode(self, numbers: Iterable[int]) -> list[str]:
         """The words of a caption, up to its first `<end>` or padding."""
-        words = []
-        for number in numbers:
-            if number in (END, PAD):
-                break
-            words.append(self.words[number])
-        return words
+        caption = itertools.takewhile(lambda n: n not in (END, PAD), numbers)
+        return [self.words[number] for number in caption]
 
 
 def build(captions: Iterable[Sequence[str]], min_count: int) -> Vocabulary:
@@ -148,7 +145,6 @@ def encode(
         padding.
     """
     numbers = vocabulary.numbers
-    # (captions, max_length + 2)
     rows = np.full((len(captions), max_length + 2), PAD, np.int32)
     rows[:, 0] = START
     for row, caption in zip(rows, captions, strict=True):
@@ -168,12 +164,9 @@ def unknown_share(
         captions: tokenised captions.
         vocabulary: the words that are known.
     """
-    known = vocabulary.numbers
-    total = unknown = 0
-    for caption in captions:
-        total += len(caption)
-        unknown += sum(word not in known for word in caption)
-    return unknown / max(total, 1)
+    words = [word for caption in captions for word in caption]
+    unknown = sum(word not in vocabulary.numbers for word in words)
+    return unknown / max(len(words), 1)
 
 
 def lacks_spaces(captions: Iterable[Sequence[str]]) -> bool:
@@ -194,8 +187,8 @@ def lacks_spaces(captions: Iterable[Sequence[str]]) -> bool:
 
 def save(vocabulary: Vocabulary, path: Path) -> None:
     """Writes a vocabulary as JSON."""
-    text = json.dumps({"words": vocabulary.words}, ensure_ascii=False)
-    write_text(path, text)
+    words = {"words": vocabulary.words}
+    write_text(path, json.dumps(words, ensure_ascii=False))
 
 
 def load(path: Path) -> Vocabulary:

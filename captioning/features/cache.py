@@ -19,6 +19,7 @@ finished.bin names no row that the others lack.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import mmap
 import os
@@ -111,12 +112,9 @@ def create(
             "versions": versions,
         }
         was, now = meta.get("images_dir", ""), str(images_dir.resolve())
-        known = set(table["image"])
-        new = [name for name in images if name not in known]
-        if new:
-            added = pd.DataFrame({"image": new, **dict.fromkeys(FILE, 0)})
-            table = pd.concat([table, added] if known else [added])
-            table = table.reset_index(drop=True)
+        new = pd.Index(images).difference(table["image"], sort=False)
+        added = pd.DataFrame({"image": new, **dict.fromkeys(FILE, 0)})
+        table = pd.concat([table, added], ignore_index=True)
         full = (len(table), *shape)
         _check_disk(folder, full)
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +122,7 @@ def create(
             # Other files under the same names, perhaps of equal size and
             # time: only their pixels can tell.
             table[FILE] = 0
-        if new or was != now:
+        if len(new) or was != now:
             write_csv(folder / "images.csv", table)
         if was != now:
             text = json.dumps({**meta, "images_dir": now}, indent=2)
@@ -271,9 +269,8 @@ def channel_statistics(
         that hardly ever fire are not blown up, no deviation is below a
         hundredth of the mean deviation.
     """
-    chosen = rows[
-        np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
-    ]
+    places = np.linspace(0, len(rows) - 1, min(most, len(rows)))
+    chosen = rows[places.astype(int)]
     total = squares = 0.0
     for start in range(0, len(chosen), 64):
         # Sorted, so that the disk is read in one direction.
@@ -284,11 +281,8 @@ def channel_statistics(
     number = len(chosen) * features.shape[1]
     mean = total / number
     deviation = np.sqrt(np.maximum(squares / number - mean**2, 0))
-    least = max(0.01 * deviation.mean(), 1e-6)
-    return (
-        mean.astype(np.float32),
-        np.maximum(deviation, least).astype(np.float32),
-    )
+    deviation = np.maximum(deviation, max(0.01 * deviation.mean(), 1e-6))
+    return mean.astype(np.float32), deviation.astype(np.float32)
 
 
 def _table_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -333,9 +327,7 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
         blocks = getattr(status, "st_blocks", None)
         here = status.st_size if blocks is None else blocks * 512
     needed = 2 * int(np.prod(shape, dtype=np.int64)) - here
-    place = folder
-    while not place.exists():
-        place = place.parent
+    place = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
@@ -348,15 +340,10 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
 def _check_files(
     folder: Path, shape: tuple[int, int] | None, advice: str
 ) -> tuple[int, pd.DataFrame]:
-    """Checks that the files of a cache fit each other.
+    """Checks that the files of a cache fit each other, and `shape` if given.
 
     What is missing or cut off would otherwise be filled with zeros, and
-    count.
-
-    Args:
-        folder: where the cache is.
-        shape: (regions, channels) that are wanted; None takes any.
-        advice: what to do if they do not fit.
+    count. `advice` is what to do if they do not fit.
 
     Returns:
         How many rows `finished.bin` has, 0 if the cache is still to be made;
@@ -386,10 +373,11 @@ def _check_files(
         )
     # A process that was killed while it extended the cache leaves some files
     # longer than others.
-    for name, start, width in (
-        ("features.npy", found.offset, 2 * int(np.prod(wanted[1:]))),
-        ("digests.bin", 0, DIGEST_BYTES),
-    ):
+    widths = {
+        "features.npy": (found.offset, 2 * int(np.prod(wanted[1:]))),
+        "digests.bin": (0, DIGEST_BYTES),
+    }
+    for name, (start, width) in widths.items():
         size = _size(folder / name)
         least, most = start + marked * width, start + len(table) * width
         if not least <= size <= most:
@@ -401,15 +389,11 @@ def _check_files(
 
 
 def _lengthen_array(path: Path, shape: tuple[int, ...], keep: bool) -> None:
-    """Makes features.npy as long as `shape` says.
+    """Makes features.npy (rows, regions, channels) as long as `shape` says.
 
     NumPy pads the header so that the first dimension has room to grow: the
-    header can be rewritten in front of the rows.
-
-    Args:
-        path: the file.
-        shape: (rows, regions, channels).
-        keep: what the file holds; otherwise it is created.
+    header can be rewritten in front of the rows. What the file holds goes,
+    unless `keep` is set.
     """
     header = io.BytesIO()
     fields = {"descr": "<f2", "fortran_order": False, "shape": shape}
@@ -448,27 +432,20 @@ def _lengthen(path: Path, size: int) -> None:
 def _write_rows(
     path: Path, start: int, rows: Sequence[int], values: np.ndarray
 ) -> None:
-    """Writes rows of equal length to the disk, neighbours in one go.
+    """Writes rows (rows, ...) to the disk, neighbours in one go.
 
-    Args:
-        path: the file.
-        start: where its row 0 begins, in bytes.
-        rows: where to.
-        values: (rows, ...).
+    Row 0 of the file begins at the byte `start`.
     """
     if not len(rows):
         return
     width = values[0].nbytes
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
     try:
         with open(path, "r+b", opener=_open_synchronous) as handle:
-            for first, some in zip(
-                np.split(np.asarray(rows), breaks),
-                np.split(values, breaks),
-                strict=True,
-            ):
-                handle.seek(start + int(first[0]) * width)
-                handle.write(np.ascontiguousarray(some).data.cast("B"))
+            for first, last in itertools.pairwise([0, *breaks, len(rows)]):
+                handle.seek(start + int(rows[first]) * width)
+                some = np.ascontiguousarray(values[first:last])
+                handle.write(some.data.cast("B"))
             handle.flush()
             os.fsync(handle.fileno())
     except OSError as error:

@@ -3,11 +3,11 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,11 +70,8 @@ def share(names: Sequence[str], number: int, of: int) -> list[str]:
         number: of the worker, from 0.
         of: how many workers there are.
     """
-    return [
-        name
-        for place, name in enumerate(names)
-        if place // BATCH % of == number
-    ]
+    places = range(len(names))
+    return [names[place] for place in places if place // BATCH % of == number]
 
 
 def read_ahead(
@@ -88,11 +85,13 @@ def read_ahead(
             batch = names[start : start + BATCH]
             return [pool.submit(read, images_dir, n, size) for n in batch]
 
-        waiting = [submit(start) for start in islice(starts, AHEAD)]
+        waiting = [submit(start) for start in itertools.islice(starts, AHEAD)]
         try:
             while waiting:
                 yield [future.result() for future in waiting.pop(0)]
-                waiting.extend(submit(start) for start in islice(starts, 1))
+                waiting.extend(
+                    submit(start) for start in itertools.islice(starts, 1)
+                )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -187,14 +186,10 @@ def _check_again(
     again = np.flatnonzero((marks != 0) & (moved | (marks == REPAIRED)))
     table = features.load_digests(cache)
     repaired, found = [], {}
-    bar = tqdm(
-        read_ahead(images_dir, [names[int(place)] for place in again], size),
-        total=-(-len(again) // BATCH),
-        unit="batch",
-        desc="Checking files",
-        delay=2,
-    )
-    for each in (each for batch in bar for each in batch):
+    batches = read_ahead(images_dir, [names[int(p)] for p in again], size)
+    total = -(-len(again) // BATCH)
+    bar = tqdm(batches, "Checking files", total, unit="batch", delay=2)
+    for each in itertools.chain.from_iterable(bar):
         row = cache.row[each.name]
         if each.digest != table[row].tobytes():
             found[row] = 0
@@ -242,8 +237,5 @@ def _encode_batch(
 def digests(cache: features.Cache, images: Sequence[str]) -> dict[str, str]:
     """Image -> digest of its pixels, of all images that are finished."""
     table = features.load_digests(cache)
-    return {
-        image: table[cache.row[image]].tobytes().hex()
-        for image in images
-        if table[cache.row[image]].any()
-    }
+    found = {image: table[cache.row[image]] for image in images}
+    return {i: d.tobytes().hex() for i, d in found.items() if d.any()}
