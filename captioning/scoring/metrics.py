@@ -119,8 +119,7 @@ def score(
     metrics |= _diversity([made[image][0] for image in judged], known)
     unavailable = {}
     if known is None:
-        why = "the training captions are not at hand"
-        unavailable["novel_captions"] = why
+        unavailable["novel_captions"] = "the training captions are not at hand"
     for name, compute in (("meteor", java.meteor), ("spice", java.spice)):
         try:
             metrics[name] = compute(made, judged)
@@ -242,12 +241,10 @@ def _diversity(captions: list[str], known: set[str] | None) -> dict[str, Any]:
         known: the training captions and the empty one, if at hand.
     """
     words = [word for caption in captions for word in caption.split()]
-    novel = None
-    if known is not None:
-        novel = sum(x not in known for x in captions) / len(captions)
+    novel = [x not in known for x in captions] if known is not None else []
     return {
         "distinct_captions": len({*captions} - {""}) / len(captions),
-        "novel_captions": novel,
+        "novel_captions": sum(novel) / len(captions) if novel else None,
         "vocabulary_used": len(set(words)),
         "mean_length": len(words) / len(captions),
     }
@@ -263,18 +260,12 @@ def _bleu_counts(scorer: BleuScorer) -> np.ndarray:
         (images, 10): matched 1- to 4-grams, 1- to 4-grams, words, and words of
         the reference nearest in length.
     """
-    return np.array(
-        [
-            [
-                *each["correct"],
-                *each["guess"],
-                each["testlen"],
-                min((abs(n - each["testlen"]), n) for n in each["reflen"])[1],
-            ]
-            for each in scorer.ctest
-        ],
-        float,
-    )
+    rows = []
+    for each in scorer.ctest:
+        length = each["testlen"]
+        nearest = min(each["reflen"], key=lambda n: (abs(n - length), n))
+        rows.append([*each["correct"], *each["guess"], length, nearest])
+    return np.array(rows, float)
 
 
 def _corpus_bleu4(totals: np.ndarray) -> np.ndarray:
@@ -312,12 +303,7 @@ def interval(
     """
     generator = np.random.default_rng(0)
     images = len(counts)
-    # (resamples, columns)
-    totals = np.stack(
-        [
-            np.bincount(generator.integers(images, size=images), None, images)
-            @ counts
-            for _ in range(RESAMPLES)
-        ]
-    )
+    totals = np.empty((RESAMPLES, counts.shape[1]))
+    for each in totals:
+        counts[generator.integers(images, size=images)].sum(axis=0, out=each)
     return np.percentile(statistic(totals), [2.5, 97.5]).tolist()

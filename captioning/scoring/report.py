@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from PIL import Image
 
 from captioning.data import images
 from captioning.files import write_text
-from captioning.scoring import figures
-from captioning.scoring import table as scores
+from captioning.scoring import figures, table
 
 # That is about 14 KB per photograph.
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 224, 70
@@ -48,20 +47,19 @@ def write_report(
         history: as in history.csv; None if there is none.
     """
     rows = examples.to_dict("records")
-    data = [
-        _example(row, maps, images_dir)
-        for row, maps in zip(rows, attention, strict=True)
-    ]
     has_history = history is not None and len(history) > 0
-    notes, published = scores.comparison(metrics, dataset)
+    notes, published = table.comparison(metrics, dataset)
     best_epoch = (metrics.get("run") or {}).get("epoch") or 0
     text = template("scoring/report.html.jinja").render(
         title=title,
         metrics=metrics,
-        figures=list(_figures(metrics)),
+        figures=table.rows(metrics),
         notes=notes,
         published=published,
-        examples=data,
+        examples=[
+            _example(row, maps, images_dir)
+            for row, maps in zip(rows, attention, strict=True)
+        ],
         history=history,
         curves=[
             figures.curve(history, best_epoch, each)
@@ -84,32 +82,10 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _figures(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Each metric as the page shows it."""
-    for name, title, form, meaning in scores.FIGURES:
-        value = metrics.get(name)
-        reason = metrics.get("unavailable", {}).get(name, "not measured")
-        ends = metrics.get("intervals", {}).get(name) or []
-        yield {
-            "name": name,
-            "title": title.strip(),
-            "shown": "" if value is None else form.format(value),
-            "interval": " to ".join(form.format(x).rstrip("%") for x in ends),
-            "meaning": meaning,
-            "reason": reason if value is None else "",
-        }
-
-
 def _example(
     row: Mapping[str, Any], maps: np.ndarray, images_dir: Path
 ) -> dict[str, Any]:
-    """One image as the script of the page expects it.
-
-    Args:
-        row: of the examples.
-        maps: weights (words, side, side).
-        images_dir: the folder with the photographs.
-    """
+    """One image and its attention maps, as the page's script expects them."""
     return {
         **row,
         "photo": _thumbnail(images_dir / row["image"]),
