@@ -83,7 +83,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
     timeout = -1 if wait else 0
-    held = FileLock(file, fallback_to_soft=False)
+    held: BaseFileLock = FileLock(file, fallback_to_soft=False)
     try:
         try:
             held.acquire(timeout)
@@ -97,21 +97,15 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
             held = SoftFileLock(file.with_suffix(".softlock"))
             held.acquire(timeout)
     except Timeout:
-        raise UserError(
-            f"another process is at work on {path}: wait for it to end"
-            + _owner(held)
-        ) from None
+        text = f"another process is at work on {path}: wait for it to end"
+        if isinstance(held, SoftFileLock):
+            # Its process may be on another machine.
+            text += f" (if none is running, delete {held.lock_file})"
+        raise UserError(text) from None
     try:
         yield
     finally:
         held.release()
-
-
-def _owner(held: BaseFileLock) -> str:
-    """What to do about a marker whose process may be on another machine."""
-    if not isinstance(held, SoftFileLock):
-        return ""
-    return f" (if none is running on any machine, delete {held.lock_file})"
 
 
 @functools.cache
