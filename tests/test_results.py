@@ -41,9 +41,6 @@ def test_only_the_defaults_have_the_plain_name_of_the_split(tmp_path):
     assert len({each.lower() for each in names}) == len(names)
     assert name(100, beam_size=5) == "test-beam5-limit100"
     assert name(captions=str(one)).startswith("test-captions-a_b-")
-
-
-def test_every_decoding_field_has_a_name_of_its_own():
     assert {*results.SEARCH, "split"} == {*group("decoding")}
 
 
@@ -125,14 +122,6 @@ def test_an_end_between_two_renames_loses_nothing(
             "old" if renamed == "old" else "new"
         )
         end()
-
-
-def test_attention_figures_of_two_folders_have_names_of_their_own():
-    images = ["1.jpg", "1.png", "a/1.jpg", "a_1.jpg", "b/1.jpg", "A/1.jpg"]
-    names = results.figure_names(images)
-    assert len({each.lower() for each in names}) == len(images)
-    assert names[0] == "1.png"
-    assert not any("/" in each for each in names)
 
 
 # --- teacher-forced ----------------------------------------------------------

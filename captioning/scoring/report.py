@@ -1,73 +1,21 @@
-"""The HTML report of a run, and photographs for the local page."""
+"""What the HTML pages are made of: templates, photographs, attention."""
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from captioning.data import images
-from captioning.files import write_text
-from captioning.scoring import figures, table
+from captioning.scoring import figures
 
 # That is about 14 KB per photograph.
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 224, 70
 _LIT_SIDE = 448  # of the photographs on the page that captions them
-
-
-def write_report(
-    path: Path,
-    title: str,
-    dataset: str,
-    metrics: Mapping[str, Any],
-    examples: pd.DataFrame,
-    attention: Sequence[np.ndarray],
-    images_dir: Path,
-    history: pd.DataFrame | None,
-) -> None:
-    """Writes the report of a run: one HTML file that needs no network.
-
-    A photograph that cannot be read becomes a placeholder.
-
-    Args:
-        path: the HTML file.
-        title: its heading.
-        dataset: its name; for a known one, published results are shown.
-        metrics: what metrics.json has.
-        examples: image (relative to `images_dir`), caption, references
-            (list of texts), bleu4, rouge_l, cider; one row per image.
-        attention: for each row, weights (words, side, side), one map per word
-            of `caption.split()`.
-        images_dir: the folder with the photographs.
-        history: as in history.csv; None if there is none.
-    """
-    rows = examples.to_dict("records")
-    has_history = history is not None and len(history) > 0
-    notes, published = table.comparison(metrics, dataset)
-    best_epoch = (metrics.get("run") or {}).get("epoch") or 0
-    text = template("scoring/report.html.jinja").render(
-        title=title,
-        metrics=metrics,
-        figures=table.rows(metrics),
-        notes=notes,
-        published=published,
-        examples=[
-            _example(row, maps, images_dir)
-            for row, maps in zip(rows, attention, strict=True)
-        ],
-        history=history,
-        curves=[
-            figures.curve(history, best_epoch, each)
-            for each in figures.PANELS
-            if has_history
-        ],
-    )
-    write_text(path, text)
 
 
 def template(name: str) -> jinja2.Template:
@@ -82,10 +30,20 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _example(
+def example(
     row: Mapping[str, Any], maps: np.ndarray, images_dir: Path
 ) -> dict[str, Any]:
-    """One image and its attention maps, as the page's script expects them."""
+    """One image as the script of the report expects it.
+
+    Args:
+        row: of captions.csv; `image` is relative to `images_dir`.
+        maps: attention weights (words, side, side), a map per word.
+        images_dir: the folder with the photographs.
+
+    Returns:
+        The row, with a thumbnail (None if the photograph cannot be read) and
+        the attention.
+    """
     return {
         **row,
         "photo": _thumbnail(images_dir / row["image"]),
