@@ -85,10 +85,10 @@ def meteor(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
     # Its protocol separates by "|||".
     made, judged = (
         {
-            key: [" ".join(x.replace("|", "").split()) for x in texts]
-            for key, texts in a.items()
+            image: [" ".join(x.replace("|", "").split()) for x in texts]
+            for image, texts in captions.items()
         }
-        for a in (made, judged)
+        for captions in (made, judged)
     )
     try:
         scorer = Meteor()
@@ -159,19 +159,7 @@ def spice(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
 
 
 def _run(arguments: list[str], sent: str, seconds: float) -> str:
-    """Runs a Java program to its end.
-
-    Args:
-        arguments: of `java`.
-        sent: its standard input.
-        seconds: time after which it is stopped.
-
-    Returns:
-        Its standard output.
-
-    Raises:
-        ChildProcessError: if it did not end well.
-    """
+    """Sends a text to a Java program, which has some seconds to answer."""
     _need_java()
     try:
         process = subprocess.run(

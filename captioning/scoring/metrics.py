@@ -113,10 +113,14 @@ def score(
         {image: tokens["reference", image] for image in references},
     )
     overlap, per_image = _overlap(made, judged)
+    # An empty caption is not a novel one.
     known = None if training_captions is None else {*tokens[training], ""}
-    metrics: dict[str, Any] = {"images": len(judged), "tokenizer": tokenizer}
-    metrics |= overlap
-    metrics |= _diversity([made[image][0] for image in judged], known)
+    metrics = {
+        "images": len(judged),
+        "tokenizer": tokenizer,
+        **overlap,
+        **_diversity([texts[0] for texts in made.values()], known),
+    }
     unavailable = {}
     if known is None:
         unavailable["novel_captions"] = "the training captions are not at hand"
@@ -140,13 +144,16 @@ def _overlap(
     bleu, bleu_per_image = scorer.compute_score(option="closest")
     rouge_l, rouge_l_per_image = Rouge().compute_score(judged, made)
     cider_mean, cider_per_image = Cider().compute_score(judged, made)
-    metrics: dict[str, Any] = {f"bleu{n}": bleu[n - 1] for n in (1, 2, 3, 4)}
-    metrics |= {"rouge_l": float(rouge_l), "cider": float(cider_mean)}
     counts = np.column_stack([cider_per_image, np.ones(len(judged))])
-    metrics["intervals"] = {
-        "bleu4": interval(_bleu_counts(scorer), _corpus_bleu4),
-        # The document frequencies stay those of the whole split.
-        "cider": interval(counts, ratio),
+    metrics = {
+        **{f"bleu{n}": value for n, value in enumerate(bleu, 1)},
+        "rouge_l": float(rouge_l),
+        "cider": float(cider_mean),
+        "intervals": {
+            "bleu4": interval(_bleu_counts(scorer), _corpus_bleu4),
+            # The document frequencies stay those of the whole split.
+            "cider": interval(counts, ratio),
+        },
     }
     per_image = pd.DataFrame(
         {
@@ -234,12 +241,7 @@ def _notices(
 
 
 def _diversity(captions: list[str], known: set[str] | None) -> dict[str, Any]:
-    """How different the captions are; an empty one is none.
-
-    Args:
-        captions: one an image.
-        known: the training captions and the empty one, if at hand.
-    """
+    """How different the captions are, also from those known from training."""
     words = [word for caption in captions for word in caption.split()]
     novel = [x not in known for x in captions] if known is not None else []
     return {
