@@ -189,7 +189,7 @@ def test_the_scores_are_those_of_pycocoevalcap_on_the_same_tokens(
     bleu, bleu_per_image = Bleu(4).compute_score(judged, theirs, verbose=0)
     rouge_l, rouge_l_per_image = Rouge().compute_score(judged, theirs)
     cider, cider_per_image = Cider().compute_score(judged, theirs)
-    found, per_image, _ = metrics.score(made, judged)
+    found, per_image, _ = metrics.score(made, judged, [])
     expected = [*bleu, rouge_l, cider]
     np.testing.assert_allclose([found[x] for x in FREE], expected, atol=1e-12)
     np.testing.assert_allclose(per_image["bleu4"], bleu_per_image[3])
@@ -224,11 +224,11 @@ def many():
 
 
 def test_the_intervals_contain_the_scores_and_repeat(no_java, many, capfd):
-    found = metrics.score(*many).metrics
+    found = metrics.score(*many, []).metrics
     for name in ("bleu4", "cider"):
         low, high = found["intervals"][name]
         assert low < found[name] < high
-    assert metrics.score(*many).metrics == found
+    assert metrics.score(*many, []).metrics == found
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert capfd.readouterr() == ("", "")
 
@@ -238,7 +238,7 @@ def test_an_image_without_a_caption_scores_zero_and_counts(no_java, empty):
     captions = {**CAPTIONS, "2.jpg": empty}
     if empty == "missing":
         del captions["2.jpg"]
-    whole = metrics.score(CAPTIONS, REFERENCES)
+    whole = metrics.score(CAPTIONS, REFERENCES, [])
     found, per_image, [notice] = metrics.score(captions, REFERENCES, [])
     assert list(per_image.index) == list(REFERENCES)
     assert (per_image.loc["2.jpg"] == 0).all()
@@ -261,11 +261,11 @@ def test_no_caption_at_all_scores_zero(no_java):
 
 def test_references_without_a_word_do_not_count(no_java):
     captions = {**CAPTIONS, "1.jpg": "..."}
-    plain = metrics.score(captions, REFERENCES)
+    plain = metrics.score(captions, REFERENCES, [])
     references = {**REFERENCES, "1.jpg": [*REFERENCES["1.jpg"], "...", ""]}
     references |= {"4.jpg": ["...", " "], "5.jpg": []}
     captions |= {"4.jpg": "...", "5.jpg": "a dog"}
-    found = metrics.score(captions, references)
+    found = metrics.score(captions, references, [])
     assert found.metrics == plain.metrics and found.metrics["images"] == 3
     assert found.per_image.loc["1.jpg", "rouge_l"] == 0
     assert found.notices[-1].startswith("2 images")
@@ -284,12 +284,13 @@ def test_what_cannot_be_scored_is_told_in_one_line(
     no_java, captions, references, told
 ):
     with pytest.raises(UserError, match=told) as error:
-        metrics.score(captions, references)
+        metrics.score(captions, references, [])
     assert "\n" not in str(error.value)
 
 
 def test_a_single_image_has_scores_and_a_cider_of_zero(no_java):
-    scores = metrics.score({"1.jpg": "A dog runs."}, {"1.jpg": ["a dog runs"]})
+    captions, references = {"1.jpg": "A dog runs."}, {"1.jpg": ["a dog runs"]}
+    scores = metrics.score(captions, references, [])
     found = scores.metrics
     assert found["bleu1"] == pytest.approx(1) and found["rouge_l"] == 1
     assert found["cider"] == 0 and "single image" in scores.notices[0]
@@ -304,14 +305,10 @@ def test_the_diversity_of_captions(no_java):
     assert found["mean_length"] == pytest.approx((3 + 3 + 7) / 3)
 
 
-def test_what_is_not_at_hand_is_null_with_the_reason(no_java):
-    found = metrics.score(CAPTIONS, REFERENCES).metrics
-    assert found["unavailable"] == {
-        "novel_captions": "the training captions are not at hand",
-        "meteor": "no Java",
-        "spice": "no Java",
-    }
-    assert all(found[name] is None for name in found["unavailable"])
+def test_without_java_meteor_and_spice_are_null_with_the_reason(no_java):
+    found = metrics.score(CAPTIONS, REFERENCES, []).metrics
+    assert found["meteor"] is None and found["spice"] is None
+    assert found["unavailable"] == {"meteor": "no Java", "spice": "no Java"}
 
 
 # --- METEOR and SPICE ------------------------------------------------------
@@ -410,9 +407,11 @@ def test_spice_counts_an_empty_caption_as_zero_and_checks_its_answer(
 def full(no_java, many):
     """Everything that metrics.json has."""
     return metrics.score(*many, []).metrics | {
+        "run": {"run": "x", "images_trained_on": 0},
         "split": "test",
         "images": 1000,
         "beam_size": 5,
+        "consensus_temperature": None,
         "tokenizer": metrics.PTB,
         "token_accuracy": 0.4123,
         "token_accuracy_top5": 0.68,
@@ -456,7 +455,6 @@ def test_the_table_compares_with_rows_of_the_same_data_alone(
         ({}, ""),
         ({"images": 50}, "for orientation only"),
         ({"tokenizer": "nltk Treebank"}, "not quite comparable"),
-        ({"run": {"run": "x", "images_trained_on": 0}}, ""),
         (
             {"run": {"run": "x", "images_trained_on": 7}},
             "x was trained on 7 of these 1,000 images",
@@ -476,7 +474,8 @@ def test_the_table_says_what_makes_scores_incomparable(full, changes, told):
 
 @pytest.mark.parametrize("beam, told", [(1, False), (5, True)])
 def test_a_single_hypothesis_is_no_consensus(no_java, beam, told):
-    scores = metrics.score(CAPTIONS, REFERENCES)
+    scores = metrics.score(CAPTIONS, REFERENCES, [])
     config = Config(beam_size=beam)
-    found = results.all_metrics(config, {}, {"perplexity": 14.2}, scores)
+    run = {"run": "x", "images_trained_on": 0}
+    found = results.all_metrics(config, run, {"perplexity": 14.2}, scores)
     assert ("by consensus" in table.table(found, "flickr8k")) == told

@@ -80,7 +80,7 @@ def _clean(text: str) -> str:
 def score(
     captions: Mapping[str, str | None],
     references: Mapping[str, Sequence[str]],
-    training_captions: Iterable[str] | None = None,
+    training_captions: Iterable[str],
 ) -> Scores:
     """Scores captions against references.
 
@@ -91,8 +91,7 @@ def score(
     Args:
         captions: image -> its caption.
         references: image -> its references, as written.
-        training_captions: captions of the training split, as written; None if
-            they are not at hand.
+        training_captions: captions of the training split, as written.
 
     Returns:
         The metrics of metrics.json, except those that need the model; the
@@ -106,24 +105,20 @@ def score(
     tokens, tokenizer = tokenise(
         {("caption", image): [text or ""] for image, text in captions.items()}
         | {("reference", image): list(x) for image, x in references.items()}
-        | {training: list(set(training_captions or []))}
+        | {training: list(set(training_captions))}
     )
     made, judged = _pair(
         {image: tokens["caption", image][0] for image in captions},
         {image: tokens["reference", image] for image in references},
     )
     overlap, per_image = _overlap(made, judged)
-    # An empty caption is not a novel one.
-    known = None if training_captions is None else {*tokens[training], ""}
     metrics = {
         "images": len(judged),
         "tokenizer": tokenizer,
         **overlap,
-        **_diversity([texts[0] for texts in made.values()], known),
+        **_diversity([x for (x,) in made.values()], {*tokens[training]}),
     }
     unavailable = {}
-    if known is None:
-        unavailable["novel_captions"] = "the training captions are not at hand"
     for name, compute in (("meteor", java.meteor), ("spice", java.spice)):
         try:
             metrics[name] = compute(made, judged)
@@ -240,13 +235,13 @@ def _notices(
     return notices
 
 
-def _diversity(captions: list[str], known: set[str] | None) -> dict[str, Any]:
+def _diversity(captions: list[str], known: set[str]) -> dict[str, Any]:
     """How different the captions are, also from those known from training."""
     words = [word for caption in captions for word in caption.split()]
-    novel = [x not in known for x in captions] if known is not None else []
+    distinct, novel = {*captions} - {""}, {*captions} - known - {""}
     return {
-        "distinct_captions": len({*captions} - {""}) / len(captions),
-        "novel_captions": sum(novel) / len(captions) if novel else None,
+        "distinct_captions": len(distinct) / len(captions),
+        "novel_captions": sum(x in novel for x in captions) / len(captions),
         "vocabulary_used": len(set(words)),
         "mean_length": len(words) / len(captions),
     }

@@ -39,10 +39,10 @@ def rows(metrics: Mapping[str, Any]) -> list[Row]:
     for name, title, form, meaning in _METRICS.itertuples(index=False):
         value, shown, reason = metrics.get(name), "", ""
         if value is None:
-            reason = metrics.get("unavailable", {}).get(name, "not measured")
+            reason = metrics["unavailable"].get(name, "not measured")
         else:
             shown = form.format(value)
-        ends = metrics.get("intervals", {}).get(name, [])
+        ends = metrics["intervals"].get(name, [])
         interval = " to ".join(form.format(x).rstrip("%") for x in ends)
         found.append(Row(name, title, shown, interval, meaning, reason))
     return found
@@ -58,11 +58,11 @@ def table(metrics: Mapping[str, Any], dataset: str) -> str:
     Returns:
         Plain text, at most 100 columns wide.
     """
-    consensus = " by consensus" if metrics.get("consensus_temperature") else ""
-    beam = metrics.get("beam_size")
+    consensus = " by consensus" if metrics["consensus_temperature"] else ""
+    beam = metrics["beam_size"]
     search = f", beam size {beam}{consensus}" if beam else ""
     heading = (
-        f"{dataset}, {metrics.get('split')} split: {metrics['images']:,} "
+        f"{dataset}, {metrics['split']} split: {metrics['images']:,} "
         f"images{search}; tokenised by {metrics['tokenizer']}"
     )
     lines = textwrap.wrap(heading, _WIDTH)
@@ -97,7 +97,7 @@ def comparison(
         and the published ones. There are no rows where nothing is comparable.
     """
     notes = _seen(metrics)
-    split, images = metrics.get("split"), metrics["images"]
+    split, images = metrics["split"], metrics["images"]
     plain = re.sub("[^a-z0-9]", "", dataset.lower())
     known = [x for x in _PUBLISHED["dataset"].unique() if x.lower() in plain]
     if not known or split != "test":
@@ -137,19 +137,19 @@ def comparison(
 
 def _seen(metrics: Mapping[str, Any]) -> list[str]:
     """A warning where a run is scored on images it was trained on."""
-    run = metrics.get("run")
-    if not run or run["images_trained_on"] == 0:
-        return []
-    if run["images_trained_on"] is None:
+    run, seen = metrics["run"]["run"], metrics["run"]["images_trained_on"]
+    if seen is None:
         return [
-            f"Note: {run['run']} does not say what it was trained on; these "
-            "images may be among it."
+            f"Note: {run} does not say what it was trained on; these images "
+            "may be among it."
         ]
-    return [
-        f"WARNING: {run['run']} was trained on {run['images_trained_on']:,} of "
-        f"these {metrics['images']:,} images; the scores do not show what it "
-        "is worth on new ones."
-    ]
+    if seen:
+        return [
+            f"WARNING: {run} was trained on {seen:,} of these "
+            f"{metrics['images']:,} images; the scores do not show what it is "
+            "worth on new ones."
+        ]
+    return []
 
 
 def _as_text(name: str, *values: float | None) -> list[str]:
