@@ -189,9 +189,9 @@ def all_metrics(
         scores: of the captions.
     """
     unavailable = dict(scores.metrics["unavailable"])
-    for name in MODEL_METRICS:
-        if name not in measured:
-            unavailable[name] = "the captions were read from a file"
+    if not measured:
+        why = "the captions were read from a file"
+        unavailable |= dict.fromkeys(MODEL_METRICS, why)
     beam_size = config.beam_size if measured else None
     # A single hypothesis has no others to agree with.
     consensus = config.consensus_temperature if (beam_size or 1) > 1 else None
