@@ -101,7 +101,11 @@ def test_a_config_of_another_version_is_not_filled_in(place, changes, decodes):
 @pytest.mark.parametrize(
     "text",
     [
-        *["", "{", "[]", "null", '{"epochs": 0}', '{"epochs": "3"}'],
+        "",
+        "[]",
+        "null",
+        '{"epochs": 0}',
+        '{"epochs": "3"}',
         '{"dataset": "../../elsewhere"}',
         '{"run_name": "../../elsewhere"}',
     ],
