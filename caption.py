@@ -10,7 +10,6 @@ standard input, one per line. With --serve, it opens a page on this machine
 where you drop photographs instead.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -178,7 +177,7 @@ def caption(
 
     from captioning.features import extraction
 
-    batches = extraction.read_ahead(Path(), photos, size)
+    batches = extraction.read_ahead(Path(), extraction.in_batches(photos), size)
     # The bar is on standard error, and only for a person who waits.
     quiet = not sys.stderr.isatty() or sys.stdout.isatty()
     for batch in tqdm(batches, unit="batch", disable=quiet):
@@ -220,19 +219,8 @@ def draw(folder: Path, photo: str, found: Any) -> None:
     except images.UnusableImage as error:  # it was still there a moment ago
         raise UserError(f"{photo}: {error}") from None
     maps = captioner.square(found.attention)
-    path = folder / figure_name(photo)
+    path = folder / figures.figure_name(os.path.abspath(photo))
     figures.write_attention_figure(path, pixels, found.words, maps)
-
-
-def figure_name(photo: str) -> str:
-    """The file name of an attention figure: another one for each path.
-
-    A digest of the path tells apart photographs of one name in two folders,
-    and in two commands, on disks that ignore case too.
-    """
-    path = os.path.abspath(photo)
-    digest = hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()
-    return f"{Path(photo).stem[:50].lstrip('.')}-{digest}.png"
 
 
 if __name__ == "__main__":

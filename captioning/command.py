@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, NoReturn
 from captioning import job, streams
 from config import SPLIT_SYNONYMS, Config, UserError, group, resolve
 
-BACKENDS = ("tensorflow", "jax")
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 BACKENDS = ("tensorflow", "jax")
 
@@ -61,22 +60,12 @@ def _nearest(word: str, valid: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _kind(kind: type) -> Callable[[str], Any]:
-    """Converts text for argparse, with an error that a person understands."""
-    expected = {int: "a whole number", float: "a number", str: "text"}[kind]
-
-    def read(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expects {expected}, not {text!r}"
-            ) from None
-
-    return read
+def _flag(name: str) -> str:
+    """The flag of a field of Config."""
+    return "--" + name.replace("_", "-")
 
 
-def _name(choices: Sequence[str], joined: bool) -> Callable[[str], str]:
+def _one_of(choices: Sequence[str], joined: bool) -> Callable[[str], str]:
     """Converts text for argparse that has to be one of some names.
 
     Args:
@@ -89,7 +78,7 @@ def _name(choices: Sequence[str], joined: bool) -> Callable[[str], str]:
         for name in text.split("+") if joined else [text]:
             if name not in choices:
                 raise argparse.ArgumentTypeError(
-                    f"expects one of {', '.join(choices)}, not {name!r}"
+                    f"{name!r} is not one of {', '.join(choices)}"
                     + _nearest(name, choices)
                 )
         return text
@@ -107,34 +96,25 @@ def _parser(
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    added = [
-        parser.add_argument(action.name, **action.options) for action in actions
-    ]
+    added = [parser.add_argument(each.name, **each.options) for each in actions]
     groups: dict[str, Any] = {}
     for each in dataclasses.fields(Config):
         name = each.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(f"{name} fields")
-        flag = "--" + each.name.replace("_", "-")
-        text = f"{each.metadata['help']} (default: {each.default!r})"
-        text = text.replace("%", "%%")
         kind: Any = each.type
         options: dict[str, Any]
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif "choices" in each.metadata:
-            options = {
-                "type": _name(
-                    each.metadata["choices"], "joined" in each.metadata
-                ),
-                "metavar": "NAME",
-            }
+            joined = "joined" in each.metadata
+            read = _one_of(each.metadata["choices"], joined)
+            options = {"type": read, "metavar": "NAME"}
         else:
-            options = {
-                "type": _kind(kind),
-                "metavar": kind.__name__.upper(),
-            }
-        added.append(groups[name].add_argument(flag, help=text, **options))
+            options = {"type": kind, "metavar": kind.__name__.upper()}
+        text = f"{each.metadata['help']} (default: {each.default!r})"
+        options["help"] = text.replace("%", "%%")
+        added.append(groups[name].add_argument(_flag(each.name), **options))
     return parser, ["--help", *(f for a in added for f in a.option_strings)]
 
 
@@ -231,10 +211,6 @@ def _keep_freed_memory() -> None:
     mallopt(M_ARENA_MAX, 1)
 
 
-def _terminate(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def run(
     main: Callable[[Arguments], int | None],
     description: str,
@@ -256,7 +232,7 @@ def run(
     """
     streams.prepare(end_with_reader)
     arguments = parse(description, actions)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # Before any work: Keras is imported late.
         _check_backend(os.environ.get("KERAS_BACKEND") or BACKENDS[0])
@@ -292,6 +268,5 @@ def next_line(script: str, arguments: Arguments) -> str:
     words = ["python", script]
     for name in [*group("place"), *group("data"), *group("encoder")]:
         if name in arguments.given:
-            words += ["--" + name.replace("_", "-")]
-            words += [shlex.quote(str(arguments.given[name]))]
+            words += [_flag(name), shlex.quote(str(arguments.given[name]))]
     return " ".join(words)

@@ -16,13 +16,13 @@ from config import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Lends a temporary path that becomes `path` when all went well.
+    """Yields a temporary path to write to, which is renamed on success.
 
     Args:
-        path: the file to write; its folder is made if it is not there.
+        path: the file to write; its folder is created if necessary.
 
     Yields:
-        A path in the same folder, with the same ending, to write to.
+        A path in the same folder, with the same ending.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # One name for all processes: what a killed one leaves is written over.
@@ -38,8 +38,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a new name last through a power cut, before what relies on it."""
-    if os.name == "nt":  # which opens no folders
+    """Makes sure that a new name survives a power cut."""
+    if os.name == "nt":  # which cannot open folders
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -56,13 +56,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: Any, columns: list[str] | None = None) -> None:
-    """Writes a table atomically as CSV.
-
-    Args:
-        path: the file.
-        rows: what pandas.DataFrame takes.
-        columns: the names of the columns.
-    """
+    """Writes what pandas.DataFrame takes atomically as CSV."""
     table = pd.DataFrame(rows, columns=columns)
     with atomic_path(path) as part:
         table.to_csv(part, index=False, encoding="utf-8", lineterminator="\n")
@@ -83,7 +77,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
     timeout = -1 if wait else 0
-    held = FileLock(file, fallback_to_soft=False)
+    held: BaseFileLock = FileLock(file, fallback_to_soft=False)
     try:
         try:
             held.acquire(timeout)
@@ -97,21 +91,15 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
             held = SoftFileLock(file.with_suffix(".softlock"))
             held.acquire(timeout)
     except Timeout:
-        raise UserError(
-            f"another process is at work on {path}: wait for it to end"
-            + _owner(held)
-        ) from None
+        text = f"another process is at work on {path}: wait for it to end"
+        if isinstance(held, SoftFileLock):
+            # Its process may be on another machine.
+            text += f" (if none is running, delete {held.lock_file})"
+        raise UserError(text) from None
     try:
         yield
     finally:
         held.release()
-
-
-def _owner(held: BaseFileLock) -> str:
-    """What to do about a marker whose process may be on another machine."""
-    if not isinstance(held, SoftFileLock):
-        return ""
-    return f" (if none is running on any machine, delete {held.lock_file})"
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def joined() -> Iterator[int]:
 
 
 def _number(name: str, least: int) -> int:
-    """A number from the environment."""
+    """Reads a number from the environment."""
     text = os.environ.get(name, "")
     if not text.isdecimal() or int(text) < least:
         raise UserError(

@@ -24,8 +24,11 @@ CHANGEABLE = ("epochs", "patience", "scst_epochs")
 # What else evaluate.py and caption.py may be given: which images to caption,
 # and where the encoder's weights are now. `limit_images` is theirs to obey.
 EVALUATED = ("dataset", "layout", "val_share", "test_share", "encoder_weights")
-IMAGES = "training_images.csv"
 UNKNOWN_PIXELS = "0" * 16
+# The files of a run folder; each is read in one function and written in one.
+CONFIG, VOCABULARY = "config.json", "vocabulary.json"
+FEATURES, IMAGES = "features.json", "training_images.csv"
+WEIGHTS, STATE = "model.weights.h5", "last/state.npz"
 
 
 def folder(config: Config) -> Path:
@@ -33,10 +36,32 @@ def folder(config: Config) -> Path:
     return Path(config.checkpoints_dir) / config.run_name
 
 
+def set_aside(place: Path) -> Path:
+    """Renames a run folder out of the way; returns its new path."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return place.rename(place.with_name(f"{place.name}-before-{stamp}"))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Reports whatever goes wrong while a file is read in one line."""
+    try:
+        yield
+    except Exception as error:  # zipfile, NumPy and pandas raise many kinds
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read ({reason}): start over with train.py "
+            "--fresh"
+        ) from None
+
+
+# --- which config counts -----------------------------------------------------
+
+
 def save_config(config: Config, place: Path) -> None:
     """Writes the config that trains a run."""
     text = json.dumps(dataclasses.asdict(config), indent=2)
-    write_text(place / "config.json", text + "\n")
+    write_text(place / CONFIG, text + "\n")
 
 
 def load_config(place: Path, training: bool = False) -> Config:
@@ -51,42 +76,31 @@ def load_config(place: Path, training: bool = False) -> Config:
         UserError: if there is none, it is damaged, or it is from a version
             with other fields.
     """
-    path = place / "config.json"
-    try:
+    path = place / CONFIG
+    if not path.exists():
+        raise UserError(_no_run(place))
+    with _reading(path):
         fields = json.loads(path.read_text(encoding="utf-8"))
         known = {each.name for each in dataclasses.fields(Config)}
         config = Config(**{k: v for k, v in fields.items() if k in known})
-    except FileNotFoundError:
-        raise UserError(_no_run(place)) from None
-    except (ValueError, AttributeError, UserError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): train the run again with "
-            "train.py --fresh"
-        ) from None
     needed = [*group("model"), *group("data"), *group("encoder")]
     needed += group("training") if training else []
-    missing = [name for name in needed if name not in fields]
+    wrong = [name for name in needed if name not in fields]
     if training:
-        missing += [name for name in OPEN if fields.get(name) == OPEN[name]]
-    if missing:
+        wrong += [name for name in OPEN if fields.get(name) == OPEN[name]]
+        wrong += sorted(fields.keys() - known)
+    if wrong:
         raise UserError(
-            f"{path} does not say what {' and '.join(missing)} was: run "
-            "folders of earlier versions do not load; train the run again with "
-            "train.py --fresh, or under another --run-name"
-        )
-    unknown = sorted(fields.keys() - known)
-    if training and unknown:
-        raise UserError(
-            f"{path} has {' and '.join(unknown)}, which this version does not "
-            "know: train the run again with --fresh, or under another "
-            "--run-name"
+            f"{path} is from another version, which differs in "
+            f"{' and '.join(wrong)}: train the run again with train.py "
+            "--fresh, or under another --run-name"
         )
     return config
 
 
 def _no_run(place: Path) -> str:
     text = f"there is no trained run in {place}: run train.py first"
-    runs = [path.parent.name for path in place.parent.glob("*/config.json")]
+    runs = [path.parent.name for path in place.parent.glob(f"*/{CONFIG}")]
     if runs:
         text += f", or give --run-name (there are {', '.join(sorted(runs))})"
     return text
@@ -103,23 +117,16 @@ def training_config(
         place: the run folder.
 
     Raises:
-        UserError: if a field has changed that has to stay.
+        UserError: if a field has changed that must not.
     """
-    if not (place / "config.json").exists():
+    if not (place / CONFIG).exists():
         return wanted
     config = load_config(place, training=True)
-    _keep_model(given, config, place)
+    _keep(config, given, group("model"), place)
+    _note_defaults(config)
     fixed = [*group("data"), *group("encoder"), *group("training")]
-    for name in fixed:
-        old, new = getattr(config, name), getattr(wanted, name)
-        # What is left open is what the run has.
-        if old != new and new != OPEN.get(name) and name not in CHANGEABLE:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{name} is {old!r} in the run {place} and {new!r} now: give "
-                f"{flag} {old} to resume it, --fresh to start over, or "
-                "another --run-name"
-            )
+    fixed = [name for name in fixed if name not in CHANGEABLE]
+    _keep(config, dataclasses.asdict(wanted), fixed, place)
     return _with(
         config, wanted, [*CHANGEABLE, *group("place"), *group("decoding")]
     )
@@ -128,7 +135,7 @@ def training_config(
 def decoding_config(
     wanted: Config, given: Mapping[str, Any]
 ) -> tuple[Config, Path]:
-    """The config of a trained run, with the decoding fields of now.
+    """The config of a trained run, with today's decoding fields.
 
     Its precision is the one that the run was trained in, unless another one
     was given.
@@ -145,17 +152,51 @@ def decoding_config(
     """
     place = folder(wanted)
     config = load_config(place)
-    _keep_model(given, config, place)
-    for name in [*group("data"), *group("encoder")]:
-        if name not in (*EVALUATED, "limit_images"):
-            _refuse_other(given, config, name, place)
-    asked = [name for name in EVALUATED if name in _chosen(given)]
+    fixed = [*group("model"), *group("data"), *group("encoder")]
+    free = [*EVALUATED, "limit_images"]
+    _keep(config, given, [name for name in fixed if name not in free], place)
+    _note_defaults(config)
+    names = [*group("place"), *group("decoding")]
+    names += [n for n in EVALUATED if given.get(n, OPEN.get(n)) != OPEN.get(n)]
     if "precision" in given:  # `auto` is that of this machine
-        asked.append("precision")
+        names.append("precision")
     if "dataset_dir" in given:
-        asked.append("dataset")  # which may be named by its folder
-    names = [*group("place"), *group("decoding"), *asked]
+        names.append("dataset")  # which may be named by its folder
     return _with(config, wanted, names), place
+
+
+def _keep(
+    config: Config, values: Mapping[str, Any], names: Sequence[str], place: Path
+) -> None:
+    """Refuses values that contradict a run; those left open do not."""
+    for name in names:
+        old = getattr(config, name)
+        new = values.get(name, old)
+        if new not in (old, OPEN.get(name)):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{name} is {old!r} in the run {place}, not {new!r}: give "
+                f"{flag} {old}, or train another run with train.py --fresh or "
+                "--run-name"
+            )
+
+
+def _note_defaults(config: Config) -> None:
+    """Tells which defaults of the model have been edited since."""
+    for name in group("model"):
+        value, default = getattr(config, name), getattr(Config(), name)
+        if value != default:
+            print(
+                f"Note: {name} is {value!r} in this run and {default!r} in "
+                "config.py; the run's value is used.",
+                file=sys.stderr,
+            )
+
+
+def _with(config: Config, other: Config, names: Sequence[str]) -> Config:
+    """A config with some fields of another one."""
+    values = {name: getattr(other, name) for name in names}
+    return dataclasses.replace(config, **values)
 
 
 def members(
@@ -185,80 +226,37 @@ def members(
         for name in names
     ]
     (config, place), *others = found
-    for other, folder_ in others:
-        same = {
-            "vocabulary": vocabulary.load(place / "vocabulary.json")
-            == vocabulary.load(folder_ / "vocabulary.json"),
-            "max_caption_length": config.max_caption_length
-            == other.max_caption_length,
-        }
-        for what, is_so in same.items():
-            if not is_so:
-                raise UserError(
-                    f"{place} and {folder_} differ in their {what}: only runs "
-                    "trained on the same captions with the same data fields "
-                    "can be averaged"
-                )
+    words = vocabulary.load(place / VOCABULARY)
+    for other, its_place in others:
+        if (
+            other.max_caption_length != config.max_caption_length
+            or vocabulary.load(its_place / VOCABULARY) != words
+        ):
+            raise UserError(
+                f"{place} and {its_place} differ in vocabulary or "
+                "max_caption_length: only runs trained on the same captions "
+                "with the same data fields can be averaged"
+            )
     return found
 
 
-def together(runs: list[tuple[Config, Path]]) -> Path:
-    """The folder for what several runs do together: checkpoints/<A>+<B>."""
+def together(runs: Sequence[tuple[Config, Path]]) -> Path:
+    """The folder for what several runs do together: checkpoints/<A>+<B>.
+
+    Raises:
+        UserError: if a run of its own has that name.
+    """
     places = [place for _, place in runs]
-    return places[0].with_name("+".join(place.name for place in places))
-
-
-def _with(config: Config, other: Config, names: list[str]) -> Config:
-    values = {name: getattr(other, name) for name in names}
-    return dataclasses.replace(config, **values)
-
-
-def _keep_model(given: Mapping[str, Any], config: Config, place: Path) -> None:
-    """Keeps the model fields of a run, whatever flags and defaults say."""
-    for name in group("model"):
-        _refuse_other(given, config, name, place)
-        _notice_default(config, name)
-
-
-def _chosen(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that were given and whose value leaves no choice open."""
-    return {
-        name: value
-        for name, value in given.items()
-        if name not in OPEN or value != OPEN[name]
-    }
-
-
-def _refuse_other(
-    given: Mapping[str, Any], config: Config, name: str, place: Path
-) -> None:
-    """Refuses a flag that contradicts the run."""
-    value = getattr(config, name)
-    found = _chosen(given).get(name, value)
-    if found != value:
+    place = places[0].with_name("+".join(each.name for each in places))
+    if len(places) > 1 and (place / CONFIG).exists():
         raise UserError(
-            f"{name} is {value!r} in the run {place}, not {found!r}: "
-            "leave the flag out, or train another run with --run-name"
+            f"{place} is a run of its own, so averaged runs cannot be "
+            "evaluated there: rename it first"
         )
+    return place
 
 
-def _notice_default(config: Config, name: str) -> None:
-    """Tells that a default has been edited since."""
-    value, default = getattr(config, name), getattr(Config(), name)
-    if value != default:
-        print(
-            f"Note: {name} is {value!r} in this run and {default!r} in "
-            "config.py; the run's value is used.",
-            file=sys.stderr,
-        )
-
-
-def set_aside(place: Path) -> Path:
-    """Renames a run folder out of the way; returns its new path."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    aside = place.with_name(f"{place.name}-before-{stamp}")
-    place.rename(aside)
-    return aside
+# --- what a run was trained on -----------------------------------------------
 
 
 def begin(
@@ -282,13 +280,13 @@ def begin(
     Raises:
         UserError: if the run began with other words, features or images.
     """
-    if (place / "last" / "state.npz").exists():
-        known = vocabulary.load(place / "vocabulary.json")
+    images = images.sort_values(["name", "pixels"], ignore_index=True)
+    if (place / STATE).exists():
+        known = load_description(place)
         before = _load_images(place)
         for what, same in {
-            "vocabulary has": known == words,
-            "encoder has": load_description(place)
-            == (descriptions, tuple(shape)),
+            "vocabulary has": vocabulary.load(place / VOCABULARY) == words,
+            "encoder has": known == (descriptions, tuple(shape)),
             "training images have": before is None or images.equals(before),
         }.items():
             if not same:
@@ -297,11 +295,26 @@ def begin(
                     "--fresh to start over, or another --run-name"
                 )
     fields = {"encoders": descriptions, "shape": shape}
-    text = json.dumps(fields, indent=2)
-    write_text(place / "features.json", text + "\n")
-    vocabulary.save(words, place / "vocabulary.json")
+    write_text(place / FEATURES, json.dumps(fields, indent=2) + "\n")
+    vocabulary.save(words, place / VOCABULARY)
     write_csv(place / IMAGES, images)
     save_config(config, place)
+
+
+def load_description(
+    place: Path,
+) -> tuple[list[dict[str, Any]], tuple[int, int]]:
+    """Reads what the features were that a run was trained on.
+
+    Returns:
+        The description of each encoder's, and the shape of all joined,
+        (regions, channels).
+    """
+    path = place / FEATURES
+    with _reading(path):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        regions, channels = fields["shape"]
+        return fields["encoders"], (regions, channels)
 
 
 def digest_images(names: Sequence[str], pixels: np.ndarray) -> pd.DataFrame:
@@ -313,13 +326,8 @@ def digest_images(names: Sequence[str], pixels: np.ndarray) -> pd.DataFrame:
             `features.load_digests`.
 
     Returns:
-        Columns `name` and `pixels`, 16 hex digits each; sorted.
+        Columns `name` and `pixels`, 16 hex digits each.
     """
-    table = _digests(names, pixels)
-    return table.sort_values(["name", "pixels"], ignore_index=True)
-
-
-def _digests(names: Sequence[str], pixels: np.ndarray) -> pd.DataFrame:
     names = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
     shortened = [each[:8].tobytes().hex() for each in pixels]
     return pd.DataFrame({"name": names, "pixels": shortened}, dtype=str)
@@ -328,16 +336,10 @@ def _digests(names: Sequence[str], pixels: np.ndarray) -> pd.DataFrame:
 def _load_images(place: Path) -> pd.DataFrame | None:
     """Which images a run was trained on; None where it is not known."""
     path = place / IMAGES
-    try:
-        return pd.read_csv(path, dtype=str)[["name", "pixels"]]
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read ({reason}): train the run again with "
-            "train.py --fresh"
-        ) from None
+    with _reading(path):
+        return pd.read_csv(path, dtype=str)[["name", "pixels"]]
 
 
 def trained_on(
@@ -362,53 +364,14 @@ def trained_on(
     known = _load_images(place)
     if known is None:
         return None
-    found = _digests(names, pixels)
+    found = digest_images(names, pixels)
     seen = found["pixels"].isin({*known["pixels"]} - {UNKNOWN_PIXELS})
     if same_dataset:
         seen |= found["name"].isin(known["name"])
     return seen.to_numpy()
 
 
-def load_description(
-    place: Path,
-) -> tuple[list[dict[str, Any]], tuple[int, int]]:
-    """Reads what the features were that a run was trained on.
-
-    Returns:
-        The description of each encoder's, and the shape of all joined,
-        (regions, channels).
-    """
-    path = place / "features.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        regions, channels = fields["shape"]
-        return fields["encoders"], (regions, channels)
-    except (
-        *(OSError, ValueError, KeyError),
-        *(AttributeError, TypeError),
-    ) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): train the run again with "
-            "train.py --fresh"
-        ) from None
-
-
-def save_weights(model: Any, place: Path, epoch: int) -> None:
-    """Writes the best weights, and in the same file the epoch they are of."""
-    path = place / "model.weights.h5"
-    with atomic_path(path) as part, _without_optimizer(model):
-        model.save_weights(part)
-        with h5py.File(part, "a") as file:
-            file.attrs["epoch"] = epoch
-
-
-def best_epoch(place: Path) -> int | None:
-    """The epoch that the weights of a run are of, counted from 1."""
-    try:
-        with h5py.File(place / "model.weights.h5") as file:
-            return int(file.attrs["epoch"])
-    except (OSError, KeyError):
-        return None
+# --- weights, and the state that resuming needs ------------------------------
 
 
 @contextlib.contextmanager
@@ -421,13 +384,30 @@ def _without_optimizer(model: Any) -> Iterator[None]:
         model.optimizer = optimizer
 
 
+def save_weights(model: Any, place: Path, epoch: int) -> None:
+    """Writes the best weights, and in the same file the epoch they are of."""
+    with atomic_path(place / WEIGHTS) as part, _without_optimizer(model):
+        model.save_weights(part)
+        with h5py.File(part, "a") as file:
+            file.attrs["epoch"] = epoch
+
+
+def best_epoch(place: Path) -> int | None:
+    """The epoch that the weights of a run are of, counted from 1."""
+    try:
+        with h5py.File(place / WEIGHTS) as file:
+            return int(file.attrs["epoch"])
+    except (OSError, KeyError):
+        return None
+
+
 def load_weights(model: Any, place: Path) -> None:
     """Reads the best weights.
 
     Raises:
         UserError: if there are none, or they do not fit.
     """
-    path = place / "model.weights.h5"
+    path = place / WEIGHTS
     if not path.exists():
         raise UserError(
             f"{path} does not exist yet: train.py writes it when it first "
@@ -439,12 +419,12 @@ def load_weights(model: Any, place: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} does not fit {place / 'config.json'}: {reason}"
+            f"{path} does not fit {place / CONFIG}: {reason}"
         ) from None
 
 
 def save_state(
-    place: Path, variables: list[Any], progress: dict[str, Any]
+    place: Path, variables: Sequence[Any], progress: Mapping[str, Any]
 ) -> None:
     """Writes everything that resuming needs to one file.
 
@@ -454,38 +434,28 @@ def save_state(
         progress: what JSON can hold.
     """
     arrays = {str(n): v.numpy() for n, v in enumerate(variables)}
-    with atomic_path(place / "last" / "state.npz") as part:
+    with atomic_path(place / STATE) as part:
         np.savez(part, progress=json.dumps(progress), **arrays)
 
 
 def load_progress(place: Path) -> dict[str, Any] | None:
     """Reads how far a run has got; None if it has not begun."""
-    path = place / "last" / "state.npz"
+    path = place / STATE
     if not path.exists():
         return None
-    try:
-        with np.load(path) as state:
-            return json.loads(str(state["progress"]))
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): start over with --fresh"
-        ) from None
+    with _reading(path), np.load(path) as state:
+        return json.loads(str(state["progress"]))
 
 
-def load_state(place: Path, variables: list[Any]) -> None:
+def load_state(place: Path, variables: Sequence[Any]) -> None:
     """Gives variables the values that `save_state` wrote.
 
     Raises:
         UserError: if they are not the same variables.
     """
-    path = place / "last" / "state.npz"
-    try:
-        with np.load(path) as state:
-            values = [state[str(n)] for n in range(len(state.files) - 1)]
-    except Exception as error:  # zipfile and numpy raise many kinds
-        raise UserError(
-            f"{path} cannot be read ({error}): start over with --fresh"
-        ) from None
+    path = place / STATE
+    with _reading(path), np.load(path) as state:
+        values = [state[str(n)] for n in range(len(state.files) - 1)]
     if [each.shape for each in values] != [tuple(v.shape) for v in variables]:
         raise UserError(
             f"{path} belongs to another model: start over with --fresh"

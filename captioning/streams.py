@@ -38,8 +38,7 @@ def prepare(end_with_reader: bool) -> None:
 
     Args:
         end_with_reader: whether the script ends, successfully, when nobody
-            reads its standard output any more. Otherwise it carries on in
-            silence.
+            reads its standard output any more; otherwise it carries on.
     """
     for number in (1, 2):
         try:
@@ -72,8 +71,8 @@ def _output(
 
 
 def _discard(number: int) -> None:
-    """Lets a file descriptor lead nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    if nowhere != number:
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+    """Redirects a file descriptor to the null device."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)

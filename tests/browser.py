@@ -55,12 +55,20 @@ def find(page, selector: str) -> list:
     return page.find_elements("css selector", selector)
 
 
-def press(page, *keys: str) -> None:
-    """Presses keys, one after the other."""
+def press(page, *names: str) -> None:
+    """Presses keys, one after the other: ENTER, ARROW_LEFT."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    for name in names:
+        ActionChains(page).send_keys(getattr(Keys, name)).perform()
+
+
+def point_at(page, element) -> None:
+    """Moves the mouse to an element."""
     from selenium.webdriver.common.action_chains import ActionChains
 
-    for key in keys:
-        ActionChains(page).send_keys(key).perform()
+    ActionChains(page).move_to_element(element).perform()
 
 
 def wait(page, condition: str):

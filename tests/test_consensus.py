@@ -41,7 +41,7 @@ CAPTIONS = st.lists(
 
 @settings(max_examples=25, deadline=None)
 @given(captions=CAPTIONS)
-def test_likeness_is_cider_d_without_document_frequencies(captions):
+def test_similarity_is_cider_d_without_document_frequencies(captions):
     texts = [[str(word) for word in each] for each in captions]
     assert END_WORD not in texts[0]
     judge = Even(texts)
@@ -49,7 +49,7 @@ def test_likeness_is_cider_d_without_document_frequencies(captions):
         [judge(image, each) / 10 for image in range(len(texts))]
         for each in texts
     ]
-    found = np.array(consensus.likeness(padded(captions)))
+    found = np.array(consensus.similarity(padded(captions)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -59,19 +59,16 @@ def test_the_caption_that_the_others_agree_with_is_not_the_likeliest():
     likely = np.log(np.array([[0.3, 0.25, 0.25, 0.2]], np.float32))
     found = np.array(consensus.agreement(words[None], likely, 1.0))
     assert found.argmax() == 1
-    # A caption that is all but certain has nobody to ask.
+    # Next to a caption that is all but certain, the others do not count.
     found = np.array(consensus.agreement(words[None], 100 * likely, 1.0))
     assert found.argmax() == 0 and found[0, 0] == pytest.approx(1)
 
 
-def test_images_have_nothing_to_do_with_each_other():
-    words = np.stack(
-        [padded([[10, 11], [10, 12]]), padded([[20, 21, 22], [23]])]
-    )
+def test_images_do_not_depend_on_each_other():
+    one, other = [[10, 11], [10, 12]], [[20, 21, 22], [23]]
+    words = np.stack([padded(one), padded(other)])
     likely = np.array([[-1.0, -2.0], [-3.0, -1.0]], np.float32)
     together = np.array(consensus.agreement(words, likely, 5.0))
-    for image in range(2):
-        alone = consensus.agreement(
-            words[image : image + 1], likely[image : image + 1], 5.0
-        )
-        np.testing.assert_allclose(together[image], alone[0], atol=1e-6)
+    for image in ([0], [1]):
+        alone = np.array(consensus.agreement(words[image], likely[image], 5.0))
+        np.testing.assert_allclose(together[image], alone, atol=1e-6)

@@ -20,6 +20,7 @@ import pytest
 from captioning.data.images import read_image
 from captioning.features import cache as features
 from captioning.features import extraction
+from captioning.features.joined import channel_statistics
 from config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +171,7 @@ def test_images_are_read_in_order_and_only_some_batches_ahead(monkeypatch):
 
     monkeypatch.setattr(extraction, "read", read)
     names = [str(number) for number in range(51)]
-    batches = extraction.read_ahead(Path(), names, SIZE)
+    batches = extraction.read_ahead(Path(), extraction.in_batches(names), SIZE)
     found = [each.name for each in next(batches)]
     assert len(asked) <= extraction.AHEAD * extraction.BATCH
     found += [each.name for batch in batches for each in batch]
@@ -620,31 +621,29 @@ def test_the_statistics_are_those_of_numpy():
     scale = np.array([1, 10, 0.1])
     array = random.normal(5 * scale, scale, (150, *SHAPE)).astype(np.float16)
     rows = random.permutation(150)[:131]
-    mean, deviation = features.channel_statistics(array, rows)
+    mean, deviation = channel_statistics(array[rows])
     chosen = array[rows].astype(np.float64).reshape(-1, SHAPE[1])
     assert mean.dtype == deviation.dtype == np.float32
     np.testing.assert_allclose(mean, chosen.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(deviation, chosen.std(axis=0), rtol=1e-5)
     # They do not overflow float16.
     array = np.full((200, *SHAPE), 60_000, np.float16)
-    mean, _ = features.channel_statistics(array, np.arange(200))
+    mean, _ = channel_statistics(array)
     np.testing.assert_allclose(mean, array[0, 0], rtol=1e-6)
 
 
 def test_some_rows_stand_for_all_when_there_are_many():
     squares = np.square(np.arange(11))[:, None, None]
     array = squares * np.ones((11, *SHAPE), np.float16)
-    mean, _ = features.channel_statistics(array, np.arange(11), most=3)
+    mean, _ = channel_statistics(array, most=3)
     np.testing.assert_allclose(mean, (0 + 25 + 100) / 3, rtol=1e-6)
 
 
 def test_a_channel_that_never_fires_is_not_blown_up():
     alternating = np.tile([[0, 2, 0], [0, 4, 8]], (10, 2, 1))
-    _, deviation = features.channel_statistics(alternating, np.arange(10))
+    _, deviation = channel_statistics(alternating)
     np.testing.assert_allclose(deviation, [0.01 * (0 + 1 + 4) / 3, 1, 4])
-    _, deviation = features.channel_statistics(
-        np.zeros((10, *SHAPE)), np.arange(10)
-    )
+    _, deviation = channel_statistics(np.zeros((10, *SHAPE)))
     np.testing.assert_allclose(deviation, 1e-6)
 
 

@@ -15,7 +15,6 @@ from captioning import files
 from captioning.files import atomic_path, lock, write_csv, write_text
 from config import UserError
 
-ROOT = Path(__file__).parent.parent
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -37,7 +36,7 @@ def held(path: Path, before: str = ""):
     """Another process that holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", before + HOLDER, str(path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -47,10 +46,11 @@ def held(path: Path, before: str = ""):
     process.communicate()
 
 
-@pytest.fixture
-def holder(tmp_path):
-    with held(tmp_path / "run") as process:
-        yield process
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as error, lock(path):
+        pass
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 # --- atomic writes --------------------------------------------------------
@@ -68,23 +68,16 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path, error
-):
+@pytest.mark.parametrize("before", [["metrics.json"], []])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, error, before):
     path = tmp_path / "metrics.json"
-    write_text(path, "old")
+    if before:
+        write_text(path, "old")
     with pytest.raises(error), atomic_path(path) as part:
         part.write_text("ne", encoding="utf-8")
         raise error
-    assert path.read_text(encoding="utf-8") == "old"
-    assert os.listdir(tmp_path) == ["metrics.json"]
-
-
-def test_a_first_write_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(OSError), atomic_path(tmp_path / "x.json") as part:
-        part.write_text("ne", encoding="utf-8")
-        raise OSError
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == before
+    assert not before or path.read_text(encoding="utf-8") == "old"
 
 
 def test_the_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
@@ -98,22 +91,15 @@ def test_the_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
     )
     write_text(tmp_path / "x.json", "x")
     # And last the name itself, which Windows does not let us wait for.
-    wanted = ["fsync", "replace"] + ["fsync"] * (os.name != "nt")
-    assert done == wanted
+    assert done == ["fsync", "replace"] + ["fsync"] * (os.name != "nt")
 
 
-def test_text_is_written_as_utf_8(tmp_path):
+def test_text_and_tables_are_written_as_utf_8(tmp_path):
     write_text(tmp_path / "x.json", "\u72ac")
     assert (tmp_path / "x.json").read_bytes() == b"\xe7\x8a\xac"
-
-
-def test_a_table_is_written_as_csv(tmp_path):
     write_csv(tmp_path / "x.csv", [("a,b", 'c"d'), ("", "null")], ["x", "y"])
     text = (tmp_path / "x.csv").read_bytes()
     assert text == b'x,y\n"a,b","c""d"\n,null\n'
-
-
-def test_an_empty_table_keeps_its_columns(tmp_path):
     write_csv(tmp_path / "x.csv", [], ["image", "reason"])
     assert list(pd.read_csv(tmp_path / "x.csv")) == ["image", "reason"]
 
@@ -121,34 +107,31 @@ def test_an_empty_table_keeps_its_columns(tmp_path):
 # --- lock -----------------------------------------------------------------
 
 
-def test_a_second_process_is_refused_in_one_line(tmp_path, holder):
-    with pytest.raises(UserError) as error, lock(tmp_path / "run"):
-        pass
-    message = str(error.value)
-    assert message.startswith(
-        f"another process is at work on {tmp_path / 'run'}:"
-    )
-    assert "\n" not in message
+def test_a_lock_ends_with_its_process(tmp_path):
+    path = tmp_path / "run"
+    with held(path) as process:
+        told = refused(path)
+        assert told.startswith(f"another process is at work on {path}: ")
+        process.kill()
+        process.wait()
+        with lock(path), lock(tmp_path / "other"):
+            pass
 
 
-def test_a_killed_process_leaves_no_lock(tmp_path, holder):
-    holder.kill()
-    holder.wait()
-    with lock(tmp_path / "run"):
-        pass
+def test_who_waits_gets_the_lock_when_the_other_process_ends(tmp_path):
+    with held(tmp_path / "run") as process:
+        timer = threading.Timer(0.2, process.kill)
+        timer.start()
+        with lock(tmp_path / "run", wait=True):
+            assert process.wait(timeout=10)
+        timer.join()
 
 
-@pytest.mark.parametrize("error", [None, KeyError])
-def test_a_lock_is_free_again_when_its_work_is_over(tmp_path, error):
+def test_an_error_under_a_lock_passes_and_frees_it(tmp_path):
     path = tmp_path / "new" / "run"
-    try:
-        with lock(path):
-            if error:
-                raise error
-    except KeyError:
-        pass
-    with lock(path):
-        pass
+    for _ in range(2):
+        with pytest.raises(OSError, match="odd"), lock(path):
+            raise OSError("odd")
 
 
 def test_a_locked_folder_can_be_moved_and_stays_locked(tmp_path):
@@ -156,27 +139,8 @@ def test_a_locked_folder_can_be_moved_and_stays_locked(tmp_path):
     path.mkdir()
     with lock(path):
         path.rename(tmp_path / "old run")
-        with pytest.raises(UserError), lock(path):
-            pass
+        refused(path)
     assert os.listdir(tmp_path / "old run") == []
-
-
-def test_who_waits_gets_the_lock_when_the_other_process_ends(tmp_path, holder):
-    timer = threading.Timer(0.2, holder.kill)
-    timer.start()
-    with lock(tmp_path / "run", wait=True):
-        assert holder.wait(timeout=10)
-    timer.join()
-
-
-def test_two_folders_have_two_locks(tmp_path):
-    with lock(tmp_path / "one"), lock(tmp_path / "two"):
-        pass
-
-
-def test_what_goes_wrong_under_a_lock_is_not_taken_for_a_lock(tmp_path):
-    with pytest.raises(OSError, match="odd"), lock(tmp_path / "run"):
-        raise OSError("odd")
 
 
 def test_a_folder_that_cannot_be_written_is_not_taken_for_a_lock(tmp_path):
@@ -192,7 +156,7 @@ def test_a_folder_that_cannot_be_written_is_not_taken_for_a_lock(tmp_path):
 
 @pytest.fixture
 def no_flock(monkeypatch):
-    """A disk that refuses locks, with one error after the other."""
+    """A disk that refuses locks, with one error or another."""
     fcntl = pytest.importorskip("fcntl")
     files._note_soft_lock.cache_clear()
 
@@ -210,7 +174,7 @@ def no_flock(monkeypatch):
     "number",
     [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM, errno.EINVAL],
 )
-def test_a_disk_without_locks_is_said_once_and_used(
+def test_a_disk_without_locks_is_noted_once_and_used(
     tmp_path, no_flock, capsys, number
 ):
     no_flock(number)
@@ -219,14 +183,6 @@ def test_a_disk_without_locks_is_said_once_and_used(
             assert "another process" in refused(tmp_path / "run")
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and os.strerror(number) in told
-    assert "another process is" not in told
-
-
-def refused(path: Path) -> str:
-    with pytest.raises(UserError) as error, lock(path):
-        pass
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_a_killed_process_leaves_no_lock_there_either(tmp_path, no_flock):

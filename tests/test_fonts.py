@@ -85,7 +85,7 @@ def test_a_script_without_a_font_is_told_of_once(installed, tmp_path, capfd):
     for words in (["犬"], ["走"], ["a"], ["犬", "ค"]):
         draw(tmp_path / "x.png", words)
     first, second = capfd.readouterr().err.splitlines()
-    assert first.startswith("Note: no installed font has 犬 (CJK), so that")
+    assert first.startswith("Note: no installed font has 犬 (CJK), so figures")
     assert "ค (THAI)" in second and "Noto" in second
 
 

@@ -88,7 +88,7 @@ def test_every_family_of_encoders_works(name):
 
 
 def test_images_that_are_too_small_for_an_encoder_are_refused():
-    with pytest.raises(UserError, match="xception.*71x71"):
+    with pytest.raises(UserError, match=r"xception.*71x71"):
         feature_shape(random(encoder="xception"))
 
 

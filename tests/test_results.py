@@ -17,33 +17,27 @@ def name(limit_images: int = 0, captions: str = "", **fields) -> str:
 
 def test_only_the_defaults_have_the_plain_name_of_the_split(tmp_path):
     assert name() == "test" and name(split="val") == "val"
-    one, other = tmp_path / "a b.json", tmp_path / "other"
-    other.mkdir()
+    one, other = tmp_path / "a b.json", tmp_path / "other" / "a b.json"
+    other.parent.mkdir()
     one.write_text("[]")
-    (other / one.name).write_text("[ ]")
-    names = [
-        name(),
-        name(limit_images=100),
-        name(limit_images=10),
-        name(precision="mixed_bfloat16"),
-        name(dataset="mine"),
-        name(layout="coco"),
-        name(val_share=0.1),
-        name(test_share=0.1),
-        name(captions=str(one)),
-        name(captions=str(other / one.name)),
-        *(
-            name(**{field: getattr(Config(), field) + more})
+    other.write_text("[ ]")
+    names = [name(captions=str(each)) for each in (one, other)]
+    assert names[0].startswith("test-captions-a_b-")
+    names += [name(limit_images=each) for each in (0, 10, 100)]
+    for field, values in {
+        "precision": ["mixed_bfloat16"],
+        "dataset": ["mine"],
+        "layout": ["coco"],
+        "val_share": [0.1],
+        "test_share": [0.1],
+        **{
+            field: [getattr(Config(), field) + more for more in (1, 2)]
             for field in results.SEARCH
-            for more in (1, 2)
-        ),
-    ]
+        },
+    }.items():
+        names += [name(**{field: value}) for value in values]
     assert len({each.lower() for each in names}) == len(names)
     assert name(100, beam_size=5) == "test-beam5-limit100"
-    assert name(captions=str(one)).startswith("test-captions-a_b-")
-
-
-def test_every_decoding_field_has_a_name_of_its_own():
     assert {*results.SEARCH, "split"} == {*group("decoding")}
 
 
@@ -61,11 +55,16 @@ def write_set(place, text: str) -> None:
         (place / each).write_text(text)
 
 
-def test_a_set_of_files_is_replaced_as_a_whole(tmp_path):
-    place = tmp_path / "test"
-    write_set(place, "old")
+@pytest.fixture
+def place(tmp_path):
+    """The folder of an evaluation, with a file of the user's own."""
+    write_set(tmp_path / "test", "old")
+    (tmp_path / "test" / "notes.txt").write_text("the user's own")
+    return tmp_path / "test"
+
+
+def test_a_set_of_files_is_replaced_as_a_whole(tmp_path, place):
     (place / "report.html").write_text("old")
-    (place / "notes.txt").write_text("the user's own")
     with results.replaced(place) as part:
         write_set(part, "new")
         assert files(place)["metrics.json"] == "old"
@@ -78,9 +77,8 @@ def test_a_set_of_files_is_replaced_as_a_whole(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["test"]
 
 
-def test_a_set_that_was_not_finished_leaves_the_old_one(tmp_path):
-    place = tmp_path / "test"
-    write_set(place, "old")
+def test_a_set_that_was_not_finished_leaves_the_old_one(tmp_path, place):
+    before = files(place)
     with (
         pytest.raises(UserError, match=r"scorer failed.*test-unfinished"),
         results.replaced(place) as part,
@@ -88,7 +86,7 @@ def test_a_set_that_was_not_finished_leaves_the_old_one(tmp_path):
         part.mkdir()
         (part / "captions.json").write_text("new")
         raise UserError("the scorer failed")
-    assert set(files(place).values()) == {"old"}
+    assert files(place) == before
     assert files(tmp_path / "test-unfinished") == {"captions.json": "new"}
     with results.replaced(place) as part:
         write_set(part, "newer")
@@ -96,13 +94,8 @@ def test_a_set_that_was_not_finished_leaves_the_old_one(tmp_path):
 
 
 @pytest.mark.parametrize("renamed", ["old", "both"])
-def test_an_end_between_two_renames_loses_nothing(
-    tmp_path, monkeypatch, renamed
-):
+def test_an_end_between_two_renames_loses_nothing(place, monkeypatch, renamed):
     """The next evaluation finds what the one that was killed left."""
-    place = tmp_path / "test"
-    write_set(place, "old")
-    (place / "notes.txt").write_text("the user's own")
 
     def end(*_):
         raise KeyboardInterrupt
@@ -114,7 +107,7 @@ def test_an_end_between_two_renames_loses_nothing(
     ):
         write_set(part, "new")
         if renamed == "old":
-            place.rename(tmp_path / ".old-test")
+            place.rename(place.with_name(".old-test"))
             end()
         patch.setattr(results, "_discard", end)
     if renamed == "both":
@@ -125,14 +118,6 @@ def test_an_end_between_two_renames_loses_nothing(
             "old" if renamed == "old" else "new"
         )
         end()
-
-
-def test_attention_figures_of_two_folders_have_names_of_their_own():
-    images = ["1.jpg", "1.png", "a/1.jpg", "a_1.jpg", "b/1.jpg", "A/1.jpg"]
-    names = results.figure_names(images)
-    assert len({each.lower() for each in names}) == len(images)
-    assert names[0] == "1.png"
-    assert not any("/" in each for each in names)
 
 
 # --- teacher-forced ----------------------------------------------------------

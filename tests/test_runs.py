@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 
 from captioning import command, runs
+from captioning.data import vocabulary
 from captioning.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioning.features import cache as features
 from config import Config, UserError, group, resolve
 
 WORDS = Vocabulary((*SPECIAL_WORDS, "dog"))
-DESCRIPTION = features.describe("resnet50", "conv5", "random-0", 8)
-SHAPE = (4, 3)
-IMAGES = runs.digest_images(["a.jpg", "b.jpg"], np.eye(2, 16, dtype=np.uint8))
-TRAINED = resolve(Config(epochs=6, learning_rate=0.01, precision="float32"))
+BEGUN = {
+    "words": WORDS,
+    "descriptions": [features.describe("resnet50", "conv5", "random-0", 8)],
+    "shape": (4, 3),
+    "images": runs.digest_images(["b.jpg", "a.jpg"], np.eye(2, 16, dtype="B")),
+}
+TRAINED = resolve(Config(learning_rate=0.01, precision="float32"))
 LIKE_TRAINED = ["--learning-rate", "0.01", "--precision", "float32"]
+NAME = "sample-resnet50"
 
 
 @pytest.fixture
@@ -33,18 +38,31 @@ def checkpoints(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def place(checkpoints) -> Path:
     """The folder of a run with the config TRAINED."""
-    runs.save_config(TRAINED, checkpoints / "sample-resnet50")
-    return checkpoints / "sample-resnet50"
+    return save(checkpoints / NAME)
 
 
-def training_config(place: Path, *words: str) -> Config:
-    arguments = command.parse("", arguments=words)
+def save(place: Path, **changes) -> Path:
+    """Saves TRAINED with other fields; None leaves one out."""
+    fields = {**dataclasses.asdict(TRAINED), **changes}
+    fields = {k: v for k, v in fields.items() if v is not None}
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    return place
+
+
+def resume(*flags: str) -> Config:
+    """The config that train.py takes with flags like those of TRAINED."""
+    arguments = command.parse("", arguments=[*LIKE_TRAINED, *flags])
+    place = runs.folder(arguments.config)
     return runs.training_config(arguments.config, arguments.given, place)
 
 
-def decoding_config(*words: str) -> tuple[Config, Path]:
-    arguments = command.parse("", arguments=words)
-    return runs.decoding_config(arguments.config, arguments.given)
+def decode(*flags: str) -> Config:
+    """The config that evaluate.py and caption.py take."""
+    arguments = command.parse("", arguments=flags)
+    config, place = runs.decoding_config(arguments.config, arguments.given)
+    assert place == runs.folder(arguments.config)
+    return config
 
 
 def refusal(function, *arguments) -> str:
@@ -57,254 +75,156 @@ def refusal(function, *arguments) -> str:
 # --- config ---------------------------------------------------------------
 
 
-def test_a_run_is_named_after_dataset_and_encoder_unless_it_has_a_name():
-    found = runs.folder(resolve(Config()))
-    assert found == Path("checkpoints/sample-resnet50")
-    config = Config(dataset="flickr8k", encoder="vgg16", checkpoints_dir="x")
-    assert runs.folder(resolve(config)) == Path("x/flickr8k-vgg16")
-    named = dataclasses.replace(config, run_name="mine")
-    assert runs.folder(named) == Path("x/mine")
-
-
-def test_a_config_comes_back_as_it_was_saved(tmp_path):
-    config = Config(dataset="\u72ac", learning_rate=1 / 3, seed=2**32 - 1)
-    runs.save_config(config, tmp_path / "new")
-    assert runs.load_config(tmp_path / "new") == config
-
-
-def save_fields(place: Path, **changes) -> None:
-    """Saves TRAINED with other fields; None leaves one out."""
-    fields = {**dataclasses.asdict(TRAINED), **changes}
-    fields = {k: v for k, v in fields.items() if v is not None}
-    (place / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-
-
-def test_a_field_that_a_run_lacks_is_not_filled_in(place):
-    """Today's default would be another run: one line, whatever is asked."""
-    save_fields(place, embedding_rate=None)
-    message = refusal(training_config, place, *LIKE_TRAINED)
-    assert "embedding_rate" in message and "--fresh" in message
-    assert "earlier versions" in message
-    assert decoding_config()[0].epochs == 6  # training does not matter here
-    for name in ("decoder_units", "magnification", "min_word_count"):
-        save_fields(place, **{name: None})
-        assert name in refusal(training_config, place, *LIKE_TRAINED)
-        message = refusal(decoding_config)
-        assert name in message and "earlier versions" in message
-
-
-def test_a_run_that_left_its_precision_open_is_not_resumed(place):
-    save_fields(place, precision="auto")
-    message = refusal(training_config, place, *LIKE_TRAINED)
-    assert "does not say what precision was" in message
-    assert decoding_config()[0].precision == "auto"
-
-
-def test_a_field_that_this_version_does_not_know_ends_training(place):
-    save_fields(place, views=2)
-    assert "views" in refusal(training_config, place, *LIKE_TRAINED)
-    assert decoding_config()[0].epochs == 6
+@pytest.mark.parametrize(
+    ("changes", "decodes"),
+    [
+        ({"embedding_rate": None}, True),  # which matters in training only
+        ({"precision": "auto"}, True),
+        ({"views": 2}, True),
+        ({"decoder_units": None}, False),
+        ({"magnification": None}, False),
+        ({"min_word_count": None}, False),
+    ],
+)
+def test_a_config_of_another_version_is_not_filled_in(place, changes, decodes):
+    """Today's default would be another run."""
+    save(place, **changes)
+    message = refusal(resume)
+    assert "another version" in message and "--fresh" in message
+    assert next(iter(changes)) in message
+    if decodes:
+        decode()
+    else:
+        assert next(iter(changes)) in refusal(decode)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"epochs": 0}', '{"epochs": "3"}'],
+    [
+        "",
+        "[]",
+        "null",
+        '{"epochs": 0}',
+        '{"epochs": "3"}',
+        '{"dataset": "../../elsewhere"}',
+        '{"run_name": "../../elsewhere"}',
+    ],
 )
-def test_a_config_that_was_spoiled_is_refused_in_one_line(tmp_path, text):
-    (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    refusal(runs.load_config, tmp_path)
+def test_a_damaged_config_is_refused_in_one_line(place, text):
+    (place / "config.json").write_text(text, encoding="utf-8")
+    assert str(place / "config.json") in refusal(decode)
 
 
-# --- training -------------------------------------------------------------
-
-
-def test_a_new_run_takes_what_config_and_flags_say(checkpoints):
-    config = training_config(checkpoints / "new", "--epochs", "3")
-    assert config == resolve(Config(epochs=3))
-
-
-def test_a_run_goes_on_with_its_own_config(place, capsys):
-    config = training_config(place, *LIKE_TRAINED, "--epochs", "6")
-    assert config == TRAINED
-    assert capsys.readouterr().err == ""
-
-
-def test_a_run_that_goes_on_may_have_more_epochs_and_patience(place):
-    config = training_config(
-        place, *LIKE_TRAINED, "--epochs", "20", "--patience", "9"
-    )
-    assert config == dataclasses.replace(TRAINED, epochs=20, patience=9)
-
-
-def test_places_and_decoding_are_those_of_now(place):
-    flags = ["--data-dir", "else where", "--beam-size", "2"]
-    config = training_config(place, *LIKE_TRAINED, *flags)
-    assert (config.data_dir, config.beam_size) == ("else where", 2)
+def test_an_unknown_run_is_reported_with_those_there_are(checkpoints):
+    message = refusal(decode)
+    assert "run train.py first" in message and "there are" not in message
+    save(checkpoints / "a run"), save(checkpoints / NAME)
+    message = refusal(decode, "--run-name", "none")
+    assert str(checkpoints / "none") in message
+    assert "(there are a run, sample-resnet50)" in message
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("flags", "changes"),
+    [
+        ([], {}),
+        (["--epochs", "20", "--patience", "9"], {"epochs": 20, "patience": 9}),
+        (["--data-dir", "a b"], {"data_dir": "a b"}),
+        (["--beam-size", "2"], {"beam_size": 2}),
+        (["--batch-images", "0", "--magnification", "0"], {}),  # left open
+        (["--precision", "auto"], {}),  # of whatever machine
+    ],
+)
+def test_a_run_is_resumed_with_its_config_but_for_a_few_fields(
+    place, flags, changes
+):
+    assert resume(*flags) == dataclasses.replace(TRAINED, **changes)
+    # A run that does not exist yet takes them all.
+    given = command.parse("", arguments=[*LIKE_TRAINED, *flags]).config
+    assert runs.training_config(given, {}, place / "new") == given
+
+
+@pytest.mark.parametrize(
+    ("flags", "was"),
     [
         (["--batch-images", "8"], "batch_images is 16"),
         (["--seed", "1"], "seed is 0"),
         (["--image-size", "64"], "image_size is 224"),
         (["--max-caption-length", "9"], "max_caption_length is 20"),
         (["--learning-rate", "0.1"], "learning_rate is 0.01"),
+        (["--precision", "mixed_float16"], "precision is 'float32'"),
+        *[
+            ([f"--{name.replace('_', '-')}", "77"], f"{name} is 512")
+            for name in group("model")
+        ],
     ],
 )
-def test_another_field_may_not_change_in_a_run_that_goes_on(place, words, told):
-    message = refusal(training_config, place, *LIKE_TRAINED, *words)
-    assert told in message and words[1] in message and str(place) in message
+def test_what_shapes_a_run_does_not_change(place, flags, was):
+    message = refusal(resume, *flags)
+    assert was in message and flags[1] in message and str(place) in message
+    assert f"give {flags[0]} " in message
     assert "--fresh" in message and "--run-name" in message
+    if was.split()[0] not in group("training"):
+        assert was in refusal(decode, *flags)
 
 
-def test_a_choice_that_is_left_open_is_what_the_run_has(place):
-    flags = ["--epochs", "6", "--batch-images", "0", "--precision", "auto"]
-    config = training_config(
-        place, *LIKE_TRAINED[:2], *flags, "--magnification", "0"
-    )
-    assert config == TRAINED
-    runs.save_config(
-        dataclasses.replace(
-            TRAINED, dataset="mine", magnification=3, encoder_weights="x.h5"
-        ),
-        place,
-    )
-    flags = ["--run-name", place.name, "--magnification", "0"]
-    config, _ = decoding_config(*flags, "--encoder-weights", "auto")
-    assert (config.magnification, config.encoder_weights) == (3, "x.h5")
-
-
-def test_a_default_that_counts_now_is_refused_with_the_flag_to_give(place):
-    message = refusal(training_config, place)
-    assert "learning_rate is 0.01" in message
-    assert "--learning-rate 0.01" in message
-
-
-@pytest.mark.parametrize("name", group("model"))
-def test_the_model_of_a_run_may_not_change(place, name):
-    flag = "--" + name.replace("_", "-")
-    for function, first in ((training_config, [place]), (decoding_config, [])):
-        message = refusal(function, *first, *LIKE_TRAINED, flag, "77")
-        assert f"{name} is 512" in message and "77" in message
-        assert "--run-name" in message
-
-
-def test_an_edited_default_of_the_model_is_one_line_of_notice(
-    checkpoints, capsys
-):
-    place = checkpoints / "sample-resnet50"
-    runs.save_config(dataclasses.replace(TRAINED, decoder_units=256), place)
-    for find in (
-        lambda: training_config(place, *LIKE_TRAINED),
-        lambda: decoding_config()[0],
+def test_a_default_edited_since_is_refused_or_noticed(place, capsys):
+    """Refused where it trains a run; of its model, the run's value counts."""
+    arguments = command.parse("", arguments=[])
+    message = refusal(runs.training_config, *arguments[:2], place)
+    assert "give --learning-rate 0.01" in message
+    save(place, decoder_units=256)
+    for find, flags in (
+        (resume, []),
+        (decode, []),
+        (resume, ["--decoder-units", "256"]),
     ):
-        assert find().decoder_units == 256
+        assert find(*flags).decoder_units == 256
         out, told = capsys.readouterr()
         assert out == "" and told.count("\n") == 1
         assert "decoder_units is 256 in this run and 512" in told
 
 
-def test_a_model_flag_that_says_what_the_run_has_is_accepted(checkpoints):
-    place = checkpoints / "sample-resnet50"
-    runs.save_config(dataclasses.replace(TRAINED, decoder_units=256), place)
-    config = training_config(place, *LIKE_TRAINED, "--decoder-units", "256")
-    assert config.decoder_units == 256
-
-
-# --- decoding -------------------------------------------------------------
-
-
-def test_decoding_takes_the_run_and_the_decoding_fields_of_now(place):
-    config, found = decoding_config(
-        *("--beam-size", "2", "--split", "val", "--data-dir", "x"),
-    )
-    assert found == place
-    assert config == dataclasses.replace(
-        TRAINED, beam_size=2, split="val", data_dir="x"
-    )
-
-
-def test_decoding_has_the_precision_of_the_run_unless_told_otherwise(place):
-    assert decoding_config()[0].precision == "float32"
-    config, _ = decoding_config("--precision", "mixed_bfloat16")
-    assert config.precision == "mixed_bfloat16"
-
-
-def test_a_run_is_resumed_in_its_precision_on_any_machine(place):
-    config = training_config(place, "--learning-rate", "0.01")
-    assert config.precision == "float32"
-    flags = ["--learning-rate", "0.01", "--precision", "mixed_float16"]
-    assert "precision is 'float32'" in refusal(training_config, place, *flags)
-
-
-def test_decoding_ignores_the_training_fields_of_now(place):
-    config, _ = decoding_config("--epochs", "50", "--batch-images", "3")
-    assert config.epochs == 6 and config.batch_images == 16
-
-
-def test_decoding_may_look_at_another_dataset(place):
-    flags = ["--run-name", place.name, "--dataset", "mine", "--layout", "coco"]
-    config, found = decoding_config(*flags, "--encoder-weights", "x.h5")
-    assert found == place
-    assert (config.dataset, config.layout) == ("mine", "coco")
-    assert config.encoder_weights == "x.h5"
-
-
-def test_decoding_may_look_at_a_folder_that_names_its_dataset(place):
-    config, _ = decoding_config(
-        "--run-name", place.name, "--dataset-dir", "some/photos"
-    )
-    assert (config.dataset, config.dataset_dir) == ("photos", "some/photos")
-
-
-@pytest.mark.parametrize("field", ["dataset", "run_name"])
-def test_a_saved_name_that_leads_elsewhere_is_refused(place, field):
-    path = place / "config.json"
-    fields = json.loads(path.read_text())
-    path.write_text(json.dumps({**fields, field: "../../elsewhere"}))
-    message = refusal(decoding_config)
-    assert "plain folder name" in message and str(path) in message
-
-
-def test_decoding_keeps_the_dataset_of_the_run(checkpoints):
-    runs.save_config(
-        Config(dataset="mine", val_share=0.2), checkpoints / "named"
-    )
-    config, _ = decoding_config("--run-name", "named")
-    assert (config.dataset, config.val_share) == ("mine", 0.2)
-
-
-def test_decoding_fewer_images_leaves_the_dataset_of_the_run(place):
-    config, _ = decoding_config("--limit-images", "5")
-    assert config.limit_images == 0
-
-
 @pytest.mark.parametrize(
-    ("flag", "value"),
-    [("--max-caption-length", "9"), ("--image-size", "64")],
+    ("flags", "changes"),
+    [
+        (["--beam-size", "2"], {"beam_size": 2}),
+        (["--data-dir", "x", "--epochs", "50"], {"data_dir": "x"}),
+        (["--precision", "mixed_bfloat16"], {"precision": "mixed_bfloat16"}),
+        (["--limit-images", "5"], {}),  # left to evaluate.py
+        (["--dataset", "mine"], {"dataset": "mine"}),
+        (["--layout", "coco"], {"layout": "coco"}),
+        (
+            ["--dataset-dir", "some/photos"],
+            {"dataset_dir": "some/photos", "dataset": "photos"},
+        ),
+        (["--encoder-weights", "x.h5"], {"encoder_weights": "x.h5"}),
+        (["--encoder-weights", "auto", "--magnification", "0"], {}),
+    ],
 )
-def test_decoding_refuses_flags_that_contradict_the_run(place, flag, value):
-    message = refusal(decoding_config, flag, value)
-    assert flag[2:].replace("-", "_") in message and value in message
+def test_decoding_takes_the_run_and_what_may_differ(place, flags, changes):
+    save(place, val_share=0.2)
+    changes = {"run_name": NAME, "val_share": 0.2, **changes}
+    expected = dataclasses.replace(TRAINED, **changes)
+    assert decode("--run-name", NAME, *flags) == expected
 
 
-def test_an_unknown_run_is_told_with_those_there_are(place):
-    runs.save_config(Config(), place.with_name("a run"))
-    message = refusal(decoding_config, "--run-name", "none")
-    assert str(place.with_name("none")) in message and "train.py" in message
-    assert "(there are a run, sample-resnet50)" in message
+def test_averaged_runs_have_a_folder_that_is_no_run(place):
+    save(place.with_name("b"))
+    for each in (place, place.with_name("b")):
+        vocabulary.save(WORDS, each / "vocabulary.json")
+    members = runs.members(Config(), {}, [NAME, "b"])
+    both = place.with_name(f"{NAME}+b")
+    assert runs.together(members) == both
+    assert runs.together(members[:1]) == place
+    save(both)
+    assert f"{both} is a run of its own" in refusal(runs.together, members)
+    save(place.with_name("b"), max_caption_length=9)
+    message = refusal(runs.members, Config(), {}, [NAME, "b"])
+    assert "differ in vocabulary or max_caption_length" in message
 
 
-def test_without_any_run_the_user_is_told_to_train(checkpoints):
-    message = refusal(decoding_config)
-    assert "run train.py first" in message and "there are" not in message
-
-
-# --- the folder -----------------------------------------------------------
-
-
-def test_a_run_that_is_set_aside_keeps_its_files_under_another_name(place):
+def test_a_run_that_is_set_aside_keeps_its_files(place):
     before = (place / "config.json").read_bytes()
     aside = runs.set_aside(place)
     assert not place.exists() and aside.parent == place.parent
@@ -312,69 +232,61 @@ def test_a_run_that_is_set_aside_keeps_its_files_under_another_name(place):
     assert (aside / "config.json").read_bytes() == before
 
 
-def test_a_run_that_begins_is_complete_without_the_data(tmp_path):
-    runs.begin(TRAINED, tmp_path, WORDS, DESCRIPTION, SHAPE, IMAGES)
-    assert runs.load_config(tmp_path) == TRAINED
-    assert runs.vocabulary.load(tmp_path / "vocabulary.json") == WORDS
-    assert runs.load_description(tmp_path) == (DESCRIPTION, SHAPE)
+# --- what a run was trained on --------------------------------------------
+
+
+def test_a_run_is_complete_without_the_data(tmp_path):
+    config = Config(dataset="\u72ac", learning_rate=1 / 3, seed=2**32 - 1)
+    runs.begin(config, tmp_path, **BEGUN)
+    assert runs.load_config(tmp_path) == config
+    assert vocabulary.load(tmp_path / "vocabulary.json") == WORDS
+    found = runs.load_description(tmp_path)
+    assert found == (BEGUN["descriptions"], BEGUN["shape"])
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"words": Vocabulary((*WORDS.words, "cat"))}, "vocabulary"),
-        ({"shape": (2, 3)}, "encoder"),
-        ({"description": {**DESCRIPTION, "weights": "other"}}, "encoder"),
-        ({"images": IMAGES[:1]}, "training images"),
+        ({"words": Vocabulary((*WORDS.words, "cat"))}, "vocabulary has"),
+        ({"shape": (2, 3)}, "encoder has"),
+        ({"descriptions": BEGUN["descriptions"] * 2}, "encoder has"),
+        ({"images": BEGUN["images"][:1]}, "training images have"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_words_or_features(
+def test_a_run_is_not_resumed_with_other_words_or_features(
     tmp_path, change, told
 ):
-    given = {
-        "words": WORDS,
-        "description": DESCRIPTION,
-        "shape": SHAPE,
-        "images": IMAGES,
-    }
-    runs.begin(TRAINED, tmp_path, **given)
-    runs.begin(TRAINED, tmp_path, **given | change)  # nothing trained yet
-    runs.begin(TRAINED, tmp_path, **given)
+    runs.begin(TRAINED, tmp_path, **BEGUN | change)  # nothing trained yet
+    runs.begin(TRAINED, tmp_path, **BEGUN)
     runs.save_state(tmp_path, [], {})
-    runs.begin(TRAINED, tmp_path, **given)
-    message = refusal(runs.begin, TRAINED, tmp_path, *(given | change).values())
-    assert f"the {told} ha" in message and "--fresh" in message
-    assert runs.load_description(tmp_path) == (DESCRIPTION, SHAPE)
+    runs.begin(TRAINED, tmp_path, **BEGUN)
+    message = refusal(runs.begin, TRAINED, tmp_path, *(BEGUN | change).values())
+    assert f"the {told} changed" in message and "--fresh" in message
+    assert runs.load_description(tmp_path)[1] == BEGUN["shape"]
 
 
-def test_what_was_trained_on_is_found_by_pixels_and_within_a_dataset_by_name(
+def test_images_of_training_are_found_by_pixels_and_within_a_dataset_by_name(
     tmp_path,
 ):
     pixels = np.zeros((4, 16), np.uint8)
     pixels[:3, :3] = np.eye(3)  # of the last image they are not known
-    runs.begin(
-        *(TRAINED, tmp_path, WORDS, DESCRIPTION, SHAPE),
-        runs.digest_images(["a/1.jpg", "2.jpg", "3.jpg", "4.jpg"], pixels),
-    )
-    names = ["renamed.jpg", "2.jpg", "1.jpg", "4.jpg"]
+    names = ["a/1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    images = runs.digest_images(names, pixels)
     others = np.zeros((4, 16), np.uint8)
     others[0] = pixels[0]
     others[1, 5] = 1  # the same photograph, saved again
-    seen = runs.trained_on(tmp_path, names, others, same_dataset=True)
-    assert seen.tolist() == [True, True, False, True]
-    seen = runs.trained_on(tmp_path, names, others, same_dataset=False)
-    assert seen.tolist() == [True, False, False, False]
-    text = (tmp_path / "training_images.csv").read_text()
-    assert "jpg" not in text
-
-
-def test_a_run_without_a_record_of_its_images_is_not_known(tmp_path):
-    pixels = np.zeros((1, 16), np.uint8)
-    assert runs.trained_on(tmp_path, ["a.jpg"], pixels, True) is None
+    asked = tmp_path, ["renamed.jpg", "2.jpg", "1.jpg", "4.jpg"], others
+    assert runs.trained_on(*asked, same_dataset=True) is None  # no record
+    runs.begin(TRAINED, tmp_path, **BEGUN | {"images": images})
+    found = runs.trained_on(*asked, same_dataset=True)
+    assert found.tolist() == [True, True, False, True]
+    found = runs.trained_on(*asked, same_dataset=False)
+    assert found.tolist() == [True, False, False, False]
+    assert "jpg" not in (tmp_path / "training_images.csv").read_text()
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "5", '{"shape": 3}'])
-def test_spoiled_notes_on_the_features_are_refused(tmp_path, text):
+def test_a_damaged_record_of_the_features_is_refused(tmp_path, text):
     (tmp_path / "features.json").write_text(text, encoding="utf-8")
     assert "features.json" in refusal(runs.load_description, tmp_path)
 
@@ -399,20 +311,15 @@ class Model:
             raise ValueError("Layer 'x' expected 2 variables\nReceived 3")
 
 
-def test_the_best_weights_come_back(tmp_path):
-    runs.save_weights(Model("best"), tmp_path, 7)
+def test_the_best_weights_come_back_or_are_refused(tmp_path):
     model = Model()
+    assert "train.py" in refusal(runs.load_weights, model, tmp_path)
+    runs.save_weights(Model("best"), tmp_path, 7)
     runs.load_weights(model, tmp_path)
-    assert model.weights == "best"
-    assert runs.best_epoch(tmp_path) == 7
+    assert model.weights == "best" and runs.best_epoch(tmp_path) == 7
     assert os.listdir(tmp_path) == ["model.weights.h5"]
-
-
-def test_weights_that_are_not_there_or_do_not_fit_are_told(tmp_path):
-    message = refusal(runs.load_weights, Model(), tmp_path)
-    assert "train.py" in message
     runs.save_weights(Model("other"), tmp_path, 1)
-    message = refusal(runs.load_weights, Model(), tmp_path)
+    message = refusal(runs.load_weights, model, tmp_path)
     assert "does not fit" in message and "expected 2 variables" in message
 
 
@@ -420,7 +327,7 @@ def test_weights_that_are_not_there_or_do_not_fit_are_told(tmp_path):
 
 
 def make_variables(seed: int = 0) -> list[keras.Variable]:
-    """Variables of every kind that a run has, none of them round."""
+    """Variables of every kind that a run has: more than ten, none round."""
     random = np.random.default_rng(seed)
     odd = np.array([-0.0, 1e-42, np.inf, np.nan], np.float32)
     return [
@@ -428,7 +335,7 @@ def make_variables(seed: int = 0) -> list[keras.Variable]:
         keras.Variable(np.roll(odd, seed)),
         keras.Variable(7 + seed, dtype="int32"),
         keras.Variable(random.integers(2**32, size=2, dtype=np.uint32)),
-        keras.Variable(random.normal(), dtype="float32"),
+        *[keras.Variable(random.normal(), dtype="float32") for _ in range(9)],
     ]
 
 
@@ -438,6 +345,7 @@ def values(variables: list[keras.Variable]) -> list[tuple]:
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):
+    assert runs.load_progress(tmp_path) is None
     saved, others = make_variables(), make_variables(1)
     progress = {"epoch": 3, "best": 0.1 + 0.2, "history": [{"loss": 1.5}]}
     runs.save_state(tmp_path, saved, progress)
@@ -446,34 +354,6 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     runs.load_state(tmp_path, others)
     assert values(others) == values(saved)
     assert os.listdir(tmp_path / "last") == ["state.npz"]
-
-
-def test_more_than_ten_variables_keep_their_order(tmp_path):
-    saved = [keras.Variable(float(number)) for number in range(12)]
-    runs.save_state(tmp_path, saved, {})
-    others = [keras.Variable(-1.0) for _ in saved]
-    runs.load_state(tmp_path, others)
-    assert values(others) == values(saved)
-
-
-def test_a_state_that_cannot_be_saved_leaves_the_one_before(
-    tmp_path, monkeypatch
-):
-    def fail(path: Path, **arrays) -> None:
-        path.write_bytes(b"half")
-        raise OSError("no space left")
-
-    variables = make_variables()
-    runs.save_state(tmp_path, variables, {"epoch": 1})
-    monkeypatch.setattr(runs.np, "savez", fail)
-    with pytest.raises(OSError, match="no space"):
-        runs.save_state(tmp_path, variables, {"epoch": 2})
-    assert runs.load_progress(tmp_path) == {"epoch": 1}
-    assert os.listdir(tmp_path / "last") == ["state.npz"]
-
-
-def test_a_run_that_has_not_begun_has_no_progress(tmp_path):
-    assert runs.load_progress(tmp_path) is None
 
 
 @pytest.mark.parametrize("change", ["fewer", "more", "other shape"])
@@ -493,7 +373,7 @@ def test_the_state_of_another_model_is_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         lambda data: b"",
         lambda data: b"no state",
@@ -502,11 +382,11 @@ def test_the_state_of_another_model_is_refused(tmp_path, change):
     ],
     ids=["empty", "text", "cut", "changed"],
 )
-def test_a_spoiled_state_is_refused_in_one_line(tmp_path, spoil):
+def test_a_damaged_state_is_refused_in_one_line(tmp_path, damage):
     variables = make_variables()
     runs.save_state(tmp_path, variables, {"epoch": 3})
     path = tmp_path / "last" / "state.npz"
-    path.write_bytes(spoil(path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()))
 
     def resume() -> None:
         runs.load_progress(tmp_path)

@@ -1,9 +1,9 @@
 """Which of a beam's captions the others agree with most.
 
-The likeliest caption is not the one with the best score to be expected: that
-is the one most like what else the decoder holds likely (minimum Bayes risk,
-Kumar and Byrne 2004, equation 2). Likeness is that of CIDEr-D with all n-grams
-of one weight, because a run folder has no document frequencies.
+The most likely caption does not have the best expected score; the one most
+similar to the other likely captions does (minimum Bayes risk, Kumar and Byrne
+2004, equation 2). Similarity is CIDEr-D's with equal weights for all n-grams,
+because a run folder has no document frequencies.
 """
 
 from typing import Any
@@ -12,37 +12,35 @@ from keras import ops
 
 from captioning.data.vocabulary import PAD
 
-# CIDEr-D's: n-grams of up to so many words, and how wide the penalty on
-# another length is.
+# CIDEr-D's longest n-gram, and the width of its penalty on other lengths.
 ORDERS = 4
 SIGMA = 6.0
 
 
 def agreement(words: Any, log_probabilities: Any, temperature: float) -> Any:
-    """How like the other captions of its image each one may be expected to be.
+    """The expected similarity of each caption to the others of its image.
 
     Args:
         words: int32 (images, hypotheses, steps), padded; `<end>` is a word.
         log_probabilities: of the hypotheses, float32 (images, hypotheses).
         temperature: above 0; at 1 the hypotheses count by their
-            probabilities, at more the less likely ones count for more.
+            probabilities, above it the less likely ones count for more.
 
     Returns:
         Float32 (images, hypotheses), from 0 to 1.
     """
     weights = ops.softmax(log_probabilities / temperature)
-    # One image at a time: what is compared takes hypotheses^2 * steps^2.
-    alike = ops.map(likeness, words)  # (images, hypotheses, hypotheses)
-    return ops.sum(alike * ops.expand_dims(weights, 1), axis=2)
+    # One image at a time: the comparison takes hypotheses^2 * steps^2.
+    similar = ops.map(similarity, words)  # (images, hypotheses, hypotheses)
+    return ops.sum(similar * ops.expand_dims(weights, 1), axis=2)
 
 
-def likeness(words: Any) -> Any:
-    """How like each other captions are, by their n-grams.
+def similarity(words: Any) -> Any:
+    """The similarity of each pair of captions, by their n-grams.
 
     CIDEr-D (Vedantam et al. 2015, section 4 and the end of section 6) without
     document frequencies: the mean over orders of the cosine of n-gram counts,
-    which are clipped to those of the other caption, and less for another
-    length.
+    clipped to those of the other caption, times a penalty on other lengths.
 
     Args:
         words: int32 (hypotheses, steps), padded; `<end>` is a word.

@@ -1,5 +1,6 @@
 """A local page: drop a photograph, see its caption."""
 
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -82,13 +83,7 @@ def serve(app: Any, port: int) -> None:
     Raises:
         UserError: if the port is taken or out of range.
     """
-    from werkzeug.serving import WSGIRequestHandler, make_server
-
-    class Quiet(WSGIRequestHandler):
-        """Does not log requests."""
-
-        def log_request(self, *_: Any) -> None:
-            """Logs nothing."""
+    from werkzeug.serving import make_server
 
     try:
         with socket.create_server((HOST, port)):
@@ -98,6 +93,7 @@ def serve(app: Any, port: int) -> None:
             f"cannot serve on port {port} ({error}): choose another with "
             "--serve PORT"
         ) from None
-    server = make_server(HOST, port, app, threaded=True, request_handler=Quiet)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not each request
+    server = make_server(HOST, port, app, threaded=True)
     print(f"Open http://{HOST}:{server.port} (Ctrl-C to stop)", flush=True)
     server.serve_forever()

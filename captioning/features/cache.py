@@ -253,38 +253,6 @@ def read_rows(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return features[rows]
 
 
-def channel_statistics(
-    features: np.ndarray, rows: np.ndarray, most: int = 1024
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each channel.
-
-    Args:
-        features: (all rows, regions, channels).
-        rows: of the training split.
-        most: how many images, evenly spread over `rows`, to look at; 1,024
-            images of 49 regions give a mean to 1/200 of its deviation.
-
-    Returns:
-        Mean and standard deviation, float32 (channels,). So that channels
-        that hardly ever fire are not blown up, no deviation is below a
-        hundredth of the mean deviation.
-    """
-    places = np.linspace(0, len(rows) - 1, min(most, len(rows)))
-    chosen = rows[places.astype(int)]
-    total = squares = 0.0
-    for start in range(0, len(chosen), 64):
-        # Sorted, so that the disk is read in one direction.
-        some = features[np.sort(chosen[start : start + 64])]
-        some = some.astype(np.float64)  # (64, regions, channels)
-        total = total + some.sum((0, 1))
-        squares = squares + np.square(some).sum((0, 1))
-    number = len(chosen) * features.shape[1]
-    mean = total / number
-    deviation = np.sqrt(np.maximum(squares / number - mean**2, 0))
-    deviation = np.maximum(deviation, max(0.01 * deviation.mean(), 1e-6))
-    return mean.astype(np.float32), deviation.astype(np.float32)
-
-
 def _table_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
     return lock(folder.with_name(f"{folder.name}.table"), wait=True)
 

@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -74,30 +75,57 @@ def share(names: Sequence[str], number: int, of: int) -> list[str]:
     return [names[place] for place in places if place // BATCH % of == number]
 
 
+def in_batches(names: Sequence[str]) -> list[Sequence[str]]:
+    """Cuts names into batches in their order."""
+    starts = range(0, len(names), BATCH)
+    return [names[start : start + BATCH] for start in starts]
+
+
+def by_slot(names: Sequence[str], rows: Mapping[str, int]) -> list[list[str]]:
+    """Cuts names into batches in which each has the slot of its row.
+
+    The last bit of an image's features may depend on its place in the batch,
+    where a processor's vectors end within it. With a place of its own for each
+    row, a cache that was filled in several runs equals one of a single run.
+
+    Args:
+        names: of the images.
+        rows: the row of each.
+    """
+    batches: list[list[str]] = []
+    taken: Counter[int] = Counter()
+    for name in names:
+        slot = rows[name] % BATCH
+        if taken[slot] == len(batches):
+            batches.append([])
+        batches[taken[slot]].append(name)
+        taken[slot] += 1
+    return batches
+
+
 def read_ahead(
-    images_dir: Path, names: Sequence[str], size: int
+    images_dir: Path, batches: Sequence[Sequence[str]], size: int
 ) -> Iterator[list[Read]]:
-    """Reads images in batches, some batches ahead of the consumer."""
-    starts = iter(range(0, len(names), BATCH))
+    """Reads batches of images, some batches ahead of the consumer."""
+    coming = iter(batches)
     with ThreadPoolExecutor(READERS) as pool:
 
-        def submit(start: int) -> list[Future]:
-            batch = names[start : start + BATCH]
+        def submit(batch: Sequence[str]) -> list[Future]:
             return [pool.submit(read, images_dir, n, size) for n in batch]
 
-        waiting = [submit(start) for start in itertools.islice(starts, AHEAD)]
+        waiting = [*map(submit, itertools.islice(coming, AHEAD))]
         try:
             while waiting:
                 yield [future.result() for future in waiting.pop(0)]
-                waiting.extend(
-                    submit(start) for start in itertools.islice(starts, 1)
-                )
+                waiting.extend(map(submit, itertools.islice(coming, 1)))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def encode(
-    images: Sequence[np.ndarray], encoder: Callable[[np.ndarray], np.ndarray]
+    images: Sequence[np.ndarray],
+    encoder: Callable[[np.ndarray], np.ndarray],
+    slots: Sequence[int] = range(BATCH),
 ) -> np.ndarray:
     """Runs up to BATCH images through the encoder.
 
@@ -106,6 +134,7 @@ def encode(
 
     Args:
         images: uint8 RGB (size, size, 3) each.
+        slots: the place of each image in the batch.
         encoder: uint8 (BATCH, size, size, 3) -> float16 (BATCH, regions,
             channels).
 
@@ -113,8 +142,9 @@ def encode(
         float16 (images, regions, channels).
     """
     batch = np.zeros((BATCH, *images[0].shape), np.uint8)
-    batch[: len(images)] = images
-    return np.asarray(encoder(batch))[: len(images)]
+    chosen = [*slots[: len(images)]]
+    batch[chosen] = images
+    return np.asarray(encoder(batch))[chosen]
 
 
 def fill(
@@ -140,6 +170,7 @@ def fill(
     repaired, changed = _check_again(cache, images_dir, names, size)
     skipped: list[tuple[str, str]] = []
     todo = [name for name in names if not cache.finished[cache.row[name]]]
+    batches = by_slot(todo, cache.row)
     encoder = functools.cache(build)
     marks: dict[int, int] = {}
     last = time.monotonic()
@@ -152,7 +183,7 @@ def fill(
     )
     try:
         with bar:
-            for batch in read_ahead(images_dir, todo, size):
+            for batch in read_ahead(images_dir, batches, size):
                 good = [each for each in batch if each.pixels is not None]
                 bad = [each for each in batch if each.pixels is None]
                 skipped += [(each.name, each.reason) for each in bad]
@@ -186,7 +217,8 @@ def _check_again(
     again = np.flatnonzero((marks != 0) & (moved | (marks == REPAIRED)))
     table = features.load_digests(cache)
     repaired, found = [], {}
-    batches = read_ahead(images_dir, [names[int(p)] for p in again], size)
+    suspects = in_batches([names[int(place)] for place in again])
+    batches = read_ahead(images_dir, suspects, size)
     total = -(-len(again) // BATCH)
     bar = tqdm(batches, "Checking files", total, unit="batch", delay=2)
     for each in itertools.chain.from_iterable(bar):
@@ -228,7 +260,8 @@ def _encode_batch(
         return {}
     rows = [cache.row[each.name] for each in batch]
     pixels = [each.pixels for each in batch if each.pixels is not None]
-    values = encode(pixels, encoder())
+    slots = [row % BATCH for row in rows]
+    values = encode(pixels, encoder(), slots)
     features.write(cache, rows, values, [each.digest for each in batch])
     marks = [REPAIRED if each.reason else DONE for each in batch]
     return dict(zip(rows, marks, strict=True))

@@ -1,7 +1,9 @@
 """Training curves, and photographs lit where a model looked."""
 
+import hashlib
 import io
 import math
+import os
 import re
 import unicodedata
 import warnings
@@ -131,12 +133,14 @@ def write_attention_figure(
         attention: weights (words, side, side).
     """
     side = min(_PANEL_SIDE, math.isqrt(_PIXELS // (len(words) + 1)))
-    photo = _fit(photo, side)
+    scale = side / max(photo.shape[:2])
+    size = [max(1, round(each * scale)) for each in photo.shape[1::-1]]
+    photo = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
     photos = [photo, *(lit(photo, weights) for weights in attention)]
     panels = list(zip(["", *words], photos, strict=True))
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
-    height, width = photo.shape[:2]
+    width, height = size
     down, across = height + _TITLE, width + _GAP
     sheet = np.full((rows * down, columns * across, 3), 255, np.uint8)
     # Written on the sheet itself: axes would take a second per figure.
@@ -161,6 +165,16 @@ def write_attention_figure(
         image.convert("RGB").quantize(256).save(part, "PNG", optimize=True)
 
 
+def figure_name(photo: str) -> str:
+    """The file name of an attention figure: another one for each path.
+
+    A digest of the path tells apart photographs of one name in two folders, on
+    disks that ignore case too.
+    """
+    digest = hashlib.blake2b(os.fsencode(photo), digest_size=4).hexdigest()
+    return f"{Path(photo).stem[:50].lstrip('.')}-{digest}.png"
+
+
 def _is_right_to_left(text: str) -> bool:
     """Whether the first letter of a text is of a script like Arabic."""
     for character in text:
@@ -168,19 +182,6 @@ def _is_right_to_left(text: str) -> bool:
         if direction in ("L", "R", "AL"):
             return direction != "L"
     return False
-
-
-def _fit(photo: np.ndarray, side: int) -> np.ndarray:
-    """Shrinks a photograph until its longer side is `side` pixels.
-
-    Args:
-        photo: uint8 RGB (height, width, 3).
-        side: pixels.
-    """
-    height, width = photo.shape[:2]
-    scale = side / max(height, width)
-    size = [max(1, round(each * scale)) for each in (width, height)]
-    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
 
 
 def lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ def families(text: str) -> list[str]:
 
 
 def _choose(missing: set[str]) -> None:
-    """Chooses installed fonts, as few as possible, for some characters."""
+    """Chooses as few installed fonts as possible for some characters."""
     paths = sorted(font_manager.findSystemFonts(), key=_plainness)
     paths = [p for p in paths if not any(u in p.lower() for u in _UNFIT)]
     covered = {path: _covered(path, missing) for path in paths}
@@ -50,8 +50,14 @@ def _choose(missing: set[str]) -> None:
         _chosen.append(path)
         missing = missing - covered.pop(path)
     if missing:
-        _absent.update(map(_script, missing))
-        _tell(missing)
+        scripts = sorted({_script(each) for each in missing})
+        _absent.update(scripts)
+        print(
+            f"Note: no installed font has {' '.join(sorted(missing)[:5])} "
+            f"({', '.join(scripts)}), so figures show boxes instead: install "
+            "a Noto font for this script (https://fonts.google.com/noto)",
+            file=sys.stderr,
+        )
 
 
 def _covered(path: str, characters: Iterable[str]) -> set[str]:
@@ -79,16 +85,3 @@ def _is_visible(character: str) -> bool:
 def _script(character: str) -> str:
     """The script of a character, as Unicode's names begin: ARABIC, CJK."""
     return unicodedata.name(character, "UNNAMED").split()[0]
-
-
-def _tell(missing: set[str]) -> None:
-    """Says which characters figures cannot show, and what helps."""
-    scripts = sorted(set(map(_script, missing)))
-    some = " ".join(sorted(missing)[:5])
-    print(
-        f"Note: no installed font has {some} "
-        f"({', '.join(scripts)}), so that figures show boxes "
-        "instead: install a Noto font for this script "
-        "(https://fonts.google.com/noto)",
-        file=sys.stderr,
-    )

@@ -15,14 +15,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pycocoevalcap
 from pycocoevalcap.meteor.meteor import Meteor
-from pycocoevalcap.tokenizer.ptbtokenizer import (
-    STANFORD_CORENLP_3_4_1_JAR,
-)
+from pycocoevalcap.tokenizer.ptbtokenizer import STANFORD_CORENLP_3_4_1_JAR
 
 from captioning.data import vocabulary
 
@@ -58,22 +55,17 @@ def ptb(texts: list[str]) -> list[str]:
     """
     jar = _PACKAGE / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR
     command = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command += ["-preserveLines", "-lowerCase"]
     # The known sentence at both ends shows whether the process got through.
     sent = "\n".join([_KNOWN[0], *texts, _KNOWN[0]])
-    output = _run(
-        [*command, "-preserveLines", "-lowerCase"],
-        sent,
-        PTB_SECONDS + len(texts) / 100,
-    )
+    output = _run(command, sent, PTB_SECONDS + len(texts) / 100)
     # More than pycocoevalcap's PUNCTUATIONS, which are English only, and its
     # brackets, which it misses in lower case: the decoder has no punctuation in
     # its vocabulary, and references that kept theirs could not be matched.
-    lines = [
-        " ".join(
-            vocabulary.only_words(w for w in line.split() if w not in _BRACKETS)
-        )
-        for line in output.replace("\r", "").removesuffix("\n").split("\n")
-    ]
+    lines = []
+    for line in output.replace("\r", "").removesuffix("\n").split("\n"):
+        words = (word for word in line.split() if word not in _BRACKETS)
+        lines.append(" ".join(vocabulary.only_words(words)))
     if len(lines) != len(texts) + 2 or {lines[0], lines[-1]} != {_KNOWN[1]}:
         raise ChildProcessError("Java's tokenizer gave a wrong answer")
     return lines[1:-1]
@@ -93,14 +85,13 @@ def meteor(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
     # Its protocol separates by "|||".
     made, judged = (
         {
-            key: [" ".join(x.replace("|", "").split()) for x in texts]
-            for key, texts in a.items()
+            image: [" ".join(x.replace("|", "").split()) for x in texts]
+            for image, texts in captions.items()
         }
-        for a in (made, judged)
+        for captions in (made, judged)
     )
     try:
-        with _english_environment():
-            scorer = Meteor()
+        scorer = Meteor()
     except OSError as error:
         raise ChildProcessError(f"Java does not start: {error}") from None
     seconds = METEOR_SECONDS + len(made) / 10
@@ -145,8 +136,8 @@ def spice(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
                 "Java from 8 to 14"
             )
     items = [
-        {"image_id": row, "test": made[image][0], "refs": judged[image]}
-        for row, image in enumerate(judged)
+        {"image_id": row, "test": made[image][0], "refs": references}
+        for row, (image, references) in enumerate(judged.items())
         if made[image][0]
     ]
     if not items:
@@ -168,28 +159,15 @@ def spice(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
 
 
 def _run(arguments: list[str], sent: str, seconds: float) -> str:
-    """Runs a Java program to its end.
-
-    Args:
-        arguments: of `java`.
-        sent: its standard input.
-        seconds: time after which it is stopped.
-
-    Returns:
-        Its standard output.
-
-    Raises:
-        ChildProcessError: if it did not end well.
-    """
+    """Sends a text to a Java program, which has some seconds to answer."""
     _need_java()
     try:
-        with _english_environment():
-            process = subprocess.run(
-                ["java", *arguments],
-                input=sent.encode("utf-8"),
-                capture_output=True,
-                timeout=seconds,
-            )
+        process = subprocess.run(
+            ["java", *arguments],
+            input=sent.encode("utf-8"),
+            capture_output=True,
+            timeout=seconds,
+        )
     except subprocess.TimeoutExpired:
         raise ChildProcessError(
             f"Java was stopped after {seconds:.0f} seconds"
@@ -205,24 +183,13 @@ def _run(arguments: list[str], sent: str, seconds: float) -> str:
 
 
 def _need_java() -> None:
-    if shutil.which("java") is None:
-        raise ChildProcessError("no Java")
-
-
-@contextlib.contextmanager
-def _english_environment() -> Iterator[None]:
-    """Makes Java programs started inside speak English.
+    """Checks that there is a Java, and has it speak English from now on.
 
     By the environment, because METEOR's wrapper passes no options on.
     """
-    before = {name: os.environ.get(name) for name in OPTIONS}
-    for name, value in before.items():
-        os.environ[name] = f"{value or ''} {ENGLISH}".strip()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    if shutil.which("java") is None:
+        raise ChildProcessError("no Java")
+    for name in OPTIONS:
+        options = os.environ.get(name, "")
+        if not options.endswith(ENGLISH):
+            os.environ[name] = f"{options} {ENGLISH}".strip()

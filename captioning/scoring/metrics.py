@@ -80,7 +80,7 @@ def _clean(text: str) -> str:
 def score(
     captions: Mapping[str, str | None],
     references: Mapping[str, Sequence[str]],
-    training_captions: Iterable[str] | None = None,
+    training_captions: Iterable[str],
 ) -> Scores:
     """Scores captions against references.
 
@@ -91,8 +91,7 @@ def score(
     Args:
         captions: image -> its caption.
         references: image -> its references, as written.
-        training_captions: captions of the training split, as written; None if
-            they are not at hand.
+        training_captions: captions of the training split, as written.
 
     Returns:
         The metrics of metrics.json, except those that need the model; the
@@ -106,21 +105,20 @@ def score(
     tokens, tokenizer = tokenise(
         {("caption", image): [text or ""] for image, text in captions.items()}
         | {("reference", image): list(x) for image, x in references.items()}
-        | {training: list(set(training_captions or []))}
+        | {training: list(set(training_captions))}
     )
     made, judged = _pair(
         {image: tokens["caption", image][0] for image in captions},
         {image: tokens["reference", image] for image in references},
     )
     overlap, per_image = _overlap(made, judged)
-    known = None if training_captions is None else {*tokens[training], ""}
-    metrics: dict[str, Any] = {"images": len(judged), "tokenizer": tokenizer}
-    metrics |= overlap
-    metrics |= _diversity([made[image][0] for image in judged], known)
+    metrics = {
+        "images": len(judged),
+        "tokenizer": tokenizer,
+        **overlap,
+        **_diversity([x for (x,) in made.values()], {*tokens[training]}),
+    }
     unavailable = {}
-    if known is None:
-        why = "the training captions are not at hand"
-        unavailable["novel_captions"] = why
     for name, compute in (("meteor", java.meteor), ("spice", java.spice)):
         try:
             metrics[name] = compute(made, judged)
@@ -141,13 +139,16 @@ def _overlap(
     bleu, bleu_per_image = scorer.compute_score(option="closest")
     rouge_l, rouge_l_per_image = Rouge().compute_score(judged, made)
     cider_mean, cider_per_image = Cider().compute_score(judged, made)
-    metrics: dict[str, Any] = {f"bleu{n}": bleu[n - 1] for n in (1, 2, 3, 4)}
-    metrics |= {"rouge_l": float(rouge_l), "cider": float(cider_mean)}
     counts = np.column_stack([cider_per_image, np.ones(len(judged))])
-    metrics["intervals"] = {
-        "bleu4": interval(_bleu_counts(scorer), _corpus_bleu4),
-        # The document frequencies stay those of the whole split.
-        "cider": interval(counts, ratio),
+    metrics = {
+        **{f"bleu{n}": value for n, value in enumerate(bleu, 1)},
+        "rouge_l": float(rouge_l),
+        "cider": float(cider_mean),
+        "intervals": {
+            "bleu4": interval(_bleu_counts(scorer), _corpus_bleu4),
+            # The document frequencies stay those of the whole split.
+            "cider": interval(counts, ratio),
+        },
     }
     per_image = pd.DataFrame(
         {
@@ -234,20 +235,13 @@ def _notices(
     return notices
 
 
-def _diversity(captions: list[str], known: set[str] | None) -> dict[str, Any]:
-    """How different the captions are; an empty one is none.
-
-    Args:
-        captions: one an image.
-        known: the training captions and the empty one, if at hand.
-    """
+def _diversity(captions: list[str], known: set[str]) -> dict[str, Any]:
+    """How different the captions are, also from those known from training."""
     words = [word for caption in captions for word in caption.split()]
-    novel = None
-    if known is not None:
-        novel = sum(x not in known for x in captions) / len(captions)
+    distinct, novel = {*captions} - {""}, {*captions} - known - {""}
     return {
-        "distinct_captions": len({*captions} - {""}) / len(captions),
-        "novel_captions": novel,
+        "distinct_captions": len(distinct) / len(captions),
+        "novel_captions": sum(x in novel for x in captions) / len(captions),
         "vocabulary_used": len(set(words)),
         "mean_length": len(words) / len(captions),
     }
@@ -263,18 +257,12 @@ def _bleu_counts(scorer: BleuScorer) -> np.ndarray:
         (images, 10): matched 1- to 4-grams, 1- to 4-grams, words, and words of
         the reference nearest in length.
     """
-    return np.array(
-        [
-            [
-                *each["correct"],
-                *each["guess"],
-                each["testlen"],
-                min((abs(n - each["testlen"]), n) for n in each["reflen"])[1],
-            ]
-            for each in scorer.ctest
-        ],
-        float,
-    )
+    rows = []
+    for each in scorer.ctest:
+        length = each["testlen"]
+        nearest = min(each["reflen"], key=lambda n: (abs(n - length), n))
+        rows.append([*each["correct"], *each["guess"], length, nearest])
+    return np.array(rows, float)
 
 
 def _corpus_bleu4(totals: np.ndarray) -> np.ndarray:
@@ -312,12 +300,7 @@ def interval(
     """
     generator = np.random.default_rng(0)
     images = len(counts)
-    # (resamples, columns)
-    totals = np.stack(
-        [
-            np.bincount(generator.integers(images, size=images), None, images)
-            @ counts
-            for _ in range(RESAMPLES)
-        ]
-    )
+    totals = np.empty((RESAMPLES, counts.shape[1]))
+    for each in totals:
+        counts[generator.integers(images, size=images)].sum(axis=0, out=each)
     return np.percentile(statistic(totals), [2.5, 97.5]).tolist()

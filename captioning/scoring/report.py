@@ -1,75 +1,21 @@
-"""The HTML report of a run, and photographs for the local page."""
+"""What the HTML pages are made of: templates, photographs, attention."""
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from captioning.data import images
-from captioning.files import write_text
 from captioning.scoring import figures
-from captioning.scoring import table as scores
 
 # That is about 14 KB per photograph.
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 224, 70
 _LIT_SIDE = 448  # of the photographs on the page that captions them
-
-
-def write_report(
-    path: Path,
-    title: str,
-    dataset: str,
-    metrics: Mapping[str, Any],
-    examples: pd.DataFrame,
-    attention: Sequence[np.ndarray],
-    images_dir: Path,
-    history: pd.DataFrame | None,
-) -> None:
-    """Writes the report of a run: one HTML file that needs no network.
-
-    A photograph that cannot be read becomes a placeholder.
-
-    Args:
-        path: the HTML file.
-        title: its heading.
-        dataset: its name; for a known one, published results are shown.
-        metrics: what metrics.json has.
-        examples: image (relative to `images_dir`), caption, references
-            (list of texts), bleu4, rouge_l, cider; one row per image.
-        attention: for each row, weights (words, side, side), one map per word
-            of `caption.split()`.
-        images_dir: the folder with the photographs.
-        history: as in history.csv; None if there is none.
-    """
-    rows = examples.to_dict("records")
-    data = [
-        _example(row, maps, images_dir)
-        for row, maps in zip(rows, attention, strict=True)
-    ]
-    has_history = history is not None and len(history) > 0
-    notes, published = scores.comparison(metrics, dataset)
-    best_epoch = (metrics.get("run") or {}).get("epoch") or 0
-    text = template("scoring/report.html.jinja").render(
-        title=title,
-        metrics=metrics,
-        figures=list(_figures(metrics)),
-        notes=notes,
-        published=published,
-        examples=data,
-        history=history,
-        curves=[
-            figures.curve(history, best_epoch, each)
-            for each in figures.PANELS
-            if has_history
-        ],
-    )
-    write_text(path, text)
 
 
 def template(name: str) -> jinja2.Template:
@@ -84,31 +30,19 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _figures(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Each metric as the page shows it."""
-    for name, title, form, meaning in scores.FIGURES:
-        value = metrics.get(name)
-        reason = metrics.get("unavailable", {}).get(name, "not measured")
-        ends = metrics.get("intervals", {}).get(name) or []
-        yield {
-            "name": name,
-            "title": title.strip(),
-            "shown": "" if value is None else form.format(value),
-            "interval": " to ".join(form.format(x).rstrip("%") for x in ends),
-            "meaning": meaning,
-            "reason": reason if value is None else "",
-        }
-
-
-def _example(
+def example(
     row: Mapping[str, Any], maps: np.ndarray, images_dir: Path
 ) -> dict[str, Any]:
-    """One image as the script of the page expects it.
+    """One image as the script of the report expects it.
 
     Args:
-        row: of the examples.
-        maps: weights (words, side, side).
+        row: of captions.csv; `image` is relative to `images_dir`.
+        maps: attention weights (words, side, side), a map per word.
         images_dir: the folder with the photographs.
+
+    Returns:
+        The row, with a thumbnail (None if the photograph cannot be read) and
+        the attention.
     """
     return {
         **row,

@@ -10,7 +10,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,24 @@ from captioning.data import images as photographs
 from captioning.data import prepared
 from captioning.features import cache as features
 from captioning.files import write_csv, write_text
-from captioning.scoring import figures, report
+from captioning.scoring import figures, report, table
 from captioning.scoring.metrics import Scores
 from config import Config, UserError
 
 FIGURES = 12  # attention figures per evaluation
 PHOTO_SIDE = 448  # pixels, of the photograph in a figure
-FILES = (
-    *("captions.json", "captions.csv", "metrics.json", "report.html"),
+FILES = {
+    "captions.json",
+    "captions.csv",
+    "metrics.json",
+    "report.html",
     "attention",
+}
+MODEL_METRICS = (
+    "token_accuracy",
+    "token_accuracy_top5",
+    "perplexity",
+    "images_per_second",
 )
 # What other values of these fields are called in the name of a folder.
 SEARCH = {
@@ -83,11 +91,11 @@ def folder_name(
 
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """Lends a folder to write to, which then takes the place of another.
+    """Yields a new folder to write to, which then replaces another.
 
-    A process that ends early leaves the old set of files. What it has written
-    stays in `<folder>-unfinished` until the next evaluation: captions are worth
-    hours and can be scored again.
+    A process that ends early leaves the old files as they were. What it has
+    written stays in `<folder>-unfinished` until the next evaluation: captions
+    take hours to make and can be scored again.
 
     Args:
         folder: what to replace. Files in it that are not evaluate.py's are
@@ -142,7 +150,7 @@ def read_captions(path: Path, split: prepared.Split) -> dict[str, str]:
         # The scorer refuses names that belong to no image of the split.
         found = {image_of.get(name, name): text for name, text in pairs}
         if not all(isinstance(text, str) for text in found.values()):
-            raise ValueError("a caption is not a text")
+            raise ValueError("a caption is not a string")
         if len(found) < len(pairs):
             raise ValueError("an image occurs twice")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -181,21 +189,17 @@ def all_metrics(
         scores: of the captions.
     """
     unavailable = dict(scores.metrics["unavailable"])
-    for name in (
-        *("token_accuracy", "token_accuracy_top5", "perplexity"),
-        "images_per_second",
-    ):
-        if name not in measured:
-            unavailable[name] = "the captions were read from a file"
-    consensus = config.consensus_temperature
+    if not measured:
+        why = "the captions were read from a file"
+        unavailable |= dict.fromkeys(MODEL_METRICS, why)
+    beam_size = config.beam_size if measured else None
+    # A single hypothesis has no others to agree with.
+    consensus = config.consensus_temperature if (beam_size or 1) > 1 else None
     return {
         "split": config.split,
         "run": dict(run),
-        "beam_size": config.beam_size if measured else None,
-        # A single hypothesis has no others to agree with.
-        "consensus_temperature": consensus
-        if measured and config.beam_size > 1
-        else None,
+        "beam_size": beam_size,
+        "consensus_temperature": consensus,
         **dict.fromkeys(unavailable),
         **measured,
         **scores.metrics,
@@ -223,15 +227,13 @@ def describe_run(
         "epoch": [runs.best_epoch(place) for _, place in members],
         "seed": [config.seed for config, _ in members],
     }
+    several = len(members) > 1
     # Whichever of them were used.
     packages = [sys.modules.get(x) for x in ("keras", "tensorflow", "jax")]
     return {
         "run": "+".join(place.name for _, place in members),
         "dataset": members[0][0].dataset,
-        **{
-            name: values if len(members) > 1 else values[0]
-            for name, values in of_each.items()
-        },
+        **{k: v if several else v[0] for k, v in of_each.items()},
         "precision": members[0][0].precision if own else None,
         "images_trained_on": count_trained_on(members, images),
         "versions": {
@@ -274,14 +276,13 @@ def write_examples(
     scores: Scores,
 ) -> pd.DataFrame:
     """Writes captions.csv; returns it, with references as lists of texts."""
-    table = scores.per_image.reset_index()
-    table.insert(1, "caption", [captions.get(i, "") for i in table["image"]])
-    table.insert(2, "references", [references[i] for i in table["image"]])
-    as_json = table["references"].map(
-        lambda each: json.dumps(each, ensure_ascii=False)
-    )
-    write_csv(path, table.assign(references=as_json))
-    return table
+    examples = scores.per_image.reset_index()
+    images = examples["image"]
+    examples.insert(1, "caption", [captions.get(each, "") for each in images])
+    examples.insert(2, "references", [references[each] for each in images])
+    as_json = [json.dumps(references[x], ensure_ascii=False) for x in images]
+    write_csv(path, examples.assign(references=as_json))
+    return examples
 
 
 def write_report(
@@ -294,57 +295,50 @@ def write_report(
     images_dir: Path,
     history: Path,
 ) -> None:
-    """Writes report.html and some attention figures.
+    """Writes report.html, which needs no network, and some attention figures.
 
     Args:
         place: the folder of the evaluation.
         title: of the report.
-        config: its dataset.
+        config: its dataset; for a known one, published results are shown.
         metrics: as in metrics.json.
         examples: from `write_examples`.
-        attention: image -> attention weights (words, side, side).
-        images_dir: where the photographs are.
+        attention: image -> attention weights (words, side, side), a map per
+            word of its caption.
+        images_dir: where the photographs are; those that cannot be read are
+            left out.
         history: the run's history.csv, which need not exist.
     """
-    # Images without a usable reference have no score and no place here.
-    maps = [attention[image] for image in examples["image"]]
-    report.write_report(
-        place / "report.html",
-        title,
-        config.dataset,
-        metrics,
-        examples,
-        maps,
-        images_dir,
-        pd.read_csv(history) if history.exists() else None,
+    epochs = pd.read_csv(history) if history.exists() else pd.DataFrame()
+    best_epoch = metrics["run"]["epoch"] or 0
+    notes, published = table.comparison(metrics, config.dataset)
+    page = report.template("scoring/report.html.jinja").render(
+        title=title,
+        metrics=metrics,
+        figures=table.rows(metrics),
+        notes=notes,
+        published=published,
+        # Images without a usable reference have no score and no place here.
+        examples=[
+            report.example(row, attention[row["image"]], images_dir)
+            for row in examples.to_dict("records")
+        ],
+        history=epochs,
+        curves=[
+            figures.curve(epochs, best_epoch, panel)
+            for panel in figures.PANELS
+            if len(epochs)
+        ],
     )
-    names = figure_names(examples["image"])
-    shown = zip(examples.itertuples(), names, maps, strict=True)
-    for row, name, weights in islice(shown, FIGURES):
+    write_text(place / "report.html", page)
+    for row in examples.head(FIGURES).itertuples():
         try:
             photo, _ = photographs.read_image(
                 images_dir / row.image, PHOTO_SIDE, square=False
             )
         except photographs.UnusableImage:
             continue
+        path = place / "attention" / figures.figure_name(row.image)
         figures.write_attention_figure(
-            place / "attention" / name, photo, row.caption.split(), weights
+            path, photo, row.caption.split(), attention[row.image]
         )
-
-
-def figure_names(images: Sequence[str]) -> list[str]:
-    """A file name for the attention figure of each image, no two alike.
-
-    Args:
-        images: names of image files, folders and all.
-    """
-    names, taken = [], set()
-    for image in images:
-        stem = Path(image).with_suffix("").as_posix().replace("/", "_")
-        name, number = stem, 1
-        while name.lower() in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.lower())
-        names.append(f"{name}.png")
-    return names

@@ -11,91 +11,41 @@ import pandas as pd
 from captioning.scoring.metrics import PTB
 
 _WIDTH = 100  # columns
-
-
-class Figure(NamedTuple):
-    """One row of the table."""
-
-    metric: str  # its key in metrics.json
-    name: str
-    form: str  # format of the value
-    meaning: str
-
-
-FIGURES = (
-    Figure(
-        "token_accuracy",
-        "token accuracy",
-        "{:.1%}",
-        "next words ranked first, given the true words so far",
-    ),
-    Figure(
-        "token_accuracy_top5", "  top 5", "{:.1%}", "... or in its first five"
-    ),
-    Figure(
-        "perplexity",
-        "perplexity",
-        "{:.2f}",
-        "equally likely words it hesitates between; 1 is certainty",
-    ),
-    Figure("bleu1", "BLEU-1", "{:.1%}", "words that also occur in a reference"),
-    Figure("bleu2", "BLEU-2", "{:.1%}", "... and pairs of words"),
-    Figure("bleu3", "BLEU-3", "{:.1%}", "... and runs of three words"),
-    Figure("bleu4", "BLEU-4", "{:.1%}", "... and runs of four words"),
-    Figure(
-        "meteor", "METEOR", "{:.1%}", "matching words, stems and synonyms too"
-    ),
-    Figure(
-        "rouge_l",
-        "ROUGE-L",
-        "{:.1%}",
-        "longest run of words in common, gaps allowed",
-    ),
-    Figure(
-        "cider",
-        "CIDEr",
-        "{:.3f}",
-        "runs of words in common, rare ones count more; 0 to 10",
-    ),
-    Figure(
-        "spice",
-        "SPICE",
-        "{:.1%}",
-        "objects, attributes and relations in common",
-    ),
-    Figure(
-        "distinct_captions",
-        "distinct",
-        "{:.1%}",
-        "different captions, as a share of the images",
-    ),
-    Figure(
-        "novel_captions",
-        "novel",
-        "{:.1%}",
-        "captions that do not occur in the training split",
-    ),
-    Figure(
-        "vocabulary_used", "vocabulary", "{:,}", "different words in captions"
-    ),
-    Figure("mean_length", "length", "{:.1f}", "words per caption"),
-    Figure(
-        "images_per_second",
-        "images/second",
-        "{:.1f}",
-        "captioned from cached features",
-    ),
-)
+# What each metric is called, how its value is written, and what it means.
+_METRICS = pd.read_csv(Path(__file__).with_name("metrics.csv"))
+_PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"))
 # Above these rows there is a title.
 _TITLES = {"token_accuracy": "Teacher-forced", "bleu1": "Free-running captions"}
-_COMPARED = {
-    "bleu1": "BLEU-1",
-    "bleu2": "BLEU-2",
-    "bleu3": "BLEU-3",
-    "bleu4": "BLEU-4",
-    "meteor": "METEOR",
-    "cider": "CIDEr",
-}
+
+
+class Row(NamedTuple):
+    """A metric in words."""
+
+    name: str  # its key in metrics.json
+    title: str
+    shown: str  # its value; empty where it could not be computed
+    interval: str
+    meaning: str
+    reason: str  # why it could not be computed
+
+
+def rows(metrics: Mapping[str, Any]) -> list[Row]:
+    """All metrics in words, in order.
+
+    Args:
+        metrics: as in metrics.json.
+    """
+    found = []
+    for name, title, form, meaning in _METRICS.itertuples(index=False):
+        value, shown, reason = metrics.get(name), "", ""
+        if value is None:
+            reason = metrics["unavailable"].get(name, "not measured")
+        else:
+            shown = form.format(value)
+        ends = metrics["intervals"].get(name, [])
+        interval = " to ".join(form.format(x).rstrip("%") for x in ends)
+        found.append(Row(name, title, shown, interval, meaning, reason))
+    return found
 
 
 def table(metrics: Mapping[str, Any], dataset: str) -> str:
@@ -108,43 +58,29 @@ def table(metrics: Mapping[str, Any], dataset: str) -> str:
     Returns:
         Plain text, at most 100 columns wide.
     """
-    consensus = " by consensus" if metrics.get("consensus_temperature") else ""
-    beam = metrics.get("beam_size")
+    consensus = " by consensus" if metrics["consensus_temperature"] else ""
+    beam = metrics["beam_size"]
     search = f", beam size {beam}{consensus}" if beam else ""
     heading = (
-        f"{dataset}, {metrics.get('split')} split: {metrics['images']:,} "
+        f"{dataset}, {metrics['split']} split: {metrics['images']:,} "
         f"images{search}; tokenised by {metrics['tokenizer']}"
     )
     lines = textwrap.wrap(heading, _WIDTH)
-    for figure in FIGURES:
-        if title := _TITLES.get(figure.metric):
-            lines += ["", f"{title:27}95% interval"]
-        lines += _row(metrics, figure)
-    notes, rows = comparison(metrics, dataset)
-    lines += ["", *textwrap.wrap(notes, _WIDTH, break_on_hyphens=False), ""]
-    for name, *figures in rows:
-        lines.append(f"  {name:48}" + "".join(f"{x:>8}" for x in figures))
-    return "\n".join(lines).rstrip()
-
-
-def _row(metrics: Mapping[str, Any], figure: Figure) -> list[str]:
-    value = metrics.get(figure.metric)
-    shown, interval, meaning = "-", "", figure.meaning
-    if value is None:
-        reason = metrics.get("unavailable", {}).get(
-            figure.metric, "not measured"
+    for row in rows(metrics):
+        if row.name in _TITLES:
+            lines += ["", f"{_TITLES[row.name]:27}95% interval"]
+        start = f"  {row.title:15}{row.shown or '-':>8}  {row.interval:16}"
+        lines += textwrap.wrap(
+            f"not computed: {row.reason}" if row.reason else row.meaning,
+            _WIDTH,
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
         )
-        meaning = f"not computed: {reason}"
-    else:
-        shown = figure.form.format(value)
-        ends = metrics.get("intervals", {}).get(figure.metric, [])
-        interval = " to ".join(figure.form.format(x).rstrip("%") for x in ends)
-    return textwrap.wrap(
-        meaning,
-        _WIDTH,
-        initial_indent=f"  {figure.name:15}{shown:>8}  {interval:16}",
-        subsequent_indent=" " * 43,
-    )
+    notes, published = comparison(metrics, dataset)
+    lines += ["", *textwrap.wrap(notes, _WIDTH, break_on_hyphens=False), ""]
+    for name, *values in published:
+        lines.append(f"  {name:48}" + "".join(f"{x:>8}" for x in values))
+    return "\n".join(lines).rstrip()
 
 
 def comparison(
@@ -161,10 +97,9 @@ def comparison(
         and the published ones. There are no rows where nothing is comparable.
     """
     notes = _seen(metrics)
-    split, images = metrics.get("split"), metrics["images"]
-    published = pd.read_csv(Path(__file__).with_name("published.csv"))
+    split, images = metrics["split"], metrics["images"]
     plain = re.sub("[^a-z0-9]", "", dataset.lower())
-    known = [x for x in published["dataset"].unique() if x.lower() in plain]
+    known = [x for x in _PUBLISHED["dataset"].unique() if x.lower() in plain]
     if not known or split != "test":
         nothing = f"There are no published rows for the {split} split of"
         return " ".join([*notes, f"{nothing} {dataset}."]), []
@@ -188,42 +123,41 @@ def comparison(
             "These rows were scored with the PTB tokenizer, yours was not: the "
             "scores are not quite comparable."
         )
-    rows = published[published["dataset"] == known[0]]
-    *fractions, cider = (metrics.get(name) for name in _COMPARED)
+    published = _PUBLISHED[_PUBLISHED["dataset"] == known[0]]
+    names = list(_PUBLISHED.columns[2:])
+    *fractions, cider = (metrics.get(name) for name in names)
     percent = [None if x is None else 100 * x for x in fractions]
+    titles = _METRICS.set_index("name")["title"]
     return " ".join(notes), [
-        ["", *_COMPARED.values()],
+        ["", *titles[names]],
         _as_text("this run", *percent, cider),
-        *(
-            _as_text(*row)
-            for row in rows[["model", *_COMPARED]].itertuples(index=False)
-        ),
+        *(_as_text(*row[1:]) for row in published.itertuples(index=False)),
     ]
 
 
 def _seen(metrics: Mapping[str, Any]) -> list[str]:
     """A warning where a run is scored on images it was trained on."""
-    run = metrics.get("run")
-    if not run or run["images_trained_on"] == 0:
-        return []
-    if run["images_trained_on"] is None:
+    run, seen = metrics["run"]["run"], metrics["run"]["images_trained_on"]
+    if seen is None:
         return [
-            f"Note: {run['run']} does not say what it was trained on; these "
-            "images may be among it."
+            f"Note: {run} does not say what it was trained on; these images "
+            "may be among it."
         ]
-    return [
-        f"WARNING: {run['run']} was trained on {run['images_trained_on']:,} of "
-        f"these {metrics['images']:,} images; the scores do not show what it "
-        "is worth on new ones."
-    ]
+    if seen:
+        return [
+            f"WARNING: {run} was trained on {seen:,} of these "
+            f"{metrics['images']:,} images; the scores do not show what it is "
+            "worth on new ones."
+        ]
+    return []
 
 
 def _as_text(name: str, *values: float | None) -> list[str]:
-    forms = ["{:.1f}"] * 5 + ["{:.3f}"]
+    digits = [1] * (len(values) - 1) + [3]  # CIDEr, the last, has three
     return [
         name,
         *(
-            "-" if pd.isna(value) else form.format(value)
-            for form, value in zip(forms, values, strict=True)
+            "-" if pd.isna(value) else f"{value:.{n}f}"
+            for value, n in zip(values, digits, strict=True)
         ),
     ]

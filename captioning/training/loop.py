@@ -4,14 +4,12 @@ import sys
 from typing import Any
 
 import keras
-import numpy as np
 
 from captioning import runs
 from captioning.backend import Devices, use_xla
 from captioning.data.prepared import Split
 from captioning.data.vocabulary import Vocabulary, encode
-from captioning.features.cache import channel_statistics
-from captioning.features.joined import Features
+from captioning.features.joined import Features, channel_statistics
 from captioning.training import objective
 from captioning.training.batches import CaptionBatches
 from captioning.training.callbacks import SavePoints
@@ -52,8 +50,7 @@ def make_batches(
 
 def standardise(decoder: Any, features: Features) -> None:
     """Gives the decoder the statistics of the training features."""
-    images = np.arange(len(features))
-    mean, deviation = channel_statistics(features, images)
+    mean, deviation = channel_statistics(features)
     decoder.standardisation.mean.assign(mean)
     decoder.standardisation.deviation.assign(deviation)
 

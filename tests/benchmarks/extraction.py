@@ -97,7 +97,7 @@ def extract(folder: Path, encode: Encode) -> tuple[float, np.ndarray]:
 def forward(folder: Path, encode: Encode) -> float:
     """Images a second of the encoder alone, on the same batches."""
     names = sorted(path.name for path in folder.iterdir())
-    reads = extraction.read_ahead(folder, names, 224)
+    reads = extraction.read_ahead(folder, extraction.in_batches(names), 224)
     batches = [np.stack([r.pixels for r in b]) for b in reads]
     start = time.perf_counter()
     for batch in batches:
