@@ -317,12 +317,13 @@ def test_without_java_meteor_and_spice_are_null_with_the_reason(no_java):
 @needs_java
 def test_meteor_is_that_of_pycocoevalcap(monkeypatch):
     """In the language of someone who writes "0,5", too."""
-    for name in java.OPTIONS:
-        monkeypatch.setenv(name, "-Duser.language=de -Duser.country=DE")
     captions = {**CAPTIONS, "2.jpg": ""}
     # METEOR's protocol separates by three bars.
     references = {**REFERENCES, "1.jpg": ["A dog ||| runs", "The ||| dog"]}
-    found = metrics.score(captions, references, []).metrics
+    with monkeypatch.context() as patch:
+        for name in java.OPTIONS:
+            patch.setenv(name, "-Duser.language=de -Duser.country=DE")
+        found = metrics.score(captions, references, []).metrics
     judged, _ = metrics.tokenise(
         {**REFERENCES, "1.jpg": ["A dog runs", "The dog"]}
     )
