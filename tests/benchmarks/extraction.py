@@ -87,7 +87,7 @@ def extract(folder: Path, encode: Encode) -> tuple[float, np.ndarray]:
         description = features.describe("bench", "", "", 224)
         start = time.perf_counter()
         cache = features.create(
-            Path(place) / "cache", description, {}, names, shape[1:]
+            Path(place) / "cache", description, {}, folder, names, shape[1:]
         )
         extraction.fill(cache, folder, names, 224, lambda: encode)
         seconds = time.perf_counter() - start
@@ -184,7 +184,7 @@ def measure_rows(rows: int, folder: Path) -> None:
         description = features.describe("tiny", "", "", 32)
         before = peak_memory()
         cache = features.create(
-            Path(place) / "cache", description, {}, names, (49, 64)
+            Path(place) / "cache", description, {}, Path(place), names, (49, 64)
         )
         extraction.fill(cache, Path(place), names, 32, lambda: encode)
         after = peak_memory()

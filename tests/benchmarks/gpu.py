@@ -115,7 +115,9 @@ def measure_extraction(
     names = write_photographs(folder, images)
     shape = encode(pixels).shape[1:]
     description = features.describe("gpu", "", "", size)
-    cache = features.create(folder / "cache", description, {}, names, shape)
+    cache = features.create(
+        folder / "cache", description, {}, folder, names, shape
+    )
     took = timed(
         lambda: extraction.fill(cache, folder, names, size, lambda: encode)
     )
