@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,14 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; empty if it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def write_text(path: Path, text: str) -> None:

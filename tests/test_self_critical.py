@@ -69,7 +69,7 @@ def test_the_reward_is_cider_d_of_the_fields_scorer(images):
     np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
-def test_a_draw_is_measured_by_the_others_of_its_image():
+def test_a_sample_is_measured_by_the_others_of_its_image():
     rewards = np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
     found = self_critical.advantages(rewards)
     np.testing.assert_allclose(found, [[-3, -1.5, 4.5], [0, 0, 0]])
@@ -87,11 +87,15 @@ def make_rounds(images: int = 3):
     )
 
 
-def test_what_is_drawn_depends_on_weights_epoch_and_round_alone():
+def test_what_is_sampled_depends_on_weights_epoch_and_round_alone():
     (decoder, rounds), (copy, again) = make_rounds(), make_rounds()
     copy.set_weights(decoder.get_weights())
-    rounds.draw(0, 0)
-    one, two, other = rounds.draw(1, 0), again.draw(1, 0), rounds.draw(2, 0)
+    rounds.sample(0, 0)
+    one, two, other = (
+        rounds.sample(1, 0),
+        again.sample(1, 0),
+        rounds.sample(2, 0),
+    )
     assert one[1] == two[1]
     for first, second in zip(one[0].captions, two[0].captions, strict=True):
         np.testing.assert_array_equal(first, second)
@@ -109,10 +113,10 @@ def test_what_is_rewarded_becomes_likelier(monkeypatch):
     self_critical.compile_decoder(CONFIG, decoder)
     rewards = []
     for epoch in range(60):
-        batches, reward = rounds.draw(epoch, 0)
+        batches, reward = rounds.sample(epoch, 0)
         decoder.fit(batches, shuffle=False, verbose=0)
         rewards.append(reward)
-    # What is never drawn takes nothing of what the bad captions lose.
+    # What is never sampled takes nothing of what the bad captions lose.
     features = rounds.features[:1]
     annotations, keys, *state = decoder.start(features)
     found, *_ = decoder.next_word(
@@ -128,7 +132,7 @@ def test_the_end_of_the_longest_caption_is_neither_rewarded_nor_punished():
     """It had no choice; words, and an `<end>` before, have their reward."""
     decoder, rounds = make_rounds()
     decoder.logits.bias.assign(-1e6 * np.eye(len(WORDS))[END])
-    batches, _ = rounds.draw(0, 0)
+    batches, _ = rounds.sample(0, 0)
     ends, rewarded = 0, 0
     for place in range(len(batches)):
         _, targets, weights = batches[place]
@@ -136,7 +140,7 @@ def test_the_end_of_the_longest_caption_is_neither_rewarded_nor_punished():
         rewarded += np.count_nonzero(weights)
     assert ends == 0 < rewarded
     decoder.logits.bias.assign(np.zeros(len(WORDS)))
-    batches, _ = rounds.draw(0, 0)
+    batches, _ = rounds.sample(0, 0)
     assert any(
         weights[targets == END].any()
         for _, targets, weights in (batches[n] for n in range(len(batches)))

@@ -23,7 +23,7 @@ from captioning.data.datasets import Dataset
 from captioning.data.vocabulary import Vocabulary
 from captioning.features import cache as features
 from captioning.features.joined import Features
-from captioning.files import write_csv, write_text
+from captioning.files import read_json, write_csv, write_text
 from config import SPLITS, Config, UserError, group
 
 TABLE = ["image", "split", "caption", "tokens"]
@@ -89,7 +89,7 @@ def check_source(config: Config, images_dir: Path) -> None:
     files = [*place.glob("text-*/dataset.json")]
     files += place.glob("features/*/meta.json")
     for path in sorted(files):
-        was = Path(_read_json(path).get("images_dir", now))
+        was = Path(read_json(path).get("images_dir", now))
         if str(was) != now and was.is_dir() and not was.is_relative_to(here):
             raise UserError(
                 f"{place} is the cache of another dataset called "
@@ -220,7 +220,7 @@ def _read(config: Config) -> pd.DataFrame:
 
 def images_dir(config: Config) -> Path:
     """Where the images were when they were preprocessed."""
-    return Path(_read_json(folder(config) / "dataset.json")["images_dir"])
+    return Path(read_json(folder(config) / "dataset.json")["images_dir"])
 
 
 def load_vocabulary(config: Config) -> Vocabulary:
@@ -297,7 +297,7 @@ def _check_images_dir(config: Config, place: Path) -> None:
 def _check_fields(config: Config, place: Path) -> None:
     """Compares the data fields with those the text folder was made with."""
     path = place / "dataset.json"
-    found = _read_json(path)
+    found = read_json(path)
     if not found:
         old = old_layout(config)
         raise UserError(
@@ -318,11 +318,3 @@ def _check_fields(config: Config, place: Path) -> None:
             f"{place} is of the dataset in {was}, not of that in {now}: run "
             "preprocess.py first, with the same flags"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; empty if it is missing or damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from captioning.files import lock, write_csv, write_text
+from captioning.files import lock, read_json, write_csv, write_text
 from config import UserError
 
 # Changes when images are read or resized differently, so that old features
@@ -107,7 +107,7 @@ def create(
             _check_meta(folder, description)
         advice = f"delete {folder} and run preprocess.py again"
         marked, table = _check_files(folder, shape, advice)
-        meta = _read_meta(folder / "meta.json") or {
+        meta = read_json(folder / "meta.json") or {
             **description,
             "versions": versions,
         }
@@ -159,7 +159,7 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
 
 def images_dir(folder: Path) -> str:
     """The folder that the images of a cache were last in; may be empty."""
-    return _read_meta(folder / "meta.json").get("images_dir", "")
+    return read_json(folder / "meta.json").get("images_dir", "")
 
 
 def record_files(
@@ -267,17 +267,9 @@ def _read_table(path: Path, advice: str) -> pd.DataFrame:
         raise UserError(f"{path} cannot be read ({reason}): {advice}") from None
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    """Reads meta.json; empty if it is missing or damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def _check_meta(folder: Path, description: dict[str, Any]) -> None:
     path = folder / "meta.json"
-    found = _read_meta(path)
+    found = read_json(path)
     for name, wanted in description.items():
         if found.get(name) != wanted:
             raise UserError(

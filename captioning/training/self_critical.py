@@ -1,12 +1,12 @@
-"""Self-critical training: drawn captions, weighed by what CIDEr-D they get.
+"""Self-critical training: sampled captions, weighted by their CIDEr-D.
 
-Cross-entropy teaches the next word of somebody else's caption; what is judged
-is a whole caption of one's own. Here the decoder draws captions, and those that
-score above the other draws of their image are made likelier, the others less
-likely (Rennie et al. 2017, equation 7; the mean of the other draws as baseline
-is that of Luo 2020, "A better variant of self-critical sequence training").
-The gradient is that of a cross-entropy with weights, so that `Model.fit` does
-it on every backend.
+Cross-entropy teaches the next word of a reference; what is scored is a whole
+caption of the model. Here the decoder samples captions, and those that score
+above the other samples of their image become likelier, the others less likely
+(Rennie et al. 2017, equation 7; the baseline, the mean of the other samples, is
+from Luo 2020, "A better variant of self-critical sequence training"). The
+gradient is that of a weighted cross-entropy, so `Model.fit` trains it on every
+backend.
 """
 
 import sys
@@ -30,7 +30,7 @@ from captioning.training.batches import CaptionBatches, choose_terraces
 from captioning.training.callbacks import SavePoints
 from config import Config
 
-# Images whose captions are drawn at a time, with the weights as they are then.
+# Images per round: their captions are sampled with the same weights.
 ROUND_IMAGES = 4 * captioner.BATCH
 
 END_WORD = SPECIAL_WORDS[vocabulary.END]
@@ -47,7 +47,7 @@ class _Weighed(NamedTuple):
 
 
 class CiderD:
-    """CIDEr-D of training captions, one at a time and quickly.
+    """CIDEr-D of training captions, one by one and fast.
 
     Vedantam et al. 2015, equations 1 to 4, as in pycocoevalcap, which scores
     only whole sets. The document frequencies are those of all training images.
@@ -111,28 +111,28 @@ def _likeness(made: _Weighed, reference: _Weighed) -> float:
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
-    """How much better each draw is than the others of its image.
+    """How much better each sample is than the others of its image.
 
     Args:
-        rewards: float (images, draws), at least two draws.
+        rewards: float (images, samples), at least two samples.
 
     Returns:
-        Float (images, draws): the reward less the mean of the others.
+        Float (images, samples): the reward minus the mean of the others.
     """
-    draws = rewards.shape[1]
-    others = (rewards.sum(1, keepdims=True) - rewards) / (draws - 1)
+    samples = rewards.shape[1]
+    others = (rewards.sum(1, keepdims=True) - rewards) / (samples - 1)
     return rewards - others
 
 
 class Rounds:
-    """Draws captions of training images and makes batches of them.
+    """Samples captions of training images and makes batches of them.
 
-    What is drawn depends on the decoder's weights, the seed, the epoch and the
-    round alone, so that a run that goes on draws what it would have drawn.
+    The samples depend on nothing but the decoder's weights, the seed, the epoch
+    and the round, so a resumed run samples what it would have sampled.
 
     Args:
         config: its training fields.
-        decoder: what draws.
+        decoder: to sample from.
         features: of the training images.
         captions: the tokenised captions of each training image.
         words: the vocabulary.
@@ -172,8 +172,8 @@ class Rounds:
         """How many rounds an epoch has."""
         return -(-len(self.features) // ROUND_IMAGES)
 
-    def draw(self, epoch: int, number: int) -> tuple[CaptionBatches, float]:
-        """Draws the captions of a round.
+    def sample(self, epoch: int, number: int) -> tuple[CaptionBatches, float]:
+        """Samples the captions of a round.
 
         Args:
             epoch: of the run, from 0.
@@ -216,10 +216,10 @@ class Rounds:
 
 
 class PolicyLoss(keras.losses.Loss):
-    """Negative log-probability of drawn words among those that are drawn.
+    """Negative log-probability of sampled words among those that can be.
 
     Summed with the weights of the tokens. `<unk>` and the like are left out:
-    they are never drawn, so that nothing would take back the probability that
+    they are never sampled, so nothing would take back the probability that
     a bad caption loses to them.
     """
 
@@ -237,9 +237,8 @@ class PolicyLoss(keras.losses.Loss):
 def compile_decoder(config: Config, decoder: Any) -> None:
     """Compiles a decoder for self-critical training.
 
-    Without what keeps it from learning captions by heart: the captions are
-    new every time, and dropout would judge another decoder than the one that
-    drew them.
+    Without regularisation: the captions are new every time, and dropout would
+    judge another decoder than the one that they were sampled from.
 
     Args:
         config: its training fields.
@@ -319,7 +318,7 @@ def _run_rounds(
     )
     with bar:
         while points.batch < len(rounds):
-            batches, reward = rounds.draw(points.epoch, points.batch)
+            batches, reward = rounds.sample(points.epoch, points.batch)
             fitted = decoder.fit(batches, shuffle=False, verbose=0)
             points.batch += 1
             points.rewards.append(reward)
