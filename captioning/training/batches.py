@@ -21,8 +21,9 @@ from captioning.backend import ALONE, TENSORFLOW, Devices, use_xla
 from captioning.data.vocabulary import PAD
 from captioning.features.joined import Features
 
-# A terrace ends where fewer than this share of its captions go on.
-SHARE = 0.75
+# A terrace ends where fewer than this share of its captions go on. XLA compiles
+# each terrace where the sizes are static: there they are fewer.
+SHARE, STATIC_SHARE = 0.9, 0.75
 # Standard deviations by which a terrace is wider than expected, where the
 # sizes are static: one batch in three hundred of Flickr8k does not fit then.
 MARGIN = 4
@@ -41,23 +42,26 @@ class Terrace(NamedTuple):
     captions: int  # that a batch has room for
 
 
-def choose_terraces(lengths: np.ndarray, captions: int) -> list[Terrace]:
+def choose_terraces(
+    lengths: np.ndarray, captions: int, static: bool
+) -> list[Terrace]:
     """Chooses terraces for batches of captions.
 
     Args:
         lengths: of all captions, in words with `<end>`, int (captions,).
         captions: of a batch.
+        static: whether all batches have these sizes.
 
     Returns:
         Terraces from the first step to the longest caption.
     """
     found: list[Terrace] = []
-    longest = int(lengths.max())
+    longest, least = int(lengths.max()), STATIC_SHARE if static else SHARE
     for step in range(longest):
         share = float(np.mean(lengths > step))
         spread = math.sqrt(captions * share * (1 - share))
         room = min(captions, math.ceil(captions * share + MARGIN * spread))
-        if not found or room < SHARE * found[-1].captions:
+        if not found or room < least * found[-1].captions:
             found.append(Terrace(step, longest, room))
         found[-1] = found[-1]._replace(last=step + 1)
     return found
@@ -114,7 +118,7 @@ class CaptionBatches(keras.utils.PyDataset):
         self.longest = captions[0].shape[1] - 1
         lengths = [np.count_nonzero(each, axis=1) - 1 for each in captions]
         self.terraces = terraces or choose_terraces(
-            np.concatenate(lengths), self.room
+            np.concatenate(lengths), self.room, self.static
         )
         self.begin(0)
 

@@ -27,12 +27,15 @@ class SmoothedCrossEntropy(keras.losses.Loss):
 
     def call(self, targets: Any, logits: Any) -> Any:
         """Targets (tokens,) and logits (tokens, vocabulary) -> (tokens,)."""
-        words = logits.shape[-1]
-        shares = ops.one_hot(targets, words, dtype="float32")
-        shares = shares * (1 - self.smoothing) + self.smoothing / words
-        return ops.categorical_crossentropy(
-            shares, ops.cast(logits, "float32"), from_logits=True
+        logits = ops.cast(logits, "float32")
+        cross_entropy = ops.sparse_categorical_crossentropy(
+            targets, logits, from_logits=True
         )
+        target = ops.cast(ops.expand_dims(targets, 1), "int32")
+        target = ops.take_along_axis(logits, target, axis=1)[:, 0]
+        # Of the target's share, some goes to the mean of all words.
+        spread = target - ops.mean(logits, axis=1)
+        return cross_entropy + self.smoothing * spread
 
 
 class TokenAccuracy(keras.metrics.Mean):

@@ -154,7 +154,9 @@ class Rounds:
         lengths = [len(each) + 1 for image in captions for each in image]
         steps = config.max_caption_length + 1
         *first, last = choose_terraces(
-            np.minimum(lengths, steps), config.batch_images * samples
+            np.minimum(lengths, steps),
+            config.batch_images * samples,
+            use_xla(),
         )
         self.terraces = [*first, last._replace(last=steps)]
         self.sampler = search.Sample(
