@@ -588,6 +588,13 @@ FIVE_READ = [text.replace("\n", " ") for text in FIVE]
         lambda texts: str(np.array(texts)),
         lambda texts: str(np.array(texts, dtype=object)),
         lambda texts: repr(np.array(texts, dtype=object)),
+        lambda texts: f"array({texts}, dtype='<U18')",
+        lambda texts: str(list(np.array(texts))),  # np.str_('A dog .')
+        lambda texts: str([np.array(texts, dtype=object)]),
+        lambda texts: str([[text, None] for text in texts]),
+        lambda texts: json.dumps([[text, None] for text in texts]),
+        lambda texts: str([text.encode() for text in texts]),
+        lambda texts: f"{{{json.dumps(texts, ensure_ascii=False)[1:-1]}}}",
     ],
 )
 @pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl"])
@@ -625,7 +632,10 @@ def test_json_of_captions_is_a_table(tmp_path, document):
 
 @pytest.mark.parametrize(
     "cell",
-    ["['a dog', 'a c", "['it's a dog']", "[{'raw': 'a dog'}]", r"['\x']"],
+    [
+        *("['a dog', 'a c", "['it's a dog']", r"['\x']", "[['a dog'], a]"),
+        *("[{'raw': 'a dog'}]", "{'raw': 'a dog'}", '[{""raw"": ""a dog""}]'),
+    ],
 )
 def test_a_list_that_cannot_be_read_is_not_taken_for_a_caption(tmp_path, cell):
     text = f'image,caption\na.jpg,"{cell}"\nb.jpg,[two] (dogs)\n'
@@ -633,6 +643,11 @@ def test_a_list_that_cannot_be_read_is_not_taken_for_a_caption(tmp_path, cell):
     assert captions_of(dataset) == {"b.jpg": ["[two] (dogs)"]}
     reason = "list of captions that cannot be read"
     assert dataset.skipped == [("a.jpg", reason)]
+
+
+def test_where_no_list_can_be_read_the_first_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jpg: list of captions that cann"):
+        plain(tmp_path, "image,caption\na.jpg,['a dog' ... 'a cat']\n")
 
 
 # --- splits ---------------------------------------------------------------

@@ -62,12 +62,19 @@ _BYTE_ORDER_MARKS = {
 # The line that tells Excel the separator of a CSV file.
 _EXCEL_SEPARATOR = re.compile(r'"?sep=(.)"?[^\n]*\n', re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"[^\t\n]+#\d+\t")
-# A list of strings as Python, pandas and NumPy print it. NumPy puts no commas:
-# Python would join the strings.
-_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+# A list of strings as Python, pandas, NumPy and databases print it, nested or
+# not. NumPy puts no commas: Python would join the strings.
+_QUOTED = r"""[bBuU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_TYPE = r"(?:array|list|tuple|set|(?:np|numpy)\.str_)\("
+_DTYPE = r"""dtype=(?:'[^']*'|"[^"]*"|[\w<>|=]+)"""
 _PRINTED_LIST = re.compile(
-    rf"(?:array\()?[\[(]\s*(?:{_QUOTED}[\s,]*)*[\])](?:,\s*dtype=\S+\))?",
+    rf"(?:{_TYPE}|[\[({{])"
+    rf"(?:{_QUOTED}|{_TYPE}|{_DTYPE}|None|nan|NULL|[\[\](){{}}\s,])*"
+    r"[\])}]",
     re.DOTALL,
+)
+_LIST_BEGINS = re.compile(
+    rf"(?:{_TYPE})?[\[{{](?:\s|{_TYPE}|[\[({{])*(?:[bu]?['\"]|\])"
 )
 
 
@@ -110,9 +117,11 @@ def read(paths: Sequence[Path], layout: str, notes: Notes) -> list[list[Row]]:
     _, reader = LAYOUTS[layout]
     rows = [list(reader(read_text(p, notes), p, notes)) for p in paths]
     if not any(rows):
+        skipped = [f"{name}: {reason}; " for name, reason in notes.skipped[:1]]
         raise UserError(
-            f"{paths[0]}: no captions in it are in the {layout} layout; see "
-            "data/README.md, or choose another with --layout"
+            f"{paths[0]}: no captions in it are in the {layout} layout; "
+            f"{''.join(skipped)}see data/README.md, or choose another with "
+            "--layout"
         )
     return rows
 
@@ -402,7 +411,7 @@ def _rows_of(
     split = "" if columns.split is None else _string(fields[columns.split])
     try:
         lists = [_captions_in(fields[column]) for column in columns.captions]
-    except ValueError:
+    except (ValueError, RecursionError):
         notes.skipped.append((image, "list of captions that cannot be read"))
         return
     # Not every image has as many captions as the table has columns.
@@ -418,28 +427,41 @@ def _captions_in(value: Any) -> list[str]:
         ValueError: if it is a list that cannot be read.
     """
     text = _string(value).strip()
-    begins_as_list = re.match(r"(array\()?\[\s*['\"{\]]", text)
-    if begins_as_list or _PRINTED_LIST.fullmatch(text):
+    if _LIST_BEGINS.match(text) or _PRINTED_LIST.fullmatch(text):
         value = _parse_list(text)
-    return [_string(v) for v in (value if isinstance(value, list) else [value])]
+    return _texts(value)
 
 
-def _parse_list(text: str) -> list[Any]:
+def _texts(value: Any) -> list[str]:
+    """The texts in a list, however deep; anything but a text is empty."""
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(each)]
+    if isinstance(value, dict):
+        raise ValueError("an object instead of a text")
+    return [_string(value)]
+
+
+def _parse_list(text: str) -> Any:
     """Parses a list of strings as JSON, Python, pandas or NumPy write it."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         if not _PRINTED_LIST.fullmatch(text):
             raise ValueError("neither JSON nor Python") from None
-    quoted = re.findall(_QUOTED, text, re.DOTALL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a backslash before any letter
         try:
-            return [
-                ast.literal_eval(each.replace("\n", " ")) for each in quoted
+            found = re.findall(rf"{_DTYPE}|({_QUOTED})", text, re.DOTALL)
+            values = [
+                ast.literal_eval(quoted.replace("\n", " "))
+                for quoted in filter(None, found)
             ]
         except SyntaxError as error:  # "\\x" without digits
             raise ValueError(str(error)) from None
+    return [
+        each.decode("utf-8", "replace") if isinstance(each, bytes) else each
+        for each in values
+    ]
 
 
 # Layout -> (patterns of its caption files in lower case, its reader). The order
