@@ -518,6 +518,18 @@ def test_an_encoding_with_a_byte_order_mark_is_read_by_it(tmp_path, encoding):
     assert told == [True] * (2 * (encoding != "utf-8-sig"))
 
 
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("family", ["utf-16", "utf-32"])
+def test_an_encoding_without_its_mark_is_known_by_its_zeros(
+    tmp_path, family, order
+):
+    text = "image,caption\r\na.jpg,Hügel 犬\r\n"
+    dataset = plain(tmp_path, text.encode(f"{family}-{order}"))
+    assert captions_of(dataset) == {"a.jpg": ["Hügel 犬"]}
+    assert family.upper() in dataset.messages[0]
+    assert not dataset.repaired
+
+
 @pytest.mark.parametrize(
     "name, reason",
     [

@@ -59,6 +59,14 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+# Without a mark: which of the first four bytes are not zero, since every file
+# of captions begins with ASCII.
+_NOT_ZERO = {
+    (True, False, False, False): "utf-32-le",
+    (False, False, False, True): "utf-32-be",
+    (True, False, True, False): "utf-16-le",
+    (False, True, False, True): "utf-16-be",
+}
 # The line that tells Excel the separator of a CSV file.
 _EXCEL_SEPARATOR = re.compile(r'"?sep=(.)"?[^\n]*\n', re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"[^\t\n]+#\d+\t")
@@ -132,16 +140,18 @@ def read(paths: Sequence[Path], layout: str, notes: Notes) -> list[list[Row]]:
 def read_text(path: Path, notes: Notes) -> str:
     r"""Reads a text file in any usual encoding; its lines end in \n.
 
-    UTF-16 and UTF-32 are recognised by their byte order mark. Of anything
-    else, the bytes that are not UTF-8 are read as Windows-1252.
+    UTF-16 and UTF-32 are recognised by their byte order mark, or by the zeros
+    among their first bytes. Of anything else, the bytes that are not UTF-8 are
+    read as Windows-1252.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    mark = next(filter(data.startswith, _BYTE_ORDER_MARKS), None)
-    if mark:
-        encoding = _BYTE_ORDER_MARKS[mark]
+    mark = next(filter(data.startswith, _BYTE_ORDER_MARKS), b"")
+    not_zero = tuple(map(bool, data[:4]))
+    encoding = _BYTE_ORDER_MARKS.get(mark) or _NOT_ZERO.get(not_zero)
+    if encoding:
         text = data[len(mark) :].decode(encoding, errors="replace")
         family = encoding[: len("utf-16")].upper()
         notes.messages.append(f"{path} is not UTF-8: read as {family}.")
