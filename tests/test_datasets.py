@@ -731,6 +731,8 @@ def listed(folder: Path, lists: dict[str, list[str]]) -> Dataset:
         ("Train.txt", "VAL.TXT"),
         ("lists/of/karpathy_train.csv", "lists/of/karpathy_dev.csv"),
         ("FLICKR_8K.trainimages.txt", "FLICKR_8K.devimages.txt"),
+        ("train.tsv", "val.TSV"),
+        ("train.lst", "val.lst"),
     ],
 )
 def test_split_lists_are_found_and_understood(tmp_path, spell, names):
@@ -751,6 +753,14 @@ def test_a_list_is_read_by_the_names_of_its_columns(tmp_path):
     assert dataset.summary.endswith("train 15, val 2, no test")
     (message,) = dataset.messages
     assert message.startswith("3 of 20 images are left out (in no split list)")
+
+
+def test_lists_in_json_are_said_not_to_be_read(tmp_path):
+    lists = {"train.json": LISTED[:15], "val.JSON": LISTED[15:]}
+    dataset = listed(tmp_path, lists)
+    assert "split by a hash" in dataset.summary
+    (message,) = dataset.messages
+    assert message.startswith("Not used as split lists: train.json, val.JSON")
 
 
 @pytest.mark.parametrize("hits", [0, 1])

@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ _SAME_DATASET = 0.1
 _LIST = re.compile(
     r"(.*[._ -])?(train|training|val|valid|validation|dev|test|testing)"
     r"([._ -]?(?:ids?|images?|img_?names?|imgs?|files?|filenames?|list|names?"
-    r"|set|splits?))?\d*\.(?:txt|csv)",
+    r"|set|splits?))?\d*\.(?:txt|csv|tsv|lst)",
     re.IGNORECASE,
 )
 _ENDING = re.compile(
@@ -41,7 +41,7 @@ _Index = dict[str, set[str]]
 def split_rows(
     rows: list[Row],
     directory: Path,
-    files: Iterable[str],
+    files: Collection[str],
     shares: tuple[float, float],
     notes: Notes,
 ) -> tuple[list[Row], str]:
@@ -170,7 +170,7 @@ class _Group(NamedTuple):
 
 def _read_lists(
     directory: Path,
-    files: Iterable[str],
+    files: Collection[str],
     images: set[str],
     index: _Index,
     notes: Notes,
@@ -193,6 +193,12 @@ def _read_lists(
     if unused:
         notes.messages.append(f"Not used as split lists: {', '.join(unused)}.")
     if not best:
+        unread = dict.fromkeys(filter(_is_json_list, files))
+        if unread:
+            notes.messages.append(
+                f"Not used as split lists: {', '.join(unread)}; names are read "
+                "from .txt, .lst, .csv and .tsv."
+            )
         return "", []
     for each in best.lists:
         if each.unknown:
@@ -206,6 +212,12 @@ def _read_lists(
         (image, each.split) for each in best.lists for image in each.images
     ]
     return f"split by {best.pattern}", pairs
+
+
+def _is_json_list(path: str) -> bool:
+    """Whether a JSON file is called as a list is."""
+    stem, ending = posixpath.splitext(posixpath.basename(path))
+    return ending.lower() == ".json" and bool(_LIST.fullmatch(f"{stem}.txt"))
 
 
 def _group_lists(
