@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from captioning import runs
 from captioning.data.datasets import (
     Dataset,
     equal_pixels_across_splits,
@@ -753,6 +754,15 @@ def test_a_list_is_read_by_the_names_of_its_columns(tmp_path):
     assert dataset.summary.endswith("train 15, val 2, no test")
     (message,) = dataset.messages
     assert message.startswith("3 of 20 images are left out (in no split list)")
+
+
+def test_a_run_in_the_dataset_folder_has_no_list(tmp_path):
+    table = runs.digest_images(LISTED, np.ones((len(LISTED), 16), np.uint8))
+    text = table.to_csv(index=False)
+    write(tmp_path, {f"checkpoints/run/{runs.IMAGES}": text})
+    dataset = listed(tmp_path, {})
+    assert "split by a hash" in dataset.summary
+    assert dataset.messages == []
 
 
 def test_lists_in_json_are_said_not_to_be_read(tmp_path):

@@ -31,6 +31,8 @@ _LIST = re.compile(
     r"|set|splits?))?\d*\.(?:txt|csv|tsv|lst)",
     re.IGNORECASE,
 )
+# How the training_images.csv of a run begins, which may lie in the dataset too.
+_OF_A_RUN = "name,pixels\n"
 _ENDING = re.compile(
     r"\.(jpe?g|jfif|jp2|png|gif|webp|bmp|tiff?|avif|hei[cf])$", re.IGNORECASE
 )
@@ -229,7 +231,10 @@ def _group_lists(
         match = _LIST.fullmatch(name)
         if not match or not (directory / path).is_file():
             continue
-        names = _names(read_text(directory / path, notes), index)
+        text = read_text(directory / path, notes)
+        if text.startswith(_OF_A_RUN):
+            continue
+        names = _names(text, index)
         found = {name: _find(name, index) for name in names}
         known = [image for image in found.values() if image]
         unknown = [name for name, image in found.items() if not image]
