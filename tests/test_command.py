@@ -342,6 +342,18 @@ def test_an_error_keeps_its_code_when_nobody_reads_it(tmp_path):
     assert process.returncode == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_full_disk_under_the_output_is_one_line(tmp_path):
+    main = "print(1), print(2, file=sys.stderr)"
+    with open("/dev/full", "w") as full:
+        out = start(main, tmp_path, stdout=full)
+        err = start(main, tmp_path, stderr=full)
+    line = out.communicate(timeout=60)[1]
+    err.communicate(timeout=60)
+    assert line.count("\n") == 1 and "standard output: No space" in line
+    assert (out.returncode, err.returncode) == (1, 0)
+
+
 @UNIX
 def test_without_an_output_no_file_takes_its_place(tmp_path):
     main = "file = open('made', 'w'); os.write(1, b'noise'); print('noise')"
