@@ -135,9 +135,16 @@ def parse(
         and the actions.
     """
     parser, flags = _parser(description, actions)
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    if "--" in words:  # argparse would still look for flags behind it
+        place = words.index("--")
+        words[place:] = [
+            f"./{word}" if word.startswith("-") and word != "-" else word
+            for word in words[place + 1 :]
+        ]
     try:
         # Intermixed: photographs may stand before and after flags.
-        known, unknown = parser.parse_known_intermixed_args(arguments)
+        known, unknown = parser.parse_known_intermixed_args(words)
     except UserError as error:  # of a flag's own reader
         parser.error(str(error))
     if unknown:

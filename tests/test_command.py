@@ -129,6 +129,12 @@ def test_other_names_of_the_validation_split_are_understood(name):
     assert parse("--split", name).config.split == "val"
 
 
+def test_what_stands_behind_two_dashes_is_no_flag():
+    words = ["a.jpg", "--json", "--", "-b.jpg", "--json", "-", "c.jpg"]
+    photos = parse(*words, actions=caption.ACTIONS).actions.photos
+    assert photos == ["a.jpg", "./-b.jpg", "./--json", "-", "c.jpg"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
