@@ -59,6 +59,7 @@ def run(monkeypatch, capsys):
 
     def run_script(main, *words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dir/train.py", *words])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         with pytest.raises(SystemExit) as end:
             command.run(main, "")
         return end.value.code, *capsys.readouterr()
@@ -314,6 +315,21 @@ def test_sigterm_interrupts(tmp_path):
     process.terminate()
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in told
+
+
+@UNIX
+def test_an_interruption_in_a_callback_is_not_lost(tmp_path):
+    main = """
+    import gc
+    gc.callbacks.append(lambda *_: os.kill(os.getpid(), 15))
+    gc.collect()
+    gc.callbacks.clear()
+    time.sleep(60)
+    """
+    process = start(main.strip(), tmp_path)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert told.startswith("\n-c: interrupted") and told.count("\n") == 2
 
 
 # Writes to both outputs, in Python and past it, then leaves a file.
