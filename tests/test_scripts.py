@@ -413,7 +413,9 @@ def test_captions_from_a_file_are_taken_as_they_are(
         ([{"image_id": "strange.jpg", "caption": "a"}], "strange.jpg"),
     ):
         path.write_text(json.dumps(wrong))
-        assert told in bad("evaluate.py", *flags, folder=home)
+        line = bad("evaluate.py", *flags, folder=home)
+        assert told in line and "are kept" not in line
+    assert not [*folder.glob("*-unfinished")]
     path.unlink()
     assert "No such file" in bad("evaluate.py", *flags, folder=home)
 

@@ -141,13 +141,13 @@ def read_captions(path: Path, split: prepared.Split) -> dict[str, str]:
         image -> caption.
 
     Raises:
-        UserError: if the file is not in this format.
+        UserError: if the file is not in this format, or a name belongs to no
+            image of the split.
     """
     image_of = dict(zip(map(str, split.image_ids), split.images, strict=True))
     try:
         entries = json.loads(path.read_bytes())  # UTF-8, 16 or 32
         pairs = [(str(e["image_id"]), e["caption"] or "") for e in entries]
-        # The scorer refuses names that belong to no image of the split.
         found = {image_of.get(name, name): text for name, text in pairs}
         if not all(isinstance(text, str) for text in found.values()):
             raise ValueError("a caption is not a string")
@@ -163,6 +163,12 @@ def read_captions(path: Path, split: prepared.Split) -> dict[str, str]:
             f"{path} is not a file of captions ({error}): it has to be a JSON "
             'list of {"image_id": ..., "caption": ...}'
         ) from None
+    unknown = found.keys() - {*split.images}
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} captions in {path} belong to images that are not "
+            f"in the split, such as {min(unknown)}: check --dataset and --split"
+        )
     return found
 
 
