@@ -835,6 +835,23 @@ def test_rows_with_another_split_or_none_are_told(tmp_path):
     assert dataset.skipped == [("b.jpg", reason), ("c.jpg", reason)]
 
 
+@pytest.mark.parametrize("column", ["subset", "Set", "fold", "partition"])
+def test_a_column_of_nothing_but_splits_is_the_split(tmp_path, column):
+    rows = [["a.jpg", "train"], ["b.jpg", "dev"], ["c.jpg", "Validation"]]
+    objects = [{"image": i, "text": "dog", column: s} for i, s in rows]
+    splits = {"a.jpg": "train", "b.jpg": "val", "c.jpg": "val"}
+    for file, text in {
+        "captions.csv": pd.DataFrame(objects).to_csv(),
+        "captions.json": json.dumps(objects),
+    }.items():
+        write(tmp_path / file, {file: text}, *IMAGES)
+        assert splits_of(find(tmp_path / file)) == splits
+    text = f"image,caption,{column}\na.jpg,dog,train\nb.jpg,dog,Flickr\n"
+    assert "split by a hash" in plain(tmp_path / "a", text, *IMAGES).summary
+    text = f"image,caption,{column},split\na.jpg,dog,train,test\n"
+    assert splits_of(plain(tmp_path / "b", text, *IMAGES)) == {"a.jpg": "test"}
+
+
 def test_equal_pixels_in_two_splits_are_found():
     splits = {"a": "train", "b": "test", "c": "train", "d": "val", "e": "test"}
     table = pd.DataFrame({"image": [*splits], "split": splits.values()})

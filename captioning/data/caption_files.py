@@ -42,6 +42,9 @@ _CAPTION_COLUMNS = (
     "sentence",
     "description",
 )
+# These tell the split of a table without a column `split`, if all their values
+# are names of splits.
+_LIKE_SPLIT = ("subset", "set", "fold", "partition")
 # COCO's validation images that Karpathy moved to training are "restval".
 _SPLIT_NAMES = {
     "restval": "train",
@@ -276,13 +279,15 @@ def _read_objects(text: str, path: Path, notes: Notes) -> Iterator[Row]:
         objects = list(_parse_lines(text, notes))
     if isinstance(objects, dict) and not _columns(objects):
         objects = [{"image": i, "caption": c} for i, c in objects.items()]
+    records: list[_Record] = []
     for each in objects if isinstance(objects, list) else [objects]:
         columns = _columns(each) if isinstance(each, dict) else None
         if columns:
-            yield from _rows_of([*each.values()], columns, notes)
+            records.append(([*each.values()], columns))
         else:
             reason = "no fields image and caption"
             notes.skipped.append((json.dumps(each)[:80], reason))
+    yield from _rows(records, notes)
 
 
 def _parse_lines(text: str, notes: Notes) -> Iterator[Any]:
@@ -302,8 +307,11 @@ class _Columns(NamedTuple):
 
     image: int
     captions: list[int]
-    split: int | None
     names: list[str]
+
+
+# What a line or an object has, and where.
+_Record = tuple[Sequence[Any], _Columns]
 
 
 def _columns(names: Iterable[Any]) -> _Columns | None:
@@ -318,8 +326,7 @@ def _columns(names: Iterable[Any]) -> _Columns | None:
     captions = next(filter(None, groups), None)
     if image is None or captions is None:
         return None
-    split = names.index("split") if "split" in names else None
-    return _Columns(image, captions, split, names)
+    return _Columns(image, captions, names)
 
 
 def _read_table(text: str, path: Path, notes: Notes) -> Iterator[Row]:
@@ -349,10 +356,11 @@ def _read_table(text: str, path: Path, notes: Notes) -> Iterator[Row]:
         # Kaggle's results.csv: quotes are part of the captions.
         options["quoting"] = csv.QUOTE_NONE
     glue = separator + " " * options["skipinitialspace"]
-    for record in _csv_records(text, options, path, notes)[1:]:
-        fields = _fit(record, columns, glue, notes)
-        if fields:
-            yield from _rows_of(fields, columns, notes)
+    fitted = [
+        _fit(record, columns, glue, notes)
+        for record in _csv_records(text, options, path, notes)[1:]
+    ]
+    yield from _rows([(each, columns) for each in fitted if each], notes)
 
 
 def _read_table_or_objects(
@@ -413,12 +421,31 @@ def _fit(
     return []
 
 
+def _rows(records: Sequence[_Record], notes: Notes) -> Iterator[Row]:
+    """The captions of all records."""
+    like_split = (
+        name
+        for name in _LIKE_SPLIT
+        if all(split_name(_cell(each, name)) for each in records)
+    )
+    has_split = any("split" in columns.names for _, columns in records)
+    split = "split" if has_split else next(like_split, "split")
+    for each in records:
+        yield from _rows_of(*each, _cell(each, split), notes)
+
+
+def _cell(record: _Record, name: str) -> str:
+    """The text in a column of a record; empty if there is none."""
+    fields, columns = record
+    there = name in columns.names
+    return _string(fields[columns.names.index(name)]) if there else ""
+
+
 def _rows_of(
-    fields: Sequence[Any], columns: _Columns, notes: Notes
+    fields: Sequence[Any], columns: _Columns, split: str, notes: Notes
 ) -> Iterator[Row]:
     """The captions of one record, whose values may be lists."""
     image = _string(fields[columns.image])
-    split = "" if columns.split is None else _string(fields[columns.split])
     try:
         lists = [_captions_in(fields[column]) for column in columns.captions]
     except (ValueError, RecursionError):
