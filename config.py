@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -392,10 +393,17 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
         given: the fields that were given as flags.
 
     Raises:
-        UserError: if a dataset cannot be called as its folder is.
+        UserError: if a dataset cannot be called as its folder is, or lies
+            among the caches.
     """
     dataset = config.dataset
     place = os.path.realpath(config.dataset_dir)
+    caches = os.path.realpath(os.path.join(config.data_dir, "cache"))
+    if config.dataset_dir and Path(caches) in Path(place).parents:
+        raise UserError(
+            f"the dataset in {place} lies among the caches, which are written "
+            f"to {caches}: move it, or give another --data-dir"
+        )
     if is_named_by_folder(config, given):
         dataset = os.path.basename(place)
         if not _PLAIN.fullmatch(dataset) or dataset.lower() == "cache":

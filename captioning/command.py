@@ -8,11 +8,13 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import functools
 import os
 import platform
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -135,9 +137,16 @@ def parse(
         and the actions.
     """
     parser, flags = _parser(description, actions)
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    if "--" in words:  # argparse would still look for flags behind it
+        place = words.index("--")
+        words[place:] = [
+            f"./{word}" if word.startswith("-") and word != "-" else word
+            for word in words[place + 1 :]
+        ]
     try:
         # Intermixed: photographs may stand before and after flags.
-        known, unknown = parser.parse_known_intermixed_args(arguments)
+        known, unknown = parser.parse_known_intermixed_args(words)
     except UserError as error:  # of a flag's own reader
         parser.error(str(error))
     if unknown:
@@ -211,6 +220,28 @@ def _keep_freed_memory() -> None:
     mallopt(M_ARENA_MAX, 1)
 
 
+def _repeat(hook: Callable[[Any], Any], found: Any) -> None:
+    """Repeats an interruption that Python has to ignore where it fell.
+
+    JAX, which Keras imports on TensorFlow too, has a callback that runs with
+    every garbage collection: what is raised there is lost.
+
+    Args:
+        hook: what to do with all other exceptions.
+        found: what `sys.unraisablehook` gets.
+    """
+    if found.exc_type is not KeyboardInterrupt:
+        hook(found)
+        return
+    again = functools.partial(signal.raise_signal, signal.SIGTERM)
+    if os.name != "nt":  # a true signal also ends a system call that waits
+        main = threading.main_thread().ident
+        again = functools.partial(signal.pthread_kill, main, signal.SIGTERM)
+    soon = threading.Timer(0.05, again)
+    soon.daemon = True
+    soon.start()
+
+
 def run(
     main: Callable[[Arguments], int | None],
     description: str,
@@ -233,6 +264,7 @@ def run(
     streams.prepare(end_with_reader)
     arguments = parse(description, actions)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.unraisablehook = functools.partial(_repeat, sys.unraisablehook)
     try:
         # Before any work: Keras is imported late.
         _check_backend(os.environ.get("KERAS_BACKEND") or BACKENDS[0])

@@ -37,9 +37,31 @@ def folder(config: Config) -> Path:
 
 
 def set_aside(place: Path) -> Path:
-    """Renames a run folder out of the way; returns its new path."""
+    """Renames a run folder out of the way; returns its new path.
+
+    Raises:
+        UserError: if it is no run.
+    """
+    _refuse_other_folder(place)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return place.rename(place.with_name(f"{place.name}-before-{stamp}"))
+
+
+def _refuse_other_folder(place: Path) -> None:
+    """Refuses to make a run of a folder that has files of somebody else.
+
+    A run that was killed while it began has only files that `begin` writes.
+    """
+    if (place / CONFIG).exists() or not place.exists():
+        return
+    paths = [*place.iterdir()] if place.is_dir() else [place]
+    own = (FEATURES, VOCABULARY, IMAGES)
+    others = [p.name for p in paths if p.name not in own and p.name[0] != "."]
+    if others:
+        raise UserError(
+            f"{place} is there already and is no run (it has "
+            f"{min(others)}): give another --run-name or --checkpoints-dir"
+        )
 
 
 @contextlib.contextmanager
@@ -117,9 +139,11 @@ def training_config(
         place: the run folder.
 
     Raises:
-        UserError: if a field has changed that must not.
+        UserError: if a field has changed that must not, or the folder is no
+            run.
     """
     if not (place / CONFIG).exists():
+        _refuse_other_folder(place)
         return wanted
     config = load_config(place, training=True)
     _keep(config, given, group("model"), place)

@@ -25,10 +25,13 @@ class _Descriptor(io.FileIO):
         except OSError as error:
             # Windows calls a write to a closed pipe an invalid argument.
             closed = isinstance(error, ConnectionError)
-            if not closed and error.errno != errno.EINVAL:
+            closed = closed or error.errno == errno.EINVAL
+            # What cannot be written now must not fail again at the exit.
+            _discard(self.fileno())
+            if not closed and self.fileno() == 1:
+                error.filename = "standard output"
                 raise
-        _discard(self.fileno())
-        if self.end_with_reader:
+        if self.end_with_reader and closed:
             raise SystemExit(0)
         return memoryview(data).nbytes
 

@@ -59,6 +59,7 @@ def run(monkeypatch, capsys):
 
     def run_script(main, *words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dir/train.py", *words])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         with pytest.raises(SystemExit) as end:
             command.run(main, "")
         return end.value.code, *capsys.readouterr()
@@ -127,6 +128,12 @@ def test_what_is_given_is_told_from_defaults_and_actions():
 @pytest.mark.parametrize("name", ["dev", "validation", "val"])
 def test_other_names_of_the_validation_split_are_understood(name):
     assert parse("--split", name).config.split == "val"
+
+
+def test_what_stands_behind_two_dashes_is_no_flag():
+    words = ["a.jpg", "--json", "--", "-b.jpg", "--json", "-", "c.jpg"]
+    photos = parse(*words, actions=caption.ACTIONS).actions.photos
+    assert photos == ["a.jpg", "./-b.jpg", "./--json", "-", "c.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -310,6 +317,21 @@ def test_sigterm_interrupts(tmp_path):
     assert process.returncode == 130 and "Traceback" not in told
 
 
+@UNIX
+def test_an_interruption_in_a_callback_is_not_lost(tmp_path):
+    main = """
+    import gc
+    gc.callbacks.append(lambda *_: os.kill(os.getpid(), 15))
+    gc.collect()
+    gc.callbacks.clear()
+    time.sleep(60)
+    """
+    process = start(main.strip(), tmp_path)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert told.startswith("\n-c: interrupted") and told.count("\n") == 2
+
+
 # Writes to both outputs, in Python and past it, then leaves a file.
 WORK = """
     sys.stdin.readline()
@@ -340,6 +362,18 @@ def test_an_error_keeps_its_code_when_nobody_reads_it(tmp_path):
     process.stderr.close()
     process.communicate("closed\n", timeout=30)
     assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_full_disk_under_the_output_is_one_line(tmp_path):
+    main = "print(1), print(2, file=sys.stderr)"
+    with open("/dev/full", "w") as full:
+        out = start(main, tmp_path, stdout=full)
+        err = start(main, tmp_path, stderr=full)
+    line = out.communicate(timeout=60)[1]
+    err.communicate(timeout=60)
+    assert line.count("\n") == 1 and "standard output: No space" in line
+    assert (out.returncode, err.returncode) == (1, 0)
 
 
 @UNIX

@@ -207,6 +207,16 @@ def test_a_folder_that_gives_no_name_wants_one(folder):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("given", [["dataset_dir"], ["dataset"]])
+def test_a_dataset_among_the_caches_is_refused(given):
+    """Its cache would be written between its own files."""
+    folder = str(Path("data") / "cache" / "farm")
+    config = Config(dataset="farm", dataset_dir=folder)
+    with pytest.raises(UserError, match="lies among the caches"):
+        resolve(config, given)
+    resolve(dataclasses.replace(config, data_dir="elsewhere"), given)
+
+
 @pytest.mark.parametrize("given", [[], ["dataset_dir"], ["dataset"]])
 def test_photographs_are_not_called_like_the_sample(given):
     """Whose encoder has random weights."""

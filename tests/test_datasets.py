@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from captioning import runs
 from captioning.data.datasets import (
     Dataset,
     equal_pixels_across_splits,
@@ -518,6 +519,18 @@ def test_an_encoding_with_a_byte_order_mark_is_read_by_it(tmp_path, encoding):
     assert told == [True] * (2 * (encoding != "utf-8-sig"))
 
 
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("family", ["utf-16", "utf-32"])
+def test_an_encoding_without_its_mark_is_known_by_its_zeros(
+    tmp_path, family, order
+):
+    text = "image,caption\r\na.jpg,Hügel 犬\r\n"
+    dataset = plain(tmp_path, text.encode(f"{family}-{order}"))
+    assert captions_of(dataset) == {"a.jpg": ["Hügel 犬"]}
+    assert family.upper() in dataset.messages[0]
+    assert not dataset.repaired
+
+
 @pytest.mark.parametrize(
     "name, reason",
     [
@@ -588,6 +601,13 @@ FIVE_READ = [text.replace("\n", " ") for text in FIVE]
         lambda texts: str(np.array(texts)),
         lambda texts: str(np.array(texts, dtype=object)),
         lambda texts: repr(np.array(texts, dtype=object)),
+        lambda texts: f"array({texts}, dtype='<U18')",
+        lambda texts: str(list(np.array(texts))),  # np.str_('A dog .')
+        lambda texts: str([np.array(texts, dtype=object)]),
+        lambda texts: str([[text, None] for text in texts]),
+        lambda texts: json.dumps([[text, None] for text in texts]),
+        lambda texts: str([text.encode() for text in texts]),
+        lambda texts: f"{{{json.dumps(texts, ensure_ascii=False)[1:-1]}}}",
     ],
 )
 @pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl"])
@@ -625,7 +645,10 @@ def test_json_of_captions_is_a_table(tmp_path, document):
 
 @pytest.mark.parametrize(
     "cell",
-    ["['a dog', 'a c", "['it's a dog']", "[{'raw': 'a dog'}]", r"['\x']"],
+    [
+        *("['a dog', 'a c", "['it's a dog']", r"['\x']", "[['a dog'], a]"),
+        *("[{'raw': 'a dog'}]", "{'raw': 'a dog'}", '[{""raw"": ""a dog""}]'),
+    ],
 )
 def test_a_list_that_cannot_be_read_is_not_taken_for_a_caption(tmp_path, cell):
     text = f'image,caption\na.jpg,"{cell}"\nb.jpg,[two] (dogs)\n'
@@ -633,6 +656,11 @@ def test_a_list_that_cannot_be_read_is_not_taken_for_a_caption(tmp_path, cell):
     assert captions_of(dataset) == {"b.jpg": ["[two] (dogs)"]}
     reason = "list of captions that cannot be read"
     assert dataset.skipped == [("a.jpg", reason)]
+
+
+def test_where_no_list_can_be_read_the_first_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jpg: list of captions that cann"):
+        plain(tmp_path, "image,caption\na.jpg,['a dog' ... 'a cat']\n")
 
 
 # --- splits ---------------------------------------------------------------
@@ -704,6 +732,8 @@ def listed(folder: Path, lists: dict[str, list[str]]) -> Dataset:
         ("Train.txt", "VAL.TXT"),
         ("lists/of/karpathy_train.csv", "lists/of/karpathy_dev.csv"),
         ("FLICKR_8K.trainimages.txt", "FLICKR_8K.devimages.txt"),
+        ("train.tsv", "val.TSV"),
+        ("train.lst", "val.lst"),
     ],
 )
 def test_split_lists_are_found_and_understood(tmp_path, spell, names):
@@ -724,6 +754,23 @@ def test_a_list_is_read_by_the_names_of_its_columns(tmp_path):
     assert dataset.summary.endswith("train 15, val 2, no test")
     (message,) = dataset.messages
     assert message.startswith("3 of 20 images are left out (in no split list)")
+
+
+def test_a_run_in_the_dataset_folder_has_no_list(tmp_path):
+    table = runs.digest_images(LISTED, np.ones((len(LISTED), 16), np.uint8))
+    text = table.to_csv(index=False)
+    write(tmp_path, {f"checkpoints/run/{runs.IMAGES}": text})
+    dataset = listed(tmp_path, {})
+    assert "split by a hash" in dataset.summary
+    assert dataset.messages == []
+
+
+def test_lists_in_json_are_said_not_to_be_read(tmp_path):
+    lists = {"train.json": LISTED[:15], "val.JSON": LISTED[15:]}
+    dataset = listed(tmp_path, lists)
+    assert "split by a hash" in dataset.summary
+    (message,) = dataset.messages
+    assert message.startswith("Not used as split lists: train.json, val.JSON")
 
 
 @pytest.mark.parametrize("hits", [0, 1])
@@ -786,6 +833,23 @@ def test_rows_with_another_split_or_none_are_told(tmp_path):
     assert dataset.repaired == [("a.jpg", "in train and in val: kept in val")]
     reason = "no known split"
     assert dataset.skipped == [("b.jpg", reason), ("c.jpg", reason)]
+
+
+@pytest.mark.parametrize("column", ["subset", "Set", "fold", "partition"])
+def test_a_column_of_nothing_but_splits_is_the_split(tmp_path, column):
+    rows = [["a.jpg", "train"], ["b.jpg", "dev"], ["c.jpg", "Validation"]]
+    objects = [{"image": i, "text": "dog", column: s} for i, s in rows]
+    splits = {"a.jpg": "train", "b.jpg": "val", "c.jpg": "val"}
+    for file, text in {
+        "captions.csv": pd.DataFrame(objects).to_csv(),
+        "captions.json": json.dumps(objects),
+    }.items():
+        write(tmp_path / file, {file: text}, *IMAGES)
+        assert splits_of(find(tmp_path / file)) == splits
+    text = f"image,caption,{column}\na.jpg,dog,train\nb.jpg,dog,Flickr\n"
+    assert "split by a hash" in plain(tmp_path / "a", text, *IMAGES).summary
+    text = f"image,caption,{column},split\na.jpg,dog,train,test\n"
+    assert splits_of(plain(tmp_path / "b", text, *IMAGES)) == {"a.jpg": "test"}
 
 
 def test_equal_pixels_in_two_splits_are_found():

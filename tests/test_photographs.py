@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
@@ -79,6 +80,13 @@ def test_a_list_on_standard_input_has_files_and_folders():
     lines = ["a b.jpg\r\n", "\n", "folder\n", "größe 犬.jpg"]
     wanted = ["a b.jpg", "folder/c.jpg", "größe 犬.jpg"]
     assert found("-", listed=lines) == wanted
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_in_another_unicode_form_is_that_of_the_file(forms):
+    there, named = (normalize(form, "Hügel.jpg") for form in forms)
+    make(there)
+    assert found(named) == found("-", listed=[named]) == found(there)
 
 
 def test_a_photograph_that_is_named_twice_is_taken_once(here):

@@ -224,6 +224,19 @@ def test_averaged_runs_have_a_folder_that_is_no_run(place):
     assert "differ in vocabulary or max_caption_length" in message
 
 
+def test_a_folder_that_is_no_run_is_not_made_one(checkpoints):
+    place = checkpoints / NAME
+    place.mkdir(parents=True)
+    for name in ("vocabulary.json", runs.IMAGES, ".part-config.json"):
+        (place / name).write_text("")  # of a run that was killed as it began
+    resume()
+    (place / "history.csv").write_text("mine")
+    assert "it has history.csv" in refusal(resume)
+    assert "it has history.csv" in refusal(runs.set_aside, place)
+    (checkpoints / "file").write_text("mine")
+    assert "is no run" in refusal(resume, "--run-name", "file")
+
+
 def test_a_run_that_is_set_aside_keeps_its_files(place):
     before = (place / "config.json").read_bytes()
     aside = runs.set_aside(place)

@@ -387,8 +387,8 @@ def test_captions_from_a_file_are_taken_as_they_are(
     flags = [*FLAGS, "--split", "val", "--captions", path]
     folder = home / "checkpoints" / RUN / "evaluation"
 
-    def scores(entries):
-        path.write_text(json.dumps(entries))
+    def scores(entries, encoding="utf-8"):
+        path.write_text(json.dumps(entries), encoding)
         printed = good("evaluate.py", *flags, folder=home)
         (place,) = folder.glob("val-captions-*")
         found = evaluation(home, RUN, place.name)
@@ -396,10 +396,11 @@ def test_captions_from_a_file_are_taken_as_they_are(
         shutil.rmtree(place)
         return printed, found["rouge_l"]
 
-    printed, whole = scores(entries)
-    assert whole == 1 and "no caption" not in printed
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        printed, whole = scores(entries, encoding)
+        assert whole == 1 and "no caption" not in printed
     images, (first, *rest) = len(entries), entries
-    for caption in (None, "", "..."):
+    for caption in (None, "", "...", "\ud83d"):
         printed, found = scores([{**first, "caption": caption}, *rest])
         assert found == pytest.approx(1 - 1 / images)
         assert f"1 of {images} images have no caption" in printed
@@ -412,7 +413,9 @@ def test_captions_from_a_file_are_taken_as_they_are(
         ([{"image_id": "strange.jpg", "caption": "a"}], "strange.jpg"),
     ):
         path.write_text(json.dumps(wrong))
-        assert told in bad("evaluate.py", *flags, folder=home)
+        line = bad("evaluate.py", *flags, folder=home)
+        assert told in line and "are kept" not in line
+    assert not [*folder.glob("*-unfinished")]
     path.unlink()
     assert "No such file" in bad("evaluate.py", *flags, folder=home)
 

@@ -42,6 +42,9 @@ _CAPTION_COLUMNS = (
     "sentence",
     "description",
 )
+# These tell the split of a table without a column `split`, if all their values
+# are names of splits.
+_LIKE_SPLIT = ("subset", "set", "fold", "partition")
 # COCO's validation images that Karpathy moved to training are "restval".
 _SPLIT_NAMES = {
     "restval": "train",
@@ -59,15 +62,30 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+# Without a mark: which of the first four bytes are not zero, since every file
+# of captions begins with ASCII.
+_NOT_ZERO = {
+    (True, False, False, False): "utf-32-le",
+    (False, False, False, True): "utf-32-be",
+    (True, False, True, False): "utf-16-le",
+    (False, True, False, True): "utf-16-be",
+}
 # The line that tells Excel the separator of a CSV file.
 _EXCEL_SEPARATOR = re.compile(r'"?sep=(.)"?[^\n]*\n', re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"[^\t\n]+#\d+\t")
-# A list of strings as Python, pandas and NumPy print it. NumPy puts no commas:
-# Python would join the strings.
-_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+# A list of strings as Python, pandas, NumPy and databases print it, nested or
+# not. NumPy puts no commas: Python would join the strings.
+_QUOTED = r"""[bBuU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_TYPE = r"(?:array|list|tuple|set|(?:np|numpy)\.str_)\("
+_DTYPE = r"""dtype=(?:'[^']*'|"[^"]*"|[\w<>|=]+)"""
 _PRINTED_LIST = re.compile(
-    rf"(?:array\()?[\[(]\s*(?:{_QUOTED}[\s,]*)*[\])](?:,\s*dtype=\S+\))?",
+    rf"(?:{_TYPE}|[\[({{])"
+    rf"(?:{_QUOTED}|{_TYPE}|{_DTYPE}|None|nan|NULL|[\[\](){{}}\s,])*"
+    r"[\])}]",
     re.DOTALL,
+)
+_LIST_BEGINS = re.compile(
+    rf"(?:{_TYPE})?[\[{{](?:\s|{_TYPE}|[\[({{])*(?:[bu]?['\"]|\])"
 )
 
 
@@ -110,9 +128,11 @@ def read(paths: Sequence[Path], layout: str, notes: Notes) -> list[list[Row]]:
     _, reader = LAYOUTS[layout]
     rows = [list(reader(read_text(p, notes), p, notes)) for p in paths]
     if not any(rows):
+        skipped = [f"{name}: {reason}; " for name, reason in notes.skipped[:1]]
         raise UserError(
-            f"{paths[0]}: no captions in it are in the {layout} layout; see "
-            "data/README.md, or choose another with --layout"
+            f"{paths[0]}: no captions in it are in the {layout} layout; "
+            f"{''.join(skipped)}see data/README.md, or choose another with "
+            "--layout"
         )
     return rows
 
@@ -123,16 +143,18 @@ def read(paths: Sequence[Path], layout: str, notes: Notes) -> list[list[Row]]:
 def read_text(path: Path, notes: Notes) -> str:
     r"""Reads a text file in any usual encoding; its lines end in \n.
 
-    UTF-16 and UTF-32 are recognised by their byte order mark. Of anything
-    else, the bytes that are not UTF-8 are read as Windows-1252.
+    UTF-16 and UTF-32 are recognised by their byte order mark, or by the zeros
+    among their first bytes. Of anything else, the bytes that are not UTF-8 are
+    read as Windows-1252.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    mark = next(filter(data.startswith, _BYTE_ORDER_MARKS), None)
-    if mark:
-        encoding = _BYTE_ORDER_MARKS[mark]
+    mark = next(filter(data.startswith, _BYTE_ORDER_MARKS), b"")
+    not_zero = tuple(map(bool, data[:4]))
+    encoding = _BYTE_ORDER_MARKS.get(mark) or _NOT_ZERO.get(not_zero)
+    if encoding:
         text = data[len(mark) :].decode(encoding, errors="replace")
         family = encoding[: len("utf-16")].upper()
         notes.messages.append(f"{path} is not UTF-8: read as {family}.")
@@ -257,13 +279,15 @@ def _read_objects(text: str, path: Path, notes: Notes) -> Iterator[Row]:
         objects = list(_parse_lines(text, notes))
     if isinstance(objects, dict) and not _columns(objects):
         objects = [{"image": i, "caption": c} for i, c in objects.items()]
+    records: list[_Record] = []
     for each in objects if isinstance(objects, list) else [objects]:
         columns = _columns(each) if isinstance(each, dict) else None
         if columns:
-            yield from _rows_of([*each.values()], columns, notes)
+            records.append(([*each.values()], columns))
         else:
             reason = "no fields image and caption"
             notes.skipped.append((json.dumps(each)[:80], reason))
+    yield from _rows(records, notes)
 
 
 def _parse_lines(text: str, notes: Notes) -> Iterator[Any]:
@@ -283,8 +307,11 @@ class _Columns(NamedTuple):
 
     image: int
     captions: list[int]
-    split: int | None
     names: list[str]
+
+
+# What a line or an object has, and where.
+_Record = tuple[Sequence[Any], _Columns]
 
 
 def _columns(names: Iterable[Any]) -> _Columns | None:
@@ -299,8 +326,7 @@ def _columns(names: Iterable[Any]) -> _Columns | None:
     captions = next(filter(None, groups), None)
     if image is None or captions is None:
         return None
-    split = names.index("split") if "split" in names else None
-    return _Columns(image, captions, split, names)
+    return _Columns(image, captions, names)
 
 
 def _read_table(text: str, path: Path, notes: Notes) -> Iterator[Row]:
@@ -330,10 +356,11 @@ def _read_table(text: str, path: Path, notes: Notes) -> Iterator[Row]:
         # Kaggle's results.csv: quotes are part of the captions.
         options["quoting"] = csv.QUOTE_NONE
     glue = separator + " " * options["skipinitialspace"]
-    for record in _csv_records(text, options, path, notes)[1:]:
-        fields = _fit(record, columns, glue, notes)
-        if fields:
-            yield from _rows_of(fields, columns, notes)
+    fitted = [
+        _fit(record, columns, glue, notes)
+        for record in _csv_records(text, options, path, notes)[1:]
+    ]
+    yield from _rows([(each, columns) for each in fitted if each], notes)
 
 
 def _read_table_or_objects(
@@ -394,15 +421,34 @@ def _fit(
     return []
 
 
+def _rows(records: Sequence[_Record], notes: Notes) -> Iterator[Row]:
+    """The captions of all records."""
+    like_split = (
+        name
+        for name in _LIKE_SPLIT
+        if all(split_name(_cell(each, name)) for each in records)
+    )
+    has_split = any("split" in columns.names for _, columns in records)
+    split = "split" if has_split else next(like_split, "split")
+    for each in records:
+        yield from _rows_of(*each, _cell(each, split), notes)
+
+
+def _cell(record: _Record, name: str) -> str:
+    """The text in a column of a record; empty if there is none."""
+    fields, columns = record
+    there = name in columns.names
+    return _string(fields[columns.names.index(name)]) if there else ""
+
+
 def _rows_of(
-    fields: Sequence[Any], columns: _Columns, notes: Notes
+    fields: Sequence[Any], columns: _Columns, split: str, notes: Notes
 ) -> Iterator[Row]:
     """The captions of one record, whose values may be lists."""
     image = _string(fields[columns.image])
-    split = "" if columns.split is None else _string(fields[columns.split])
     try:
         lists = [_captions_in(fields[column]) for column in columns.captions]
-    except ValueError:
+    except (ValueError, RecursionError):
         notes.skipped.append((image, "list of captions that cannot be read"))
         return
     # Not every image has as many captions as the table has columns.
@@ -418,28 +464,41 @@ def _captions_in(value: Any) -> list[str]:
         ValueError: if it is a list that cannot be read.
     """
     text = _string(value).strip()
-    begins_as_list = re.match(r"(array\()?\[\s*['\"{\]]", text)
-    if begins_as_list or _PRINTED_LIST.fullmatch(text):
+    if _LIST_BEGINS.match(text) or _PRINTED_LIST.fullmatch(text):
         value = _parse_list(text)
-    return [_string(v) for v in (value if isinstance(value, list) else [value])]
+    return _texts(value)
 
 
-def _parse_list(text: str) -> list[Any]:
+def _texts(value: Any) -> list[str]:
+    """The texts in a list, however deep; anything but a text is empty."""
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(each)]
+    if isinstance(value, dict):
+        raise ValueError("an object instead of a text")
+    return [_string(value)]
+
+
+def _parse_list(text: str) -> Any:
     """Parses a list of strings as JSON, Python, pandas or NumPy write it."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         if not _PRINTED_LIST.fullmatch(text):
             raise ValueError("neither JSON nor Python") from None
-    quoted = re.findall(_QUOTED, text, re.DOTALL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a backslash before any letter
         try:
-            return [
-                ast.literal_eval(each.replace("\n", " ")) for each in quoted
+            found = re.findall(rf"{_DTYPE}|({_QUOTED})", text, re.DOTALL)
+            values = [
+                ast.literal_eval(quoted.replace("\n", " "))
+                for quoted in filter(None, found)
             ]
         except SyntaxError as error:  # "\\x" without digits
             raise ValueError(str(error)) from None
+    return [
+        each.decode("utf-8", "replace") if isinstance(each, bytes) else each
+        for each in values
+    ]
 
 
 # Layout -> (patterns of its caption files in lower case, its reader). The order

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+from unicodedata import normalize
 
 from captioning.data.images import ENDINGS
 
@@ -37,6 +38,7 @@ def find(names: Iterable[str], listed: Iterable[str]) -> Found:
     found = Found([], [], [])
     paths: dict[str, str] = {}  # absolute path -> path as it was named
     for name in _expanded(names, listed):
+        name = _on_disk(name)
         if os.path.isdir(name):
             taken = _in_folder(name, found)
         elif os.path.lexists(name):
@@ -61,6 +63,12 @@ def _expanded(names: Iterable[str], listed: Iterable[str]) -> Iterator[str]:
             yield from sorted(glob.glob(name, recursive=True)) or [name]
         else:
             yield name
+
+
+def _on_disk(name: str) -> str:
+    """A name in the Unicode form that the disk has; macOS writes form D."""
+    forms = (name, normalize("NFC", name), normalize("NFD", name))
+    return next(filter(os.path.lexists, forms), name)
 
 
 def _in_folder(folder: str, found: Found) -> list[str]:

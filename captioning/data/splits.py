@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +28,11 @@ _SAME_DATASET = 0.1
 _LIST = re.compile(
     r"(.*[._ -])?(train|training|val|valid|validation|dev|test|testing)"
     r"([._ -]?(?:ids?|images?|img_?names?|imgs?|files?|filenames?|list|names?"
-    r"|set|splits?))?\d*\.(?:txt|csv)",
+    r"|set|splits?))?\d*\.(?:txt|csv|tsv|lst)",
     re.IGNORECASE,
 )
+# How the training_images.csv of a run begins, which may lie in the dataset too.
+_OF_A_RUN = "name,pixels\n"
 _ENDING = re.compile(
     r"\.(jpe?g|jfif|jp2|png|gif|webp|bmp|tiff?|avif|hei[cf])$", re.IGNORECASE
 )
@@ -41,7 +43,7 @@ _Index = dict[str, set[str]]
 def split_rows(
     rows: list[Row],
     directory: Path,
-    files: Iterable[str],
+    files: Collection[str],
     shares: tuple[float, float],
     notes: Notes,
 ) -> tuple[list[Row], str]:
@@ -170,7 +172,7 @@ class _Group(NamedTuple):
 
 def _read_lists(
     directory: Path,
-    files: Iterable[str],
+    files: Collection[str],
     images: set[str],
     index: _Index,
     notes: Notes,
@@ -193,6 +195,12 @@ def _read_lists(
     if unused:
         notes.messages.append(f"Not used as split lists: {', '.join(unused)}.")
     if not best:
+        unread = dict.fromkeys(filter(_is_json_list, files))
+        if unread:
+            notes.messages.append(
+                f"Not used as split lists: {', '.join(unread)}; names are read "
+                "from .txt, .lst, .csv and .tsv."
+            )
         return "", []
     for each in best.lists:
         if each.unknown:
@@ -208,6 +216,12 @@ def _read_lists(
     return f"split by {best.pattern}", pairs
 
 
+def _is_json_list(path: str) -> bool:
+    """Whether a JSON file is called as a list is."""
+    stem, ending = posixpath.splitext(posixpath.basename(path))
+    return ending.lower() == ".json" and bool(_LIST.fullmatch(f"{stem}.txt"))
+
+
 def _group_lists(
     directory: Path, files: Iterable[str], index: _Index, notes: Notes
 ) -> list[_Group]:
@@ -217,7 +231,10 @@ def _group_lists(
         match = _LIST.fullmatch(name)
         if not match or not (directory / path).is_file():
             continue
-        names = _names(read_text(directory / path, notes), index)
+        text = read_text(directory / path, notes)
+        if text.startswith(_OF_A_RUN):
+            continue
+        names = _names(text, index)
         found = {name: _find(name, index) for name in names}
         known = [image for image in found.values() if image]
         unknown = [name for name, image in found.items() if not image]

@@ -141,16 +141,21 @@ def read_captions(path: Path, split: prepared.Split) -> dict[str, str]:
         image -> caption.
 
     Raises:
-        UserError: if the file is not in this format.
+        UserError: if the file is not in this format, or a name belongs to no
+            image of the split.
     """
     image_of = dict(zip(map(str, split.image_ids), split.images, strict=True))
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_bytes())  # UTF-8, 16 or 32
         pairs = [(str(e["image_id"]), e["caption"] or "") for e in entries]
-        # The scorer refuses names that belong to no image of the split.
         found = {image_of.get(name, name): text for name, text in pairs}
         if not all(isinstance(text, str) for text in found.values()):
             raise ValueError("a caption is not a string")
+        # Half of an emoji, "\\ud83d" in JSON, cannot be written to a file.
+        found = {
+            image: text.encode("utf-8", "replace").decode("utf-8")
+            for image, text in found.items()
+        }
         if len(found) < len(pairs):
             raise ValueError("an image occurs twice")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -158,6 +163,12 @@ def read_captions(path: Path, split: prepared.Split) -> dict[str, str]:
             f"{path} is not a file of captions ({error}): it has to be a JSON "
             'list of {"image_id": ..., "caption": ...}'
         ) from None
+    unknown = found.keys() - {*split.images}
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} captions in {path} belong to images that are not "
+            f"in the split, such as {min(unknown)}: check --dataset and --split"
+        )
     return found
 
 

@@ -69,7 +69,7 @@ def table(metrics: Mapping[str, Any], dataset: str) -> str:
     for row in rows(metrics):
         if row.name in _TITLES:
             lines += ["", f"{_TITLES[row.name]:27}95% interval"]
-        start = f"  {row.title:15}{row.shown or '-':>8}  {row.interval:16}"
+        start = f"  {row.title:15}{row.shown or '-':>8}  {row.interval:17}"
         lines += textwrap.wrap(
             f"not computed: {row.reason}" if row.reason else row.meaning,
             _WIDTH,
