@@ -235,7 +235,7 @@ def _repeat(hook: Callable[[Any], Any], found: Any) -> None:
         return
     again = functools.partial(signal.raise_signal, signal.SIGTERM)
     if os.name != "nt":  # a true signal also ends a system call that waits
-        main = threading.main_thread().ident
+        main = threading.main_thread().ident or 0
         again = functools.partial(signal.pthread_kill, main, signal.SIGTERM)
     soon = threading.Timer(0.05, again)
     soon.daemon = True

@@ -64,7 +64,7 @@ _BYTE_ORDER_MARKS = {
 }
 # Without a mark: which of the first four bytes are not zero, since every file
 # of captions begins with ASCII.
-_NOT_ZERO = {
+_NOT_ZERO: dict[tuple[bool, ...], str] = {
     (True, False, False, False): "utf-32-le",
     (False, False, False, True): "utf-32-be",
     (True, False, True, False): "utf-16-le",
