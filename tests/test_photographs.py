@@ -9,7 +9,6 @@ import pytest
 
 import caption
 from captioning.data import photographs
-from captioning.scoring import figures
 from config import UserError
 
 
@@ -114,27 +113,6 @@ def test_what_is_not_there_is_named_and_the_rest_is_found(capsys, monkeypatch):
     assert "caption.py: b.jpg: no such file\n" in capsys.readouterr().err
     with pytest.raises(UserError, match="no photographs found"):
         caption.find_photos(["b.jpg"])
-
-
-def test_figures_of_photographs_that_are_called_alike_differ(monkeypatch):
-    photos = ["a/1.jpg", "b/1.jpg", "A/1.jpg", "1.jpg", "a/1.png", "a_1.jpg"]
-    names = [figures.figure_name(each) for each in photos]
-    assert len({name.lower() for name in names}) == len(photos)
-    # The same photograph has the same figure, from wherever it is named.
-    Path("a").mkdir()
-    monkeypatch.chdir("a")
-    assert figures.figure_name("1.jpg") == names[0]
-    assert figures.figure_name("../b/1.jpg") == names[1]
-
-
-@pytest.mark.parametrize(
-    "photo",
-    ["../x.jpg", "/etc/x.jpg", "..", ".x", "犬" * 80 + ".jpg", "\udcff"],
-)
-def test_a_figure_has_a_plain_and_visible_name(photo):
-    name = figures.figure_name(photo)
-    assert os.path.basename(name) == name and not name.startswith(".")
-    assert len(os.fsencode(f".part-{name}")) < 255
 
 
 def test_a_name_cannot_break_the_line_of_its_photograph():
