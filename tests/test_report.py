@@ -169,6 +169,13 @@ def test_attention_figures_have_names_of_their_own():
     assert all(re.fullmatch(r"(a_)?1-[0-9a-f]{8}\.png", x) for x in names)
 
 
+@pytest.mark.parametrize("photo", ["../x.jpg", "/x.jpg", "..", ".x", "\udcff"])
+def test_a_figure_has_a_plain_and_visible_name(photo):
+    name = figures.figure_name(photo)
+    assert Path(name).name == name and not name.startswith(".")
+    assert len(figures.figure_name("犬" * 80).encode()) < 240
+
+
 def test_light_is_where_the_attention_is(recwarn):
     photo = np.full((70, 140, 3), 128, np.uint8)
     weights = np.zeros((7, 7))
