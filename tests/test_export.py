@@ -79,9 +79,8 @@ def run(tmp_path_factory, request):
 @pytest.mark.skipif(not TENSORFLOW, reason="a SavedModel is TensorFlow's")
 def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
     config, place, pixels, features = run
-    cache = type("Cache", (), {"features": features})
     rows = np.arange(len(features))
-    monkeypatch.setattr(prepared, "open_features", lambda *_: (cache, rows))
+    monkeypatch.setattr(prepared, "open_features", lambda *_: features)
     words = vocabulary.load(place / "vocabulary.json").words[4:]
     split = prepared.Split(
         list(rows), list(rows), [], [[[words[0]]]] * len(rows)
