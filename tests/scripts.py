@@ -52,6 +52,9 @@ def run(script: str, *flags, folder: Path, stdin: str = ""):
         mock.patch.object(sys, "argv", [script, *map(str, flags)]),
         mock.patch.object(sys, "stdin", io.StringIO(stdin)),
         mock.patch.object(shutil, "which", return_value=None),
+        # This process lives on: the next script would be interrupted.
+        mock.patch.object(command, "_repeat"),
+        mock.patch.object(sys, "unraisablehook", sys.unraisablehook),
         pytest.raises(SystemExit) as ended,
     ):
         command.run(module.main, module.__doc__, module.ACTIONS)
