@@ -175,7 +175,7 @@ def test_self_critical_training_does_not_take_up_a_half_epoch(
     """One of cross-entropy, that fewer epochs have left behind."""
     from captioning.training import self_critical
 
-    draw, drawn = self_critical.Rounds.draw, []
+    draw, drawn = self_critical.Rounds.sample, []
 
     def watched(rounds, epoch, number):
         drawn.append(number)
