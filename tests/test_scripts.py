@@ -184,7 +184,7 @@ def test_self_critical_training_does_not_take_up_a_half_epoch(
     flags = [*FLAGS, *TRAINING, "--cider-every", "1", "--run-name", "half"]
     interrupt(1, 1, *flags, folder=home)
     monkeypatch.setattr(self_critical, "ROUND_IMAGES", 13)
-    monkeypatch.setattr(self_critical.Rounds, "draw", watched)
+    monkeypatch.setattr(self_critical.Rounds, "sample", watched)
     flags += ["--epochs", "1", "--scst-epochs", "1"]
     good("train.py", *flags, folder=home)
     assert drawn == [0, 1]
