@@ -326,7 +326,7 @@ def _check(each: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{each.name} {value!r} names one of them twice")
 
 
-def each_encoder(config: "Config") -> list[tuple[str, str]]:
+def each_encoder(config: Config) -> list[tuple[str, str]]:
     """The encoders that a config joins, and the weights of each.
 
     Returns:

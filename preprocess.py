@@ -234,6 +234,14 @@ def describe_features(config: Config) -> list[dict[str, Any]]:
     return encoder_weights.describe_features(config)
 
 
+def each_alone(config: Config) -> list[Config]:
+    """A config for each of the encoders that one joins."""
+    return [
+        dataclasses.replace(config, encoder=name, encoder_weights=weights)
+        for name, weights in each_encoder(config)
+    ]
+
+
 def encode_part(
     config: Config,
     dataset: Any,
@@ -260,16 +268,14 @@ def encode_part(
     from captioning.features import workers
 
     place = prepared.folder(config)
-    for encoder, description in enumerate(described):
+    for alone, description in zip(each_alone(config), described, strict=True):
         # Whoever is the last with the last encoder is the last with all.
         others = workers.do_part(
             prepared.features_folder(config, description),
             place.name,
             number,
             of,
-            partial(
-                fill_cache, config, dataset, described, encoder, (number, of)
-            ),
+            partial(fill_cache, alone, dataset, description, (number, of)),
         )
     if others:
         print(
@@ -296,9 +302,9 @@ def encode_images(
     from captioning.data import datasets
     from captioning.features import extraction
 
-    for encoder in range(len(described)):
+    for alone, description in zip(each_alone(config), described, strict=True):
         # Each encoder gets the same pixels, and has the same to say of them.
-        cache, notes = fill_cache(config, dataset, described, encoder)
+        cache, notes = fill_cache(alone, dataset, description)
     table = without(dataset.table, [image for image, _ in notes.skipped])
     skipped = dataset.skipped + notes.skipped
     # What the captions lost is a share of the whole dataset, not of the few
@@ -319,17 +325,15 @@ def encode_images(
 def fill_cache(
     config: Config,
     dataset: Any,
-    described: list[dict[str, Any]],
-    encoder: int,
+    description: dict[str, Any],
     worker: tuple[int, int] = (0, 1),
 ) -> tuple[Any, Any]:
     """Fills the cache of one encoder, or the part of one worker.
 
     Args:
-        config: its data and encoder fields.
+        config: one of `each_alone`.
         dataset: the whole of it.
-        described: the features of each encoder.
-        encoder: which of these to encode with.
+        description: of the features.
         worker: the number of the worker, and how many there are.
 
     Returns:
@@ -350,21 +354,21 @@ def fill_cache(
         "precision": precision,
     }
 
-    name, weights = each_encoder(config)[encoder]
-    alone = dataclasses.replace(config, encoder=name, encoder_weights=weights)
-
     def build() -> Any:
-        print(f"Encoding with {name} ({weights} weights, {precision})")
-        return model.build_encoder(alone).predict_on_batch
+        print(
+            f"Encoding with {config.encoder} ({config.encoder_weights} "
+            f"weights, {precision})"
+        )
+        return model.build_encoder(config).predict_on_batch
 
     names = dataset.table["image"].drop_duplicates().tolist()
     opened = cache.create(
-        prepared.features_folder(config, described[encoder]),
-        described[encoder],
+        prepared.features_folder(config, description),
+        description,
         versions,
         dataset.images_dir,
         names,
-        model.feature_shape(alone),
+        model.feature_shape(config),
     )
     part = extraction.share(names, *worker)
     notes = extraction.fill(
