@@ -150,13 +150,18 @@ def open_features(
     Returns:
         Those of the training and of the validation images.
     """
+    import numpy as np
+
     from captioning import runs
     from captioning.data import prepared
     from captioning.features.encoder_weights import describe_features
 
     described = describe_features(config)
-    features = prepared.open_features(config, described, train.images)
-    val_features = prepared.open_features(config, described, val.images)
+    everything = [*train.images, *val.images]
+    opened = prepared.open_features(config, described, everything)
+    places = np.arange(len(everything))
+    features = opened.select(places[: len(train.images)])
+    val_features = opened.select(places[len(train.images) :])
     if devices.process == 0:
         pixels = prepared.pixel_digests(config, described, train.images)
         images = runs.digest_images(train.images, pixels)

@@ -45,7 +45,8 @@ class Features:
             found = read_rows(array, rows[images])
             if average is not None:
                 found = np.matmul(average, found.astype(np.float32))
-            maps.append(found.astype(np.float16))
+                found = found.astype(np.float16)
+            maps.append(found)
         return np.concatenate(maps, axis=2) if len(maps) > 1 else maps[0]
 
     def select(self, images: np.ndarray) -> "Features":
