@@ -164,9 +164,12 @@ def unknown_share(
         captions: tokenised captions.
         vocabulary: the words that are known.
     """
-    words = [word for caption in captions for word in caption]
-    unknown = sum(word not in vocabulary.numbers for word in words)
-    return unknown / max(len(words), 1)
+    known = vocabulary.numbers
+    total = unknown = 0
+    for caption in captions:
+        total += len(caption)
+        unknown += sum(word not in known for word in caption)
+    return unknown / max(total, 1)
 
 
 def lacks_spaces(captions: Iterable[Sequence[str]]) -> bool:

@@ -114,7 +114,9 @@ def create(
         was, now = meta.get("images_dir", ""), str(images_dir.resolve())
         new = pd.Index(images).difference(table["image"], sort=False)
         added = pd.DataFrame({"image": new, **dict.fromkeys(FILE, 0)})
-        table = pd.concat([table, added], ignore_index=True)
+        # pandas 2 warns of an empty table.
+        tables = [table, added] if len(table) else [added]
+        table = pd.concat(tables, ignore_index=True)
         full = (len(table), *shape)
         _check_disk(folder, full)
         folder.mkdir(parents=True, exist_ok=True)
