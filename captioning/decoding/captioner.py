@@ -101,7 +101,7 @@ def caption_images(
         search: from `build`.
         features: for each decoder those of the same images, float16 (images,
             regions, channels).
-        images: which of them, int (n,).
+        images: indices of the images to caption, int (n,).
         words: the vocabulary.
         progress: whether to show a bar.
 
@@ -128,7 +128,7 @@ def sample_images(
     Args:
         sampler: the search.
         features: float16 (images, regions, channels).
-        images: which of them, int (n,).
+        images: indices of the images to sample for, int (n,).
 
     Returns:
         Words, int32 (n, samples, steps).

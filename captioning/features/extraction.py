@@ -169,17 +169,17 @@ def fill(
     """
     repaired, changed = _check_again(cache, images_dir, names, size)
     skipped: list[tuple[str, str]] = []
-    todo = [name for name in names if not cache.finished[cache.row[name]]]
-    batches = by_slot(todo, cache.row)
+    unfinished = [name for name in names if not cache.finished[cache.row[name]]]
+    batches = by_slot(unfinished, cache.row)
     encoder = functools.cache(build)
     marks: dict[int, int] = {}
     last = time.monotonic()
     bar = tqdm(
         total=len(names),
-        initial=len(names) - len(todo),
+        initial=len(names) - len(unfinished),
         unit="image",
         delay=0.1,  # after what `build` has to say
-        disable=not todo,
+        disable=not unfinished,
     )
     try:
         with bar:

@@ -1,9 +1,8 @@
 """The features of some images, of one encoder or of several joined.
 
-Each encoder has a cache of its own. What they have of an image is joined when
-it is read: by channel, so that a region has the annotation vectors of all of
-them, and a step of the decoder costs what it costs with one. A finer feature
-map is averaged over the regions of the coarsest one.
+Each encoder has its own cache. Their annotation vectors are joined by channel
+when an image is read, so a step of the decoder costs no more than with a single
+encoder. A finer feature map is averaged over the regions of the coarsest one.
 """
 
 import math
