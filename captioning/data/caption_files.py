@@ -62,8 +62,8 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-# Without a mark, the zeros among the first four bytes tell the encoding, because
-# a caption file begins with ASCII characters. True is a byte that is not zero.
+# Without a mark, the zeros among the first four bytes tell the encoding: a file
+# of captions begins with ASCII characters. True is a byte that is not zero.
 _NOT_ZERO: dict[tuple[bool, ...], str] = {
     (True, False, False, False): "utf-32-le",
     (False, False, False, True): "utf-32-be",
