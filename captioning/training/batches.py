@@ -10,6 +10,7 @@ captions take part that are long enough.
     dogs play <end>                           with 3, 2 and 1 captions
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -21,9 +22,11 @@ from captioning.backend import ALONE, TENSORFLOW, Devices, use_xla
 from captioning.data.vocabulary import PAD
 from captioning.features.joined import Features
 
-# A terrace ends where fewer than this share of its captions go on. XLA compiles
-# each terrace where the sizes are static: there they are fewer.
-SHARE, STATIC_SHARE = 0.9, 0.75
+# A terrace ends where fewer than this share of its captions go on.
+SHARE = 0.9
+# Where sizes are static, XLA compiles each terrace, which takes it longer than
+# the last few words of padding would: there are no more than these.
+STATIC_TERRACES = 3
 # Standard deviations by which a terrace is wider than expected, where the
 # sizes are static: one batch in three hundred of Flickr8k does not fit then.
 MARGIN = 4
@@ -55,16 +58,35 @@ def choose_terraces(
     Returns:
         Terraces from the first step to the longest caption.
     """
-    found: list[Terrace] = []
-    longest, least = int(lengths.max()), STATIC_SHARE if static else SHARE
-    for step in range(longest):
+    room = []  # for the captions that take part in each step
+    for step in range(int(lengths.max())):
         share = float(np.mean(lengths > step))
         spread = math.sqrt(captions * share * (1 - share))
-        room = min(captions, math.ceil(captions * share + MARGIN * spread))
-        if not found or room < least * found[-1].captions:
-            found.append(Terrace(step, longest, room))
-        found[-1] = found[-1]._replace(last=step + 1)
-    return found
+        room.append(
+            min(captions, math.ceil(captions * share + MARGIN * spread))
+        )
+    steps = range(1, len(room))
+    if static:
+        cuts = itertools.combinations(
+            steps, min(STATIC_TERRACES, len(room)) - 1
+        )
+        return min((_cut(room, each) for each in cuts), key=_tokens)
+    first = [0]
+    for step in steps:
+        if room[step] < SHARE * room[first[-1]]:
+            first.append(step)
+    return _cut(room, first[1:])
+
+
+def _cut(room: list[int], cuts: Sequence[int]) -> list[Terrace]:
+    """Terraces that end before some steps, and after the last one."""
+    bounds = itertools.pairwise([0, *cuts, len(room)])
+    return [Terrace(first, last, room[first]) for first, last in bounds]
+
+
+def _tokens(terraces: list[Terrace]) -> int:
+    """Words that terraces have room for."""
+    return sum((each.last - each.first) * each.captions for each in terraces)
 
 
 class CaptionBatches(keras.utils.PyDataset):
