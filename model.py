@@ -537,8 +537,8 @@ class CaptioningModel(keras.Model):
 def of_image(regions: Any, owner: Any) -> Any:
     """Gives each caption the regions of its image.
 
-    A product instead of `ops.take`, whose gradient would add up caption by
-    caption.
+    A product instead of `ops.take`, whose gradient a GPU adds up in any order,
+    so that a resumed run would differ in the last bit.
 
     Args:
         regions: (images, regions, units).

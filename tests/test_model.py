@@ -217,13 +217,16 @@ def test_outside_of_training_no_bfloat16_rounds_the_logits():
 # are short, the long ones do not fit into the terraces of a static batch.
 SHORT = [[()]] * 300
 TERRACES = {
-    "static": ({"static": True}, [(18, 3), (12, 1)]),
+    "static": ({"static": True}, [(18, 2), (14, 1), (12, 1)]),
     "rectangle": ({"static": True, "others": SHORT}, [(18, 4)]),
     "more captions": (
         {"static": True, "captions_per_image": 9},
-        [(27, 2), (19, 2)],
+        [(27, 2), (19, 1), (16, 1)],
     ),
-    "more images": ({"static": True, "batch_images": 5}, [(30, 2), (20, 2)]),
+    "more images": (
+        {"static": True, "batch_images": 5},
+        [(30, 2), (20, 1), (17, 1)],
+    ),
     "devices": (
         {"static": True, "devices": Devices(3), "longest": 6},
         [(18, 7)],

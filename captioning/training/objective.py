@@ -27,15 +27,12 @@ class SmoothedCrossEntropy(keras.losses.Loss):
 
     def call(self, targets: Any, logits: Any) -> Any:
         """Targets (tokens,) and logits (tokens, vocabulary) -> (tokens,)."""
-        logits = ops.cast(logits, "float32")
-        cross_entropy = ops.sparse_categorical_crossentropy(
-            targets, logits, from_logits=True
+        return keras.losses.categorical_crossentropy(
+            ops.one_hot(targets, logits.shape[-1]),
+            ops.cast(logits, "float32"),
+            from_logits=True,
+            label_smoothing=self.smoothing,
         )
-        target = ops.cast(ops.expand_dims(targets, 1), "int32")
-        target = ops.take_along_axis(logits, target, axis=1)[:, 0]
-        # Of the target's share, some goes to the mean of all words.
-        spread = target - ops.mean(logits, axis=1)
-        return cross_entropy + self.smoothing * spread
 
 
 class TokenAccuracy(keras.metrics.Mean):
@@ -59,25 +56,19 @@ class TokenAccuracy(keras.metrics.Mean):
 
 
 class AdamW(keras.optimizers.AdamW):
-    """Keras's AdamW, its step compiled on TensorFlow.
-
-    Keras goes over the weights two dozen times: clipping, decay, Adam,
-    average. XLA makes a few passes of them.
-    """
+    """Keras's AdamW, the same on every backend, for any number of fits."""
 
     def apply(self, grads: list[Any], trainable_variables: Any = None) -> None:
-        """Updates the variables by their gradients."""
-        if not TENSORFLOW:
-            super().apply(grads, trainable_variables)
-            return
-        import tensorflow as tf
+        """Updates the variables by their gradients.
 
-        # The gradient of an embedding comes as rows, which XLA cannot take.
-        grads = [tf.convert_to_tensor(each) for each in grads]
-        step = super().apply
-        tf.function(
-            lambda grads: step(grads, trainable_variables), jit_compile=True
-        )(grads)
+        On TensorFlow, the gradient of an embedding comes as rows, one for each
+        time that a word occurs. Adam would add up their squares.
+        """
+        if TENSORFLOW:
+            import tensorflow as tf
+
+            grads = [tf.convert_to_tensor(each) for each in grads]
+        super().apply(grads, trainable_variables)
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
         """Gives the variables their averages, at the end of `Model.fit`.
