@@ -63,6 +63,9 @@ ACTIONS = [
     ),
 ]
 PHOTO_SIDE = 448  # pixels, of the photograph in an attention figure
+# So many photographs are captioned one by one. More go in full batches, which
+# take as long however few they hold.
+FEW = 8
 # Characters that would break a line `photo<TAB>caption` of a file's name.
 ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
@@ -81,7 +84,7 @@ def main(arguments: command.Arguments) -> int:
     if actions.attention:
         Path(actions.attention).mkdir(parents=True, exist_ok=True)
     config, run = runs.decoding_config(arguments.config, arguments.given)
-    captioner = load_captioner(config, run)
+    captioner = load_captioner(config, run, one_by_one=len(photos) <= FEW)
     captioned = 0
     for photo, found, reason in caption(photos, captioner, config.input_size):
         if found is None:
@@ -106,7 +109,7 @@ def serve(arguments: command.Arguments) -> int:
     from captioning import runs
 
     config, run = runs.decoding_config(arguments.config, arguments.given)
-    captioner = load_captioner(config, run)
+    captioner = load_captioner(config, run, one_by_one=True)
     # It imports Keras, which has been imported quietly by now.
     from captioning.decoding import serve as page
 
@@ -131,8 +134,14 @@ def find_photos(named: list[str]) -> tuple[list[str], int]:
     return found.photographs, len(found.missing)
 
 
-def load_captioner(config: Config, run: Path) -> Any:
-    """A function from images that were read to the captions of each."""
+def load_captioner(config: Config, run: Path, one_by_one: bool) -> Any:
+    """A function from images that were read to the captions of each.
+
+    Args:
+        config: from `runs.decoding_config`.
+        run: the run folder.
+        one_by_one: whether each image is a batch of its own.
+    """
     command.import_keras()
     import numpy as np
 
@@ -148,13 +157,20 @@ def load_captioner(config: Config, run: Path) -> Any:
     encoder = captioning_model.build_encoder(config)
     searcher = captioner.build(decoder, config)
 
+    size = 1 if one_by_one else extraction.BATCH
+
     def caption(photos: list[extraction.Read]) -> list[Any]:
         pixels = [each.pixels for each in photos if each.pixels is not None]
-        if not pixels:
-            return []
-        features = extraction.encode(pixels, encoder.predict_on_batch)
-        everything = np.arange(len(features))
-        return captioner.caption_images(searcher, [features], everything, words)
+        found = []
+        for start in range(0, len(pixels), size):
+            some = pixels[start : start + size]
+            features = extraction.encode(
+                some, encoder.predict_on_batch, batch=size
+            )
+            found += captioner.caption_images(
+                searcher, [features], np.arange(len(some)), words, batch=size
+            )
+        return found
 
     return caption
 

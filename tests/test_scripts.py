@@ -14,6 +14,7 @@ import pytest
 
 from captioning import runs
 from captioning.data.sample import write_sample
+from captioning.features import extraction
 from captioning.scoring import metrics, results
 from config import Config, UserError
 from tests.scripts import bad, good, process, run
@@ -247,6 +248,24 @@ def test_a_loss_that_is_no_number_ends_the_run(home, monkeypatch):
     told = re.search(r"loss is (nan|inf) at step (\d+) of epoch 1", line)
     progress = runs.load_progress(home / "checkpoints" / "steep")
     assert progress["batch"] == int(told[2]) - 1
+
+
+def test_one_photograph_costs_one_and_a_folder_full_batches(home, monkeypatch):
+    """With the same caption."""
+    sizes, encode = [], extraction.encode
+
+    def watched(images, *arguments, batch):
+        sizes.append((len(images), batch))
+        return encode(images, *arguments, batch=batch)
+
+    monkeypatch.setattr(extraction, "encode", watched)
+    folder = home / "data" / "tiny" / "images"
+    photo = sorted(folder.iterdir())[3]
+    alone = good("caption.py", *FLAGS, photo, folder=home)
+    assert sizes == [(1, 1)]
+    found = good("caption.py", *FLAGS, folder, folder=home)
+    assert sizes[1:] == [(30, extraction.BATCH)]
+    assert alone in found and found.count("\n") == 30
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")

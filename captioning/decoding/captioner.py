@@ -94,6 +94,7 @@ def caption_images(
     images: np.ndarray,
     words: Vocabulary,
     progress: bool = False,
+    batch: int = BATCH,
 ) -> list[Captioned]:
     """Captions images batch by batch.
 
@@ -104,14 +105,16 @@ def caption_images(
         images: indices of the images to caption, int (n,).
         words: the vocabulary.
         progress: whether to show a bar.
+        batch: images to search at a time; for each number, a search is
+            compiled.
 
     Returns:
         The captions of each image.
     """
     captioned: list[Captioned] = []
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
-        for count, batch in _batches(features, images):
-            found = search.predict_on_batch(batch)
+        for count, some in _batches(features, images, batch):
+            found = search.predict_on_batch(some)
             found = {name: np.asarray(each) for name, each in found.items()}
             captioned += [
                 _captioned(found, place, words) for place in range(count)
@@ -136,7 +139,7 @@ def sample_images(
     return np.concatenate(
         [
             np.asarray(sampler.predict_on_batch(batch[0]))[:count]
-            for count, batch in _batches([features], images)
+            for count, batch in _batches([features], images, BATCH)
         ]
     )
 
@@ -168,15 +171,15 @@ def teacher_force(
 
 
 def _batches(
-    features: Sequence[Features | np.ndarray], images: np.ndarray
+    features: Sequence[Features | np.ndarray], images: np.ndarray, size: int
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """How many images of a batch count, and the features of each decoder.
 
     All batches have one size, so that a search is compiled once.
     """
-    for start in range(0, len(images), BATCH):
-        some = images[start : start + BATCH]
-        yield len(some), [each[np.resize(some, BATCH)] for each in features]
+    for start in range(0, len(images), size):
+        some = images[start : start + size]
+        yield len(some), [each[np.resize(some, size)] for each in features]
 
 
 def _captioned(

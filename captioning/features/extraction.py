@@ -125,26 +125,29 @@ def read_ahead(
 def encode(
     images: Sequence[np.ndarray],
     encoder: Callable[[np.ndarray], np.ndarray],
-    slots: Sequence[int] = range(BATCH),
+    slots: Sequence[int] | None = None,
+    batch: int | None = None,
 ) -> np.ndarray:
-    """Runs up to BATCH images through the encoder.
+    """Runs up to a batch of images through the encoder.
 
     The batch is padded to one size, so that the encoder is compiled once and
     an image's features do not depend on how many come with it.
 
     Args:
         images: uint8 RGB (size, size, 3) each.
-        slots: the place of each image in the batch.
-        encoder: uint8 (BATCH, size, size, 3) -> float16 (BATCH, regions,
+        encoder: uint8 (batch, size, size, 3) -> float16 (batch, regions,
             channels).
+        slots: the place of each image in the batch; None: one after another.
+        batch: images that the encoder takes; None: BATCH.
 
     Returns:
         float16 (images, regions, channels).
     """
-    batch = np.zeros((BATCH, *images[0].shape), np.uint8)
-    chosen = [*slots[: len(images)]]
-    batch[chosen] = images
-    return np.asarray(encoder(batch))[chosen]
+    batch = batch or BATCH
+    padded = np.zeros((batch, *images[0].shape), np.uint8)
+    chosen = [*(slots or range(batch))[: len(images)]]
+    padded[chosen] = images
+    return np.asarray(encoder(padded))[chosen]
 
 
 def fill(
