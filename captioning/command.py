@@ -298,7 +298,9 @@ def next_line(script: str, arguments: Arguments) -> str:
         arguments: of this script.
     """
     words = ["python", script]
-    for name in [*group("place"), *group("data"), *group("encoder")]:
+    # Photographs need no more of the data than the name of the run.
+    data = ["dataset"] if script == "caption.py" else group("data")
+    for name in [*group("place"), *data, *group("encoder")]:
         if name in arguments.given:
             words += [_flag(name), shlex.quote(str(arguments.given[name]))]
     return " ".join(words)

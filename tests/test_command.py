@@ -221,6 +221,10 @@ def test_the_next_command_keeps_the_flags_that_it_needs():
         "python train.py --data-dir 'my data' --max-skipped-share 0.1 "
         "--dataset flickr8k --image-size 64"
     )
+    words = "--limit-images 5 --dataset flickr8k --encoder vgg16"
+    assert command.next_line("caption.py", parse(*words.split())) == (
+        "python caption.py --dataset flickr8k --encoder vgg16"
+    )
 
 
 # --- exit codes -----------------------------------------------------------

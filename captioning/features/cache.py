@@ -148,7 +148,7 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
     if not (folder / "meta.json").exists():
         raise UserError(
             f"there are no features in {folder}: run preprocess.py first, "
-            "with the same flags"
+            f"with the same flags{_that_fit(folder.parent, description)}"
         )
     _check_meta(folder, description)
     # It says more, or finishes what was begun.
@@ -157,6 +157,27 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
     if not marked:
         raise UserError(f"{folder} has no finished features yet: {advice}")
     return _map(folder, table.iloc[:marked], marked, "r")
+
+
+def _that_fit(folder: Path, description: dict[str, Any]) -> str:
+    """The end of an error: with which other flags a dataset has features."""
+    found = []
+    for path in sorted(folder.glob("*/meta.json")):
+        meta = {"magnification": 1, **read_json(path)}
+        here = {"magnification": 1, **description}
+        flags = [
+            f"--{name.replace('_', '-')} {meta[name]}"
+            for name in ("encoder", "image_size", "magnification")
+            if meta[name] != here[name]
+        ]
+        if meta["weights"] != here["weights"]:
+            kind, _, digest = meta["weights"].partition("-")
+            file = f"FILE (whose SHA-256 begins with {digest})"
+            weights = file if kind == "sha256" else kind
+            flags.append(f"--encoder-weights {weights}")
+        if flags:
+            found.append(" ".join(flags))
+    return f". Features exist with {' or '.join(found)}" if found else ""
 
 
 def images_dir(folder: Path) -> str:
