@@ -14,9 +14,9 @@ writes the rest.
 
 import argparse
 import dataclasses
+import functools
 import sys
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 from captioning import command
@@ -275,7 +275,9 @@ def encode_part(
             place.name,
             number,
             of,
-            partial(fill_cache, alone, dataset, description, (number, of)),
+            functools.partial(
+                fill_cache, alone, dataset, description, (number, of)
+            ),
         )
     if others:
         print(
@@ -354,6 +356,7 @@ def fill_cache(
         "precision": precision,
     }
 
+    @functools.cache
     def build() -> Any:
         print(
             f"Encoding with {config.encoder} ({config.encoder_weights} "
@@ -362,8 +365,11 @@ def fill_cache(
         return model.build_encoder(config).predict_on_batch
 
     names = dataset.table["image"].drop_duplicates().tolist()
+    folder = prepared.features_folder(config, description)
+    if not folder.exists():
+        build()  # weights that cannot be loaded leave no folder behind
     opened = cache.create(
-        prepared.features_folder(config, description),
+        folder,
         description,
         versions,
         dataset.images_dir,

@@ -483,6 +483,8 @@ def test_weights_that_cannot_be_downloaded_are_told_in_one_line(
     assert started.returncode == 1 and "Traceback" not in told
     assert "--encoder-weights" in told.splitlines()[-1]
     assert not list((tmp_path / "data").rglob("captions.csv"))[1:]
+    features = tmp_path / "data" / "cache" / "few" / "features"
+    assert not list(features.glob("[!.]*"))
 
 
 @pytest.mark.real_data
