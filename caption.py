@@ -63,8 +63,8 @@ ACTIONS = [
     ),
 ]
 PHOTO_SIDE = 448  # pixels, of the photograph in an attention figure
-# So many photographs are captioned one by one. More go in full batches, which
-# take as long however few they hold.
+# Up to this many photographs are captioned one at a time: a full batch costs
+# the same however few photographs it holds.
 FEW = 8
 # Characters that would break a line `photo<TAB>caption` of a file's name.
 ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})

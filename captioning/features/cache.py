@@ -114,7 +114,7 @@ def create(
         was, now = meta.get("images_dir", ""), str(images_dir.resolve())
         new = pd.Index(images).difference(table["image"], sort=False)
         added = pd.DataFrame({"image": new, **dict.fromkeys(FILE, 0)})
-        # pandas 2 warns of an empty table.
+        # pandas 2 warns when one of the tables is empty.
         tables = [table, added] if len(table) else [added]
         table = pd.concat(tables, ignore_index=True)
         full = (len(table), *shape)

@@ -24,8 +24,8 @@ from captioning.features.joined import Features
 
 # A terrace ends where fewer than this share of its captions go on.
 SHARE = 0.9
-# Where sizes are static, XLA compiles each terrace, which takes it longer than
-# the last few words of padding would: there are no more than these.
+# The most terraces where sizes are static: XLA compiles each of them, which
+# soon costs more than the padding that one more would save.
 STATIC_TERRACES = 3
 # Standard deviations by which a terrace is wider than expected, where the
 # sizes are static: one batch in three hundred of Flickr8k does not fit then.
