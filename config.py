@@ -36,6 +36,9 @@ class Encoder(NamedTuple):
     # The layer whose output is cached as annotation vectors; LAST is the last
     # one, where Keras gives it another name every time.
     layer: str
+    # Identifies the ImageNet weights of Keras, where they were at hand to take
+    # the digest of: a local file of the same weights is known by it.
+    imagenet: str = "imagenet"
 
 
 LAST = "output"
@@ -44,7 +47,7 @@ LAST = "output"
 # and Tell uses (Xu et al. 2015, section 4.3); the others have their last
 # feature map.
 ENCODERS = {
-    "vgg16": Encoder("VGG16", "vgg16", "block5_conv3"),
+    "vgg16": Encoder("VGG16", "vgg16", "block5_conv3", "half-5a8b16138f31d63e"),
     "vgg19": Encoder("VGG19", "vgg19", "block5_conv4"),
     "resnet50": Encoder("ResNet50", "resnet50", "conv5_block3_out"),
     "resnet101": Encoder("ResNet101", "resnet", "conv5_block3_out"),
@@ -52,7 +55,12 @@ ENCODERS = {
     "resnet50v2": Encoder("ResNet50V2", "resnet_v2", "post_relu"),
     "resnet101v2": Encoder("ResNet101V2", "resnet_v2", "post_relu"),
     "resnet152v2": Encoder("ResNet152V2", "resnet_v2", "post_relu"),
-    "xception": Encoder("Xception", "xception", "block14_sepconv2_act"),
+    "xception": Encoder(
+        "Xception",
+        "xception",
+        "block14_sepconv2_act",
+        "half-35bc8bec29220e03",
+    ),
     "mobilenetv2": Encoder("MobileNetV2", "mobilenet_v2", "out_relu"),
     **{
         f"efficientnetv2{size.lower()}": Encoder(
@@ -74,10 +82,11 @@ SPLITS = ("train", "val", "test")
 SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}
 SAMPLE = "sample"  # the dataset that is drawn on the spot
 
-# Values that leave a choice open: to `resolve`, and precision to the machine.
+# Values that leave a choice open: epochs to the number of training images,
+# precision to the machine, all others to `resolve`.
 OPEN: dict[str, Any] = {
     **{"run_name": "", "encoder_weights": "auto", "precision": "auto"},
-    **{"magnification": 0, "batch_images": 0},
+    **{"magnification": 0, "batch_images": 0, "epochs": 0},
 }
 
 # Names that a folder can have on every platform and that lead nowhere else:
@@ -196,11 +205,14 @@ class Config:
 
     # --- training: fixed once a run has begun, but for epochs and patience
     # On Flickr8k the validation loss is lowest after seven epochs of a
-    # schedule of twelve; eight lets the learning rate fall in time. The rate
-    # falls over the epochs that a run begins with. Fewer, given later, end it
-    # before that; more are trained at the average rate of the last scheduled
-    # epoch, which fine-tunes and is not the same as a longer schedule.
-    epochs: int = _training(8, "passes over the training captions", 1)
+    # schedule of twelve; eight lets the learning rate fall in time. A small
+    # dataset has few steps to an epoch and needs more of them. The rate falls
+    # over the epochs that a run begins with. Fewer, given later, end it before
+    # that; more are trained at the average rate of the last scheduled epoch,
+    # which fine-tunes and is not the same as a longer schedule.
+    epochs: int = _training(
+        0, "passes over the training captions (0: 8, and up to 30 if few)", 0
+    )
     # Counted in measurements of CIDEr, not in epochs. Equal CIDEr is decided
     # by the validation loss and never counts against a run; where fewer than
     # twenty validation images make CIDEr a matter of chance, the loss decides.
@@ -385,8 +397,8 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
     """Settles every choice that a config leaves open.
 
     A saved config then means the same on another machine and under later
-    defaults. Only `precision` stays open: it depends on the machine, and
-    `captioning.backend.set_precision` settles it.
+    defaults. Two stay open until a run begins: `precision` depends on the
+    machine, and `epochs` on the number of training images.
 
     Args:
         config: from defaults and flags.

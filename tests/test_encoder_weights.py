@@ -44,6 +44,41 @@ def test_a_file_of_the_encoder_is_loaded_in_both_formats(folder, name):
         assert np.array_equal(one, other)
 
 
+def test_weights_are_known_by_their_values_in_half_precision(folder, tmp_path):
+    names = ("right.weights.h5", "right.h5")
+    files = [str(folder / name) for name in names]
+    half = network(0)
+    half.set_weights([np.float16(each) for each in half.get_weights()])
+    half.save_weights(tmp_path / "half.weights.h5")
+    files.append(str(tmp_path / "half.weights.h5"))
+    found = {encoder_weights.fingerprint("mobilenetv2", x) for x in files}
+    assert len(found) == 1
+    network(1).save_weights(tmp_path / "other.weights.h5")
+    other = str(tmp_path / "other.weights.h5")
+    assert encoder_weights.fingerprint("mobilenetv2", other) not in found
+
+
+def test_the_downloads_of_keras_are_known_by_local_files(real_data):
+    for name in ("vgg16", "xception"):
+        file = str(real_data / "weights" / f"{name}_notop.weights.h5")
+        known = encoder_weights.fingerprint(name, "imagenet")
+        assert known == encoder_weights.fingerprint(name, file) != "imagenet"
+    assert encoder_weights.fingerprint("resnet50", "imagenet") == "imagenet"
+
+
+def test_weights_that_keras_has_changed_are_not_taken_for_others(monkeypatch):
+    downloaded, built = network(1), network(2)
+    entry = ENCODERS["mobilenetv2"]
+    known = encoder_weights.digest(network(0).get_weights())
+    table = {"mobilenetv2": entry._replace(imagenet=known)}
+    monkeypatch.setattr(encoder_weights, "ENCODERS", table)
+    monkeypatch.setattr(
+        keras.applications, "MobileNetV2", lambda **options: downloaded
+    )
+    with pytest.raises(UserError, match=f"no longer {known}"):
+        encoder_weights.load(built, "imagenet", "mobilenetv2")
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [

@@ -609,12 +609,12 @@ def test_a_cache_that_is_not_there_is_told_with_what_to_run(tmp_path):
 
 
 def test_the_flags_of_features_that_exist_are_named(undisturbed):
-    wanted = features.describe("vgg16", "conv5", "sha256-12ab", SIZE, 2)
+    wanted = features.describe("vgg16", "conv5", "half-12ab", SIZE, 2)
     told = "with --encoder resnet50 --magnification 1 --encoder-weights random$"
     with pytest.raises(UserError, match=told):
         features.load(undisturbed.parent / "none", wanted)
-    edit_meta(undisturbed, weights="sha256-34cd")
-    with pytest.raises(UserError, match=r"FILE \(whose SHA-256 .* 34cd\)$"):
+    edit_meta(undisturbed, weights="half-34cd")
+    with pytest.raises(UserError, match=r"FILE \(the one of half-34cd\)$"):
         features.load(undisturbed.parent / "none", DESCRIPTION)
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from captioning.files import lock, read_json, write_csv, write_text
-from config import UserError
+from config import ENCODERS, UserError
 
 # Changes when images are read or resized differently, so that old features
 # are not mixed with new ones.
@@ -170,11 +170,13 @@ def _that_fit(folder: Path, description: dict[str, Any]) -> str:
             for name in ("encoder", "image_size", "magnification")
             if meta[name] != here[name]
         ]
-        if meta["weights"] != here["weights"]:
-            kind, _, digest = meta["weights"].partition("-")
-            file = f"FILE (whose SHA-256 begins with {digest})"
-            weights = file if kind == "sha256" else kind
-            flags.append(f"--encoder-weights {weights}")
+        if (weights := meta["weights"]) != here["weights"]:
+            kind = weights.partition("-")[0]
+            if weights == ENCODERS[meta["encoder"]].imagenet:
+                kind = "imagenet"
+            elif kind == "half":
+                kind = f"FILE (the one of {weights})"
+            flags.append(f"--encoder-weights {kind}")
         if flags:
             found.append(" ".join(flags))
     return f". Features exist with {' or '.join(found)}" if found else ""

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import h5py
@@ -39,7 +39,7 @@ def describe_features(config: Config) -> list[dict[str, Any]]:
         cache.describe(
             name,
             ENCODERS[name].layer,
-            fingerprint(weights),
+            fingerprint(name, weights),
             config.image_size,
             config.magnification,
         )
@@ -47,28 +47,38 @@ def describe_features(config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def fingerprint(weights: str) -> str:
+def fingerprint(encoder: str, weights: str) -> str:
     """A short name that identifies encoder weights.
 
     Args:
+        encoder: a key of `ENCODERS`.
         weights: `imagenet`, `random`, or the path of a weights file.
 
     Raises:
-        UserError: if there is no such file.
+        UserError: if there is no such file, or it holds no weights.
     """
     if weights == "random":
         return f"random-{RANDOM_SEED}"
     if weights == "imagenet":
-        return weights
-    try:
-        with open(weights, "rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256")
-    except OSError as error:
-        raise UserError(
-            f"encoder weights {weights}: {error.strerror}; --encoder-weights "
-            "takes imagenet, random or the path of a weights file"
-        ) from None
-    return f"sha256-{digest.hexdigest()[:16]}"
+        return ENCODERS[encoder].imagenet
+    arrays: list[np.ndarray] = []
+    _visit_weights(weights, lambda weight: arrays.append(weight[()]))
+    return digest(arrays)
+
+
+def digest(weights: Iterable[np.ndarray]) -> str:
+    """A digest of weights by their values in half precision.
+
+    The same weights have the same digest in any precision, order and format
+    of file.
+    """
+    with np.errstate(over="ignore"):
+        halves = [np.asarray(each, np.float16) for each in weights]
+    digests = [
+        hashlib.sha256(f"{each.shape}".encode() + each.tobytes()).digest()
+        for each in halves
+    ]
+    return f"half-{hashlib.sha256(b''.join(sorted(digests))).hexdigest()[:16]}"
 
 
 def check(
@@ -89,7 +99,7 @@ def check(
     for (name, weights), description in pairs:
         if not needed and not os.path.exists(weights):
             continue
-        found, wanted = fingerprint(weights), description["weights"]
+        found, wanted = fingerprint(name, weights), description["weights"]
         if found != wanted:
             raise UserError(
                 f"the run was trained with the {name} weights {wanted}, and "
@@ -153,7 +163,14 @@ def _imagenet_weights(network: keras.Model, encoder: str) -> list[np.ndarray]:
             f"({reason}): download the file elsewhere and give its path as "
             "--encoder-weights"
         ) from None
-    return trained.get_weights()
+    weights, known = trained.get_weights(), ENCODERS[encoder].imagenet
+    if known not in ("imagenet", found := digest(weights)):
+        raise UserError(
+            f"the ImageNet weights of {encoder} that Keras downloaded are "
+            f"{found} and no longer {known}: give the file of those as "
+            "--encoder-weights"
+        )
+    return weights
 
 
 def _load_file(network: keras.Model, path: str, encoder: str) -> None:
@@ -179,23 +196,35 @@ def _shapes_of(network: keras.Model) -> Shapes:
 
 
 def _shapes_in_file(path: str) -> Shapes:
-    """The shapes of a model's weights, without those of its optimizer."""
     shapes: Shapes = Counter()
+    _visit_weights(path, lambda weight: shapes.update([weight.shape]))
+    return shapes
 
-    def count(name: str, entry: Any) -> None:
+
+def _visit_weights(path: str, visit: Callable[[h5py.Dataset], None]) -> None:
+    """Visits a model's weights in a file, without those of its optimizer."""
+
+    def enter(name: str, entry: Any) -> None:
         if isinstance(entry, h5py.Dataset) and "optimizer" not in name:
-            shapes[entry.shape] += 1
+            visit(entry)
 
     try:
+        with open(path, "rb"):  # h5py's errors say less
+            pass
+    except OSError as error:
+        raise UserError(
+            f"encoder weights {path}: {error.strerror}; --encoder-weights "
+            "takes imagenet, random or the path of a weights file"
+        ) from None
+    try:
         with h5py.File(path) as file:
-            file.visititems(count)
+            file.visititems(enter)
     except (OSError, RuntimeError, KeyError, ValueError):
         raise UserError(
             f"{path} is not a weights file, or is incomplete: "
             "--encoder-weights takes imagenet, random or an HDF5 file written "
             "by Keras"
         ) from None
-    return shapes
 
 
 @functools.cache

@@ -6,6 +6,16 @@ from typing import Any
 import keras
 from keras import ops
 
+# Flickr8k's 6,000 images take 1,500 steps in EPOCHS epochs. A dataset of fewer
+# images gets as many steps, but no image is seen more than MOST_EPOCHS times.
+EPOCHS, STEPS, MOST_EPOCHS = 8, 1500, 30
+
+
+def choose_epochs(images: int, batch_images: int) -> int:
+    """How many epochs to train on so many images."""
+    steps = math.ceil(images / batch_images)
+    return min(max(EPOCHS, math.ceil(STEPS / steps)), MOST_EPOCHS)
+
 
 class Schedule(keras.optimizers.schedules.CosineDecay):
     """Warms up, decays to 0, and stays low for whatever comes after.
