@@ -4,12 +4,14 @@
     python caption.py --dataset flickr30k --attention maps photographs/
     python caption.py --serve
 
-Captions photographs, and all those in folders, with a trained run. Prints a
+Captions photographs, and all those in folders, with a trained run: the newest
+of yours that was trained on photographs, or else the pretrained one. Prints a
 line `photo<TAB>caption` for each. A `-` reads a list of photographs from
 standard input, one per line. With --serve, it opens a page on this machine
 where you drop photographs instead.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning import command
-from config import Config, UserError
+from config import SAMPLE, Config, UserError
 
 ACTIONS = [
     command.Action(
@@ -78,12 +80,14 @@ def main(arguments: command.Arguments) -> int:
     if bool(actions.photos) == (actions.serve is not None):
         command.tell("give photographs, folders of them or -; or else --serve")
         return command.WRONG_USAGE
+    wanted = choose_run(arguments)
     if actions.serve is not None:
-        return serve(arguments)
+        return serve(arguments, wanted)
     photos, failed = find_photos(actions.photos)
     if actions.attention:
         Path(actions.attention).mkdir(parents=True, exist_ok=True)
-    config, run = runs.decoding_config(arguments.config, arguments.given)
+    config, run = runs.decoding_config(wanted, arguments.given)
+    note_sample(config, run)
     captioner = load_captioner(config, run, one_by_one=len(photos) <= FEW)
     captioned = 0
     for photo, found, reason in caption(photos, captioner, config.input_size):
@@ -95,20 +99,49 @@ def main(arguments: command.Arguments) -> int:
         if actions.attention:
             draw(Path(actions.attention), photo, found)
         captioned += 1
-    where = f"; figures in {actions.attention}" if actions.attention else ""
+    after = ". Next: --attention maps shows where it looked"
+    if actions.attention:
+        after = f"; figures in {actions.attention}"
     print(
         f"Captioned {captioned:,} of {captioned + failed:,} photographs with "
-        f"{run}{where}. Next: python evaluate.py scores the run",
+        f"{run}{after}",
         file=sys.stderr,
     )
     return command.FAILED if failed else command.DONE
 
 
-def serve(arguments: command.Arguments) -> int:
+def choose_run(arguments: command.Arguments) -> Config:
+    """The config, with a run of photographs where none is named."""
+    from captioning import runs
+
+    config = arguments.config
+    named = {"run_name", "dataset", "dataset_dir"} & arguments.given.keys()
+    if named or Config.run_name or config.dataset != SAMPLE:
+        return config
+    name = runs.newest_of_photographs(config.checkpoints_dir)
+    print(
+        f"Captioning with the run {name}; --run-name takes another.",
+        file=sys.stderr,
+    )
+    return dataclasses.replace(config, run_name=name)
+
+
+def note_sample(config: Config, run: Path) -> None:
+    """Says so where a run has never seen a photograph."""
+    if config.dataset == SAMPLE:
+        print(
+            f"Note: {run} knows only the drawn scenes of the sample; what it "
+            "says about photographs means nothing.",
+            file=sys.stderr,
+        )
+
+
+def serve(arguments: command.Arguments, wanted: Config) -> int:
     """Captions the photographs that are dropped on a local page."""
     from captioning import runs
 
-    config, run = runs.decoding_config(arguments.config, arguments.given)
+    config, run = runs.decoding_config(wanted, arguments.given)
+    note_sample(config, run)
     captioner = load_captioner(config, run, one_by_one=True)
     # It imports Keras, which has been imported quietly by now.
     from captioning.decoding import serve as page

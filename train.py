@@ -2,19 +2,22 @@
 
     python train.py
     python train.py --dataset flickr30k --epochs 15
+    python train.py --dataset holidays --start-from pretrained
 
 Trains the decoder on what preprocess.py left in data/cache/. A run that was
 stopped, by whatever means, resumes where it was when the same command is given
 again; --fresh starts over and keeps the old folder under another name.
+--start-from begins with the weights of another run.
 """
 
 import dataclasses
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from captioning import command, job
-from config import Config
+from config import Config, check_name
 
 ACTIONS = [
     command.Action(
@@ -23,6 +26,16 @@ ACTIONS = [
             "action": "store_true",
             "default": False,
             "help": "start over; the old run folder gets another name",
+        },
+    ),
+    command.Action(
+        "--start-from",
+        {
+            "type": functools.partial(check_name, "run_name"),
+            "metavar": "RUN",
+            "default": None,
+            "help": "begin with the weights of another run with the same "
+            "encoder, such as 'pretrained'",
         },
     ),
     command.Action(
@@ -57,8 +70,7 @@ def main(arguments: command.Arguments) -> None:
         from captioning import backend
 
         with backend.all_devices() as devices:
-            tensorboard = arguments.actions.tensorboard
-            fit(config, place, train, val, words, devices, tensorboard)
+            fit(config, place, train, val, words, devices, arguments.actions)
     following = command.next_line("evaluate.py", arguments)
     if "test" not in prepared.splits(config):
         following += " --split val"
@@ -72,34 +84,47 @@ def fit(
     val: Any,
     words: Any,
     devices: Any,
-    tensorboard: bool,
+    actions: Any,
 ) -> None:
     """Trains on the training split, and judges by the validation split."""
     from captioning import backend, runs
     from captioning.scoring.metrics import CIDER_IMAGES
-    from captioning.training import callbacks, loop, self_critical
-    from captioning.training.schedule import Schedule
+    from captioning.training import (
+        callbacks,
+        loop,
+        schedule,
+        self_critical,
+        warm_start,
+    )
     from model import build_model
 
     backend.set_seed(config.seed)
-    # Saved as what it is, so that the run means the same on another machine.
+    # Saved as what they are, so that the run means the same elsewhere.
     config = dataclasses.replace(
-        config, precision=backend.set_precision(config)
+        config,
+        precision=backend.set_precision(config),
+        epochs=config.epochs
+        or schedule.choose_epochs(len(train.images), config.batch_images),
     )
+    start = place.with_name(actions.start_from) if actions.start_from else None
     features, val_features = open_features(
-        config, place, train, val, words, devices
+        config, place, train, val, words, devices, start
     )
     batches, val_batches = loop.make_batches(
         config, (features, val_features), (train, val), words, devices
     )
     decoder = build_model(config, len(words), features.shape[-1])
-    loop.standardise(decoder, features)
+    progress = runs.load_progress(place)
+    if start and not progress:
+        warm_start.start_from(decoder, words, start)
+    else:
+        loop.standardise(decoder, features)
 
     steps = len(batches)
-    scheduled = (runs.load_progress(place) or {}).get(
-        "scheduled_epochs", config.epochs
+    scheduled = (progress or {}).get("scheduled_epochs", config.epochs)
+    rate = schedule.Schedule(
+        config.learning_rate, steps, scheduled, config.warmup_share
     )
-    rate = Schedule(config.learning_rate, steps, scheduled, config.warmup_share)
     loop.compile_decoder(decoder, config, rate, steps)
     measure = callbacks.ValidationCider(
         config, decoder, val_features, val, words, devices
@@ -118,7 +143,8 @@ def fit(
         return
     print(
         f"Training {place}: {len(features):,} images, {len(words):,} words, "
-        f"{decoder.count_params():,} weights, {config.precision}, "
+        f"{decoder.count_params():,} weights, {config.epochs} epochs, "
+        f"{config.precision}, "
         f"{devices.number} device{'s' if devices.number > 1 else ''}"
     )
     if judge.by_loss:
@@ -132,7 +158,7 @@ def fit(
         announce_schedule(config, scheduled, rate.afterwards)
         watching = [judge.averaged, judge, points]
         if devices.process == 0:
-            watching += callbacks.boards(place, tensorboard)
+            watching += callbacks.boards(place, actions.tensorboard)
         loop.run_epochs(batches, val_batches, watching, points, config.epochs)
     if config.scst_epochs:
         self_critical.train(config, points, features, train.tokens, words)
@@ -143,9 +169,24 @@ def fit(
 
 
 def open_features(
-    config: Config, place: Path, train: Any, val: Any, words: Any, devices: Any
+    config: Config,
+    place: Path,
+    train: Any,
+    val: Any,
+    words: Any,
+    devices: Any,
+    start: Path | None,
 ) -> tuple[Any, Any]:
     """Opens the features, and begins the run on them or checks that it did.
+
+    Args:
+        config: its encoder fields.
+        place: the run folder.
+        train: the training split.
+        val: the validation split.
+        words: the vocabulary.
+        devices: that train.
+        start: the folder of the run to start from.
 
     Returns:
         Those of the training and of the validation images.
@@ -155,6 +196,7 @@ def open_features(
     from captioning import runs
     from captioning.data import prepared
     from captioning.features.encoder_weights import describe_features
+    from captioning.training import warm_start
 
     described = describe_features(config)
     everything = [*train.images, *val.images]
@@ -162,11 +204,13 @@ def open_features(
     places = np.arange(len(everything))
     features = opened.select(places[: len(train.images)])
     val_features = opened.select(places[len(train.images) :])
+    if start:
+        warm_start.check(config, start, described, features.shape[1:])
     if devices.process == 0:
         pixels = prepared.pixel_digests(config, described, train.images)
         images = runs.digest_images(train.images, pixels)
         shape = features.shape[1:]
-        runs.begin(config, place, words, described, shape, images)
+        runs.begin(config, place, words, described, shape, images, start)
     job.wait("begin")
     return features, val_features
 

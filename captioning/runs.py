@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from captioning.data import vocabulary
-from captioning.files import atomic_path, write_csv, write_text
-from config import OPEN, Config, UserError, group
+from captioning.files import atomic_path, read_json, write_csv, write_text
+from config import OPEN, SAMPLE, Config, UserError, group
 
 # What may change when a run is resumed; its result depends on all other fields
 # of these groups.
@@ -29,11 +29,37 @@ UNKNOWN_PIXELS = "0" * 16
 CONFIG, VOCABULARY = "config.json", "vocabulary.json"
 FEATURES, IMAGES = "features.json", "training_images.csv"
 WEIGHTS, STATE = "model.weights.h5", "last/state.npz"
+PRETRAINED = "pretrained"  # the run that comes with the project
 
 
 def folder(config: Config) -> Path:
     """The folder of the run that a resolved config names."""
     return Path(config.checkpoints_dir) / config.run_name
+
+
+def newest_of_photographs(checkpoints_dir: str) -> str:
+    """The run that captions photographs where none is named.
+
+    Returns:
+        The name of the newest run that was trained on photographs, or of the
+        pretrained one if there is no other.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = []
+    for path in Path(checkpoints_dir).glob(f"*/{WEIGHTS}"):
+        dataset = read_json(path.with_name(CONFIG)).get("dataset", SAMPLE)
+        if dataset != SAMPLE:
+            own = path.parent.name != PRETRAINED
+            found.append((own, path.stat().st_mtime, path.parent.name))
+    if not found:
+        raise UserError(
+            f"there is no run in {checkpoints_dir} that was trained on "
+            f"photographs: train one, or get {checkpoints_dir}/{PRETRAINED} "
+            "back with git checkout"
+        )
+    return max(found)[-1]
 
 
 def set_aside(place: Path) -> Path:
@@ -145,15 +171,21 @@ def training_config(
     if not (place / CONFIG).exists():
         _refuse_other_folder(place)
         return wanted
+    if (place / WEIGHTS).exists() and not (place / STATE).exists():
+        raise UserError(
+            f"{place} captions but cannot be resumed, as it has no {STATE}: "
+            f"give another --run-name, and --start-from {place.name} to start "
+            "from its weights"
+        )
     config = load_config(place, training=True)
     _keep(config, given, group("model"), place)
     _note_defaults(config)
     fixed = [*group("data"), *group("encoder"), *group("training")]
     fixed = [name for name in fixed if name not in CHANGEABLE]
     _keep(config, dataclasses.asdict(wanted), fixed, place)
-    return _with(
-        config, wanted, [*CHANGEABLE, *group("place"), *group("decoding")]
-    )
+    free = [*CHANGEABLE, *group("place"), *group("decoding")]
+    closed = [n for n in free if getattr(wanted, n) != OPEN.get(n)]
+    return _with(config, wanted, closed)
 
 
 def decoding_config(
@@ -290,6 +322,7 @@ def begin(
     descriptions: list[dict[str, Any]],
     shape: tuple[int, ...],
     images: pd.DataFrame,
+    start: Path | None = None,
 ) -> None:
     """Writes what a run depends on, or compares it with what it was.
 
@@ -300,28 +333,39 @@ def begin(
         descriptions: of the features of each encoder, from `encoder_weights`.
         shape: of an image's features, (regions, channels).
         images: of the training split, from `digest_images`.
+        start: the folder of the run whose weights it starts from.
 
     Raises:
-        UserError: if the run began with other words, features or images.
+        UserError: if the run began with other words, features, images or
+            weights.
     """
     images = images.sort_values(["name", "pixels"], ignore_index=True)
+    fields = {"encoders": descriptions, "shape": shape}
+    fields["started_from"] = start.name if start else ""
     if (place / STATE).exists():
-        known = load_description(place)
-        before = _load_images(place)
+        began = started_from(place)
+        known = _load_images(place)
+        own = images if known is None else known[known["name"] != ""]
         for what, same in {
             "vocabulary has": vocabulary.load(place / VOCABULARY) == words,
-            "encoder has": known == (descriptions, tuple(shape)),
-            "training images have": before is None or images.equals(before),
+            "encoder has": load_description(place)
+            == (descriptions, tuple(shape)),
+            "training images have": images.equals(own),
+            "starting run has": not start or start.name == began,
         }.items():
             if not same:
                 raise UserError(
                     f"the {what} changed since {place} was begun: give "
                     "--fresh to start over, or another --run-name"
                 )
-    fields = {"encoders": descriptions, "shape": shape}
-    write_text(place / FEATURES, json.dumps(fields, indent=2) + "\n")
-    vocabulary.save(words, place / VOCABULARY)
-    write_csv(place / IMAGES, images)
+    else:
+        before = _load_images(start) if start else None
+        if before is not None:
+            # The names of another dataset's images mean nothing in this one.
+            images = pd.concat([images, before.assign(name="")])
+        write_text(place / FEATURES, json.dumps(fields, indent=2) + "\n")
+        vocabulary.save(words, place / VOCABULARY)
+        write_csv(place / IMAGES, images)
     save_config(config, place)
 
 
@@ -339,6 +383,11 @@ def load_description(
         fields = json.loads(path.read_text(encoding="utf-8"))
         regions, channels = fields["shape"]
         return fields["encoders"], (regions, channels)
+
+
+def started_from(place: Path) -> str:
+    """The name of the run that a run started from; empty if from nothing."""
+    return str(read_json(place / FEATURES).get("started_from", ""))
 
 
 def digest_images(names: Sequence[str], pixels: np.ndarray) -> pd.DataFrame:
@@ -363,7 +412,8 @@ def _load_images(place: Path) -> pd.DataFrame | None:
     if not path.exists():
         return None
     with _reading(path):
-        return pd.read_csv(path, dtype=str)[["name", "pixels"]]
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return table[["name", "pixels"]]
 
 
 def trained_on(

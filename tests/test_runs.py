@@ -23,7 +23,7 @@ BEGUN = {
     "shape": (4, 3),
     "images": runs.digest_images(["b.jpg", "a.jpg"], np.eye(2, 16, dtype="B")),
 }
-TRAINED = resolve(Config(learning_rate=0.01, precision="float32"))
+TRAINED = resolve(Config(learning_rate=0.01, precision="float32", epochs=5))
 LIKE_TRAINED = ["--learning-rate", "0.01", "--precision", "float32"]
 NAME = "sample-resnet50"
 
@@ -104,7 +104,7 @@ def test_a_config_of_another_version_is_not_filled_in(place, changes, decodes):
         "",
         "[]",
         "null",
-        '{"epochs": 0}',
+        '{"epochs": -1}',
         '{"epochs": "3"}',
         '{"dataset": "../../elsewhere"}',
         '{"run_name": "../../elsewhere"}',
@@ -131,7 +131,7 @@ def test_an_unknown_run_is_reported_with_those_there_are(checkpoints):
         (["--epochs", "20", "--patience", "9"], {"epochs": 20, "patience": 9}),
         (["--data-dir", "a b"], {"data_dir": "a b"}),
         (["--beam-size", "2"], {"beam_size": 2}),
-        (["--batch-images", "0", "--magnification", "0"], {}),  # left open
+        (["--batch-images", "0", "--epochs", "0"], {}),  # left open
         (["--precision", "auto"], {}),  # of whatever machine
     ],
 )
@@ -237,6 +237,36 @@ def test_a_folder_that_is_no_run_is_not_made_one(checkpoints):
     assert "is no run" in refusal(resume, "--run-name", "file")
 
 
+def test_without_a_name_the_newest_run_of_photographs_captions(checkpoints):
+    wanted = str(checkpoints)
+    assert "git checkout" in refusal(runs.newest_of_photographs, wanted)
+    kinds = {
+        "pretrained": "flickr8k",
+        "old": "mine",
+        "new": "mine",
+        "scenes": "sample",
+    }
+    for age, (name, dataset) in enumerate(kinds.items()):
+        save(checkpoints / name, dataset=dataset)
+        (checkpoints / name / "model.weights.h5").touch()
+        os.utime(checkpoints / name / "model.weights.h5", (age, age))
+        if name != "scenes":
+            assert runs.newest_of_photographs(wanted) == name
+    # The pretrained run only where there is no other, whatever its age.
+    os.utime(checkpoints / "pretrained" / "model.weights.h5", (9, 9))
+    assert runs.newest_of_photographs(wanted) == "new"
+    (checkpoints / "begun" / "last").mkdir(parents=True)
+    save(checkpoints / "begun", dataset="mine")  # no weights yet
+    assert runs.newest_of_photographs(wanted) == "new"
+
+
+def test_a_run_without_a_state_is_not_trained_over(place):
+    """Such as the pretrained one."""
+    (place / "model.weights.h5").write_bytes(b"weights")
+    assert "--start-from sample-resnet50" in refusal(resume)
+    assert (place / "model.weights.h5").read_bytes() == b"weights"
+
+
 def test_a_run_that_is_set_aside_keeps_its_files(place):
     before = (place / "config.json").read_bytes()
     aside = runs.set_aside(place)
@@ -296,6 +326,25 @@ def test_images_of_training_are_found_by_pixels_and_within_a_dataset_by_name(
     found = runs.trained_on(*asked, same_dataset=False)
     assert found.tolist() == [True, False, False, False]
     assert "jpg" not in (tmp_path / "training_images.csv").read_text()
+
+
+def test_images_of_the_run_that_a_run_started_from_count_too(tmp_path):
+    old, new, pixels = tmp_path / "old", tmp_path / "new", np.eye(4, 16)
+    pixels = (pixels * 255).astype(np.uint8)
+    images = runs.digest_images(["1.jpg"], pixels[:1])
+    runs.begin(TRAINED, old, **BEGUN | {"images": images})
+    own = BEGUN | {"images": runs.digest_images(["2.jpg"], pixels[1:2])}
+    runs.begin(TRAINED, new, **own, start=old)
+    asked = new, ["1.jpg", "2.jpg", "a.jpg", "3.jpg"], pixels[[2, 1, 0, 3]]
+    found = runs.trained_on(*asked, same_dataset=True)
+    assert found.tolist() == [False, True, True, False]
+    # It is resumed with or without the flag, and from no other run.
+    runs.save_state(new, [], {})
+    for start in (old, None):
+        runs.begin(TRAINED, new, **own, start=start)
+        assert runs.started_from(new) == "old"
+    message = refusal(runs.begin, TRAINED, new, *own.values(), tmp_path / "no")
+    assert "the starting run has changed" in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "5", '{"shape": 3}'])
