@@ -4,6 +4,7 @@
     python evaluate.py --dataset flickr8k --split val
     python evaluate.py --captions captions.json
     python evaluate.py --runs first second
+    python evaluate.py --compare before after
     python evaluate.py --export program
 
 Captions a split with beam search, scores the captions and leaves everything in
@@ -11,8 +12,9 @@ checkpoints/<run>/evaluation/<split>/. Another search or fewer images go to a
 folder of their own: evaluation/<split>-beam5-limit100/. --captions scores a
 file of captions (COCO's results format) instead. --runs averages the
 probabilities of several runs at every word; what they reach together is in
-checkpoints/<run>+<run>/. --export scores nothing: it writes the run as one
-program, from pixels to words.
+checkpoints/<run>+<run>/. --compare says whether one evaluation is better than
+another by more than chance, and shows the images where they differ most.
+--export scores nothing: it writes the run as one program, from pixels to words.
 """
 
 import dataclasses
@@ -45,6 +47,16 @@ ACTIONS = [
         },
     ),
     command.Action(
+        "--compare",
+        {
+            "nargs": 2,
+            "metavar": ("A", "B"),
+            "default": [],
+            "help": "compare two evaluations: names of runs, or folders below "
+            "evaluation/",
+        },
+    ),
+    command.Action(
         "--export",
         {
             "metavar": "DIR",
@@ -65,6 +77,9 @@ def main(arguments: command.Arguments) -> None:
     from captioning.scoring import metrics, results, table
 
     given, actions = arguments.given, arguments.actions
+    if actions.compare:
+        compare(arguments.config, *actions.compare)
+        return
     members = runs.members(arguments.config, given, actions.runs)
     if actions.export:
         export_run(members, Path(actions.export))
@@ -81,11 +96,12 @@ def main(arguments: command.Arguments) -> None:
     place = run / "evaluation" / name
     with lock(place), results.replaced(place) as part:
         figures: dict[str, Any] = {}
+        counts = None
         attention: dict[str, Any] = {}
         if not actions.captions:
             from captioning.decoding import captioner
 
-            found, figures = caption_split(members, split)
+            found, figures, counts = caption_split(members, split)
             pairs = list(zip(split.images, found, strict=True))
             captions = {image: each.caption for image, each in pairs}
             attention = {
@@ -101,7 +117,7 @@ def main(arguments: command.Arguments) -> None:
         figures = results.all_metrics(config, origin, figures, scores)
         results.write_metrics(part / "metrics.json", figures)
         examples = results.write_examples(
-            part / "captions.csv", captions, references, scores
+            part / "captions.csv", captions, references, scores, counts
         )
         if attention:
             results.write_report(
@@ -117,6 +133,26 @@ def main(arguments: command.Arguments) -> None:
     if actions.runs:  # of which caption.py takes one
         next_line += f" --run-name {members[0][1].name}"
     print(f"Wrote {place}{look}. Next: {next_line} PHOTO_OR_FOLDER...")
+
+
+def compare(config: Config, *names: str) -> None:
+    """Compares two evaluations, and writes a page about them."""
+    from captioning import runs
+    from captioning.data import prepared
+    from captioning.scoring import compare
+
+    first, second = compare.pair(
+        *(compare.load(x, config.checkpoints_dir, config.split) for x in names)
+    )
+    differences = compare.compare(first, second)
+    print(compare.as_text(first, second, differences))
+    run = second.metrics["run"]["run"].partition("+")[0]
+    trained = runs.load_config(Path(config.checkpoints_dir) / run)
+    trained = dataclasses.replace(trained, data_dir=config.data_dir)
+    page = compare.write_page(
+        first, second, differences, prepared.images_dir(trained)
+    )
+    print(f"Wrote {page}. Next: open it to see where they differ most.")
 
 
 def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
@@ -186,7 +222,7 @@ def training_captions(config: Config) -> list[str]:
 
 def caption_split(
     members: list[tuple[Config, Path]], split: Any
-) -> tuple[list[Any], dict[str, Any]]:
+) -> tuple[list[Any], dict[str, Any], Any]:
     """Captions the images of a split.
 
     Args:
@@ -194,12 +230,13 @@ def caption_split(
         split: from `prepared.load_split`.
 
     Returns:
-        What the search found for each image, and the figures that need the
-        model: teacher-forced ones and the speed.
+        What the search found for each image; the figures that need the model:
+        teacher-forced ones and the speed; and the former's counts per image.
     """
     import numpy as np
 
     from captioning.decoding import captioner
+    from captioning.scoring import teacher_forced
 
     config, images = members[0][0], len(split.images)
     opened = [open_run(*each, split.images) for each in members]
@@ -218,8 +255,10 @@ def caption_split(
         searcher, features, everything, words, progress=True
     )
     speed = images / (time.monotonic() - begun)
-    figures = teacher_forced(config, decoders, features, split, words)
-    return found, {**figures, "images_per_second": speed}
+    counts = count_tokens(config, decoders, features, split, words)
+    figures = teacher_forced.figures(counts)
+    table = teacher_forced.per_image(counts, split.images)
+    return found, {**figures, "images_per_second": speed}, table
 
 
 def open_run(
@@ -238,14 +277,14 @@ def open_run(
     return decoder, words, features
 
 
-def teacher_forced(
+def count_tokens(
     config: Config,
     decoders: Any,
     features: Any,
     split: Any,
     words: Any,
-) -> dict[str, Any]:
-    """Token accuracy and perplexity of one decoder, or of several averaged.
+) -> Any:
+    """The words that one decoder, or several averaged, get right.
 
     Args:
         config: its batch size and the longest caption.
@@ -267,8 +306,7 @@ def teacher_forced(
         CaptionBatches(each, captions, config.batch_images) for each in features
     ]
     scored = captioner.teacher_force(decoders, batches)
-    counts = teacher_forced.count(scored, len(split.images))
-    return teacher_forced.figures(counts)
+    return teacher_forced.count(scored, len(split.images))
 
 
 def show(examples: Any) -> None:

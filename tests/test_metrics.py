@@ -334,7 +334,7 @@ def test_meteor_is_that_of_pycocoevalcap(monkeypatch):
     assert found["tokenizer"] == metrics.PTB
     # The process that is running saves the seconds that another would take.
     monkeypatch.setattr(java, "Meteor", lambda: meteor)
-    assert java.meteor({"1.jpg": [""]}, {"1.jpg": ["a dog"]}) == 0
+    assert java.meteor({"1.jpg": [""]}, {"1.jpg": ["a dog"]}) == (0, [0])
 
 
 @needs_scripts
@@ -397,7 +397,9 @@ def test_spice_counts_an_empty_caption_as_zero_and_checks_its_answer(
         with pytest.raises(ChildProcessError, match=told):
             java.spice(made, judged)
     else:
-        assert java.spice(made, judged) == pytest.approx(1 / 3)
+        value, values = java.spice(made, judged)
+        assert value == pytest.approx(1 / 3)
+        assert values[1] == 0 and sum(values) == pytest.approx(1)
 
 
 # --- the table -------------------------------------------------------------

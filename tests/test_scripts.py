@@ -238,6 +238,25 @@ def test_a_terminated_run_saves_and_can_be_resumed(home):
     assert f"Resuming after {done} epochs" in printed
 
 
+def test_a_run_starts_from_another(home):
+    """With other words; and is resumed with the same command."""
+    words = [*FLAGS, "--min-word-count", "9"]
+    good("preprocess.py", *words, folder=home)
+    flags = [*words, *TRAINING, "--run-name", "warm", "--start-from", RUN]
+    printed = good("train.py", *flags, folder=home)
+    assert re.search(
+        rf"Starting from .*{RUN}, which knows (\d+) of \1", printed
+    )
+    assert "This run is trained" in good("train.py", *flags, folder=home)
+    good("evaluate.py", *words, *flags[-4:-2], "--split", "val", folder=home)
+    assert evaluation(home, "warm", "val")["run"]["started_from"] == RUN
+    other = [*flags[:-3], "cold", "--decoder-units", "9", *flags[-2:]]
+    assert "give --decoder-units 8" in bad("train.py", *other, folder=home)
+    assert not (home / "checkpoints" / "cold").exists()
+    flags = [*flags[:-3], "cold", "--start-from", "nothing"]
+    assert "no trained run" in bad("train.py", *flags, folder=home)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(home, monkeypatch):
     """And what was saved before stays as it was."""
     from captioning.training import callbacks
@@ -359,6 +378,13 @@ def test_what_differs_goes_to_a_folder_of_its_own(home, monkeypatch):
         assert found["run"]["precision"] == precision
         assert {*os.listdir(folder / "evaluation" / name)} == results.FILES
     assert (folder / "evaluation/val/metrics.json").read_bytes() == before
+    two = [RUN, folder / "evaluation/val-beam2"]
+    flags = ["--split", "val", "--compare", *two]
+    printed = good("evaluate.py", *flags, folder=home)
+    assert "token accuracy" in printed and "within chance" in printed
+    page = folder / f"evaluation/val-beam2/compared-with-{RUN}-val.html"
+    assert str(page.relative_to(home)) in printed
+    assert page.read_text().count("data:image/jpeg;base64,") == 2
 
 
 def test_an_evaluation_says_what_made_it(home):
@@ -379,6 +405,7 @@ def test_an_evaluation_says_what_made_it(home):
             "encoder": "mobilenetv2",
             "epoch": 2,
             "seed": 0,
+            "started_from": "",
             "images_trained_on": seen,
         }
         assert expected.items() <= run.items()

@@ -219,8 +219,9 @@ def _read(config: Config) -> pd.DataFrame:
 
 
 def images_dir(config: Config) -> Path:
-    """Where the images were when they were preprocessed."""
-    return Path(read_json(folder(config) / "dataset.json")["images_dir"])
+    """Where the images were when they were preprocessed, if they were."""
+    found = read_json(folder(config) / "dataset.json")
+    return Path(found.get("images_dir", ""))
 
 
 def load_vocabulary(config: Config) -> Vocabulary:

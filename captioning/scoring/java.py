@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pycocoevalcap
 from pycocoevalcap.meteor.meteor import Meteor
@@ -71,8 +72,10 @@ def ptb(texts: list[str]) -> list[str]:
     return lines[1:-1]
 
 
-def meteor(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
-    """METEOR 1.5 (Denkowski and Lavie 2014).
+def meteor(
+    made: dict[str, list[str]], judged: dict[str, list[str]]
+) -> tuple[float, list[float]]:
+    """METEOR 1.5 (Denkowski and Lavie 2014), and that of each image.
 
     Args:
         made: image -> its caption, tokenised.
@@ -98,7 +101,7 @@ def meteor(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
     watchdog = threading.Timer(seconds, scorer.meteor_p.kill)
     watchdog.start()
     try:
-        value = scorer.compute_score(judged, made)[0]
+        value, values = scorer.compute_score(judged, made)
         if not 0 <= value <= 1:
             raise ValueError(value)
     except (OSError, ValueError):
@@ -113,11 +116,13 @@ def meteor(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
         # when it is deleted.
         if scorer.lock.locked():
             scorer.lock.release()
-    return value
+    return value, [*map(float, values)]
 
 
-def spice(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
-    """SPICE 1.0 (Anderson et al. 2016).
+def spice(
+    made: dict[str, list[str]], judged: dict[str, list[str]]
+) -> tuple[float, list[float]]:
+    """SPICE 1.0 (Anderson et al. 2016), and that of each image.
 
     Args:
         made: image -> its caption, tokenised.
@@ -135,13 +140,13 @@ def spice(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
                 "pycocoevalcap.spice.get_stanford_models` downloads, and a "
                 "Java from 8 to 14"
             )
-    items = [
+    items: list[dict[str, Any]] = [
         {"image_id": row, "test": made[image][0], "refs": references}
         for row, (image, references) in enumerate(judged.items())
         if made[image][0]
     ]
     if not items:
-        return 0.0
+        return 0.0, [0.0] * len(judged)
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "captions.json"), Path(folder, "out.json")
         asked.write_text(json.dumps(items), encoding="utf-8")
@@ -150,12 +155,15 @@ def spice(made: dict[str, list[str]], judged: dict[str, list[str]]) -> float:
         _run(command, "", SPICE_SECONDS + 2 * len(items))
         try:
             found = json.loads(answer.read_text(encoding="utf-8"))
-            values = [float(x["scores"]["All"]["f"]) for x in found]
+            scores = [float(x["scores"]["All"]["f"]) for x in found]
         except (OSError, ValueError, TypeError, LookupError):
-            values = []
-    if len(values) != len(items):
+            scores = []
+    if len(scores) != len(items):
         raise ChildProcessError("SPICE's answer could not be read")
-    return sum(values) / len(judged)  # an empty caption scores zero
+    values = [0.0] * len(judged)  # what an empty caption scores
+    for item, value in zip(items, scores, strict=True):
+        values[int(item["image_id"])] = value
+    return sum(values) / len(judged), values
 
 
 def _run(arguments: list[str], sent: str, seconds: float) -> str:

@@ -32,7 +32,9 @@ class Scores(NamedTuple):
     """What `score` found."""
 
     metrics: dict[str, Any]  # as in metrics.json
-    per_image: pd.DataFrame  # index image; bleu4, rouge_l, cider
+    # Index image; bleu4, rouge_l, cider, and meteor and spice where there is
+    # Java.
+    per_image: pd.DataFrame
     notices: list[str]  # lines to tell the user
 
 
@@ -120,7 +122,7 @@ def score(
     unavailable = {}
     for name, compute in (("meteor", java.meteor), ("spice", java.spice)):
         try:
-            metrics[name] = compute(made, judged)
+            metrics[name], per_image[name] = compute(made, judged)
         except ChildProcessError as error:
             metrics[name] = None
             unavailable[name] = str(error)
@@ -132,9 +134,7 @@ def _overlap(
     made: dict[str, list[str]], judged: dict[str, list[str]]
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """BLEU, ROUGE-L and CIDEr, with intervals, and those of each image."""
-    scorer = BleuScorer(n=4)
-    for image in judged:
-        scorer += (made[image][0], judged[image])
+    scorer = _count_ngrams([x for (x,) in made.values()], judged.values())
     bleu, bleu_per_image = scorer.compute_score(option="closest")
     rouge_l, rouge_l_per_image = Rouge().compute_score(judged, made)
     cider_mean, cider_per_image = Cider().compute_score(judged, made)
@@ -144,7 +144,7 @@ def _overlap(
         "rouge_l": float(rouge_l),
         "cider": float(cider_mean),
         "intervals": {
-            "bleu4": interval(_bleu_counts(scorer), _corpus_bleu4),
+            "bleu4": interval(_bleu_counts(scorer), corpus_bleu(4)),
             # The document frequencies stay those of the whole split.
             "cider": interval(counts, ratio),
         },
@@ -243,6 +243,38 @@ def _diversity(captions: list[str], known: set[str]) -> dict[str, Any]:
 # --- intervals ---------------------------------------------------------------
 
 
+def bleu_counts(
+    captions: Iterable[str], references: Iterable[Sequence[str]]
+) -> np.ndarray:
+    """What corpus BLEU is made of, for each image.
+
+    Args:
+        captions: of each image, as written.
+        references: of each image, as written.
+
+    Returns:
+        As `_bleu_counts`.
+    """
+    grouped: dict[tuple[int, bool], Sequence[str]] = {}
+    for number, text in enumerate(captions):
+        grouped[number, True] = [text]
+    for number, texts in enumerate(references):
+        grouped[number, False] = texts
+    tokens, _ = tokenise(grouped)
+    made = [tokens[key][0] for key in tokens if key[1]]
+    judged = [[*filter(None, tokens[x, False])] for x in range(len(made))]
+    return _bleu_counts(_count_ngrams(made, judged))
+
+
+def _count_ngrams(
+    made: Iterable[str], judged: Iterable[Sequence[str]]
+) -> BleuScorer:
+    scorer = BleuScorer(n=4)
+    for caption, references in zip(made, judged, strict=True):
+        scorer += (caption, references)
+    return scorer
+
+
 def _bleu_counts(scorer: BleuScorer) -> np.ndarray:
     """What corpus BLEU is made of, for each image.
 
@@ -258,19 +290,25 @@ def _bleu_counts(scorer: BleuScorer) -> np.ndarray:
     return np.array(rows, float)
 
 
-def _corpus_bleu4(totals: np.ndarray) -> np.ndarray:
-    """BLEU-4 (Papineni et al. 2002), with pycocoevalcap's tiny constants.
+def corpus_bleu(order: int) -> Callable[[np.ndarray], np.ndarray]:
+    """BLEU (Papineni et al. 2002), with pycocoevalcap's tiny constants.
 
     Args:
-        totals: (..., 10), sums of rows of `_bleu_counts`.
+        order: of the longest n-grams, up to 4.
 
     Returns:
-        (...): BLEU-4.
+        A function from sums of rows of `bleu_counts`, (..., 10), to BLEU,
+        (...).
     """
-    precisions = (totals[..., :4] + 1e-15) / (totals[..., 4:8] + 1e-9)
-    lengths = (totals[..., 8] + 1e-15) / (totals[..., 9] + 1e-9)
-    brevity = np.exp(np.minimum(0, 1 - 1 / lengths))
-    return np.exp(np.log(precisions).mean(axis=-1)) * brevity
+
+    def bleu(totals: np.ndarray) -> np.ndarray:
+        right, all_of_them = totals[..., :order], totals[..., 4 : 4 + order]
+        precisions = (right + 1e-15) / (all_of_them + 1e-9)
+        lengths = (totals[..., 8] + 1e-15) / (totals[..., 9] + 1e-9)
+        brevity = np.exp(np.minimum(0, 1 - 1 / lengths))
+        return np.exp(np.log(precisions).mean(axis=-1)) * brevity
+
+    return bleu
 
 
 def ratio(totals: np.ndarray) -> np.ndarray:

@@ -46,14 +46,14 @@ def example(
     """
     return {
         **row,
-        "photo": _thumbnail(images_dir / row["image"]),
+        "photo": thumbnail(images_dir / row["image"]),
         "side": maps.shape[1],
         "peaks": [round(float(each.max()), 4) for each in maps],
         "maps": _base64(figures.scaled(maps).tobytes()),
     }
 
 
-def _thumbnail(path: Path) -> str | None:
+def thumbnail(path: Path) -> str | None:
     """A small JPEG in base64; None if the photograph cannot be read."""
     try:
         pixels, _ = images.read_image(path, _THUMBNAIL_SIDE, square=False)

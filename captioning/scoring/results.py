@@ -34,6 +34,8 @@ FILES = {
     "report.html",
     "attention",
 }
+# Columns of captions.csv that the report shows.
+SHOWN = ["image", "caption", "references", "bleu4", "rouge_l", "cider"]
 MODEL_METRICS = (
     "token_accuracy",
     "token_accuracy_top5",
@@ -229,7 +231,7 @@ def describe_run(
 
     Args:
         members: config and folder of each run; if several were averaged,
-            encoder, epoch and seed are lists.
+            encoder, epoch, seed and started_from are lists.
         images: what was evaluated.
         own: whether the captions are the run's own, and not from a file.
     """
@@ -237,6 +239,7 @@ def describe_run(
         "encoder": [config.encoder for config, _ in members],
         "epoch": [runs.best_epoch(place) for _, place in members],
         "seed": [config.seed for config, _ in members],
+        "started_from": [runs.started_from(place) for _, place in members],
     }
     several = len(members) > 1
     # Whichever of them were used.
@@ -285,9 +288,21 @@ def write_examples(
     captions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     scores: Scores,
+    counts: pd.DataFrame | None,
 ) -> pd.DataFrame:
-    """Writes captions.csv; returns it, with references as lists of texts."""
-    examples = scores.per_image.reset_index()
+    """Writes captions.csv; returns it, with references as lists of texts.
+
+    Args:
+        path: of the file.
+        captions: image -> its caption.
+        references: image -> its references.
+        scores: of the captions.
+        counts: from `teacher_forced.per_image`, if the model was measured.
+    """
+    examples = scores.per_image
+    if counts is not None:
+        examples = examples.join(counts)
+    examples = examples.rename_axis("image").reset_index()
     images = examples["image"]
     examples.insert(1, "caption", [captions.get(each, "") for each in images])
     examples.insert(2, "references", [references[each] for each in images])
@@ -332,7 +347,7 @@ def write_report(
         # Images without a usable reference have no score and no place here.
         examples=[
             report.example(row, attention[row["image"]], images_dir)
-            for row in examples.to_dict("records")
+            for row in examples[SHOWN].to_dict("records")
         ],
         history=epochs,
         curves=[

@@ -29,6 +29,11 @@ class Row(NamedTuple):
     reason: str  # why it could not be computed
 
 
+def titles() -> list[tuple[str, str, str]]:
+    """The key, the title and the format of each metric, in order."""
+    return [row[:3] for row in _METRICS.itertuples(index=False, name=None)]
+
+
 def rows(metrics: Mapping[str, Any]) -> list[Row]:
     """All metrics in words, in order.
 

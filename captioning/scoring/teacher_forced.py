@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from captioning.data.vocabulary import UNKNOWN
 from captioning.scoring.metrics import interval, ratio
@@ -67,6 +68,17 @@ def _judge(rows: np.ndarray, tokens: np.ndarray) -> tuple[Any, Any]:
     highest = rows.max(axis=1, keepdims=True)
     total = np.exp(rows - highest).sum(axis=1)
     return rank, np.log(total) - (own - highest)[:, 0]
+
+
+def per_image(counts: Counts, images: list[str]) -> pd.DataFrame:
+    """The counts as columns of captions.csv, from which runs are compared."""
+    columns = {
+        "tokens": counts.tokens,
+        "right": counts.hits,
+        "right_top5": counts.top,
+        "loss": counts.loss,
+    }
+    return pd.DataFrame(columns, index=images)
 
 
 def figures(counts: Counts) -> dict[str, Any]:

@@ -1,0 +1,302 @@
+"""Two evaluations of the same images: what differs, and is it more than chance.
+
+Both are resampled together, image by image (paired bootstrap; Koehn 2004,
+section 4): an image that is hard for one is hard for the other, so a difference
+shows long before the intervals of the two scores part.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from captioning.files import read_json, write_text
+from captioning.scoring import metrics, report, table
+from config import UserError
+
+SHOWN = 24  # images on the page, of each that one captions better
+# Where less is better, and where neither is.
+LESS_IS_BETTER, NEUTRAL = ("perplexity",), ("mean_length", "vocabulary_used")
+
+
+class Evaluation(NamedTuple):
+    """An evaluation on disk."""
+
+    name: str  # run and folder
+    place: Path
+    metrics: dict[str, Any]  # as in metrics.json
+    examples: pd.DataFrame  # as in captions.csv; index image
+
+
+class Difference(NamedTuple):
+    """How a metric differs, as text."""
+
+    title: str
+    first: str
+    second: str
+    difference: str
+    interval: str
+    verdict: str
+
+
+def load(name: str, checkpoints_dir: str, split: str) -> Evaluation:
+    """Loads an evaluation.
+
+    Args:
+        name: of a run, or the path of a folder below `evaluation/`.
+        checkpoints_dir: where the runs are.
+        split: of which the evaluation of a run is.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    place = Path(name)
+    if not (place / "metrics.json").exists():
+        place = Path(checkpoints_dir) / name / "evaluation" / split
+    figures = read_json(place / "metrics.json")
+    if not figures:
+        raise UserError(
+            f"there is no evaluation in {place}: run python evaluate.py "
+            f"--run-name {name} --split {split} first, or give the path of a "
+            "folder that has metrics.json"
+        )
+    path = place / "captions.csv"
+    try:
+        examples = pd.read_csv(path, dtype={"image": str, "caption": str})
+        examples["caption"] = examples["caption"].fillna("")
+        examples["references"] = examples["references"].map(json.loads)
+        label = f"{figures['run']['run']}, {place.name}"
+        return Evaluation(label, place, figures, examples.set_index("image"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read ({reason}): evaluate again"
+        ) from None
+
+
+def pair(first: Evaluation, second: Evaluation) -> list[Evaluation]:
+    """Both evaluations on the images that they share, in one order.
+
+    Raises:
+        UserError: if they share none, or cannot be compared.
+    """
+    shared = first.examples.index.intersection(second.examples.index)
+    if not len(shared):
+        raise UserError(
+            f"{first.place} and {second.place} have no image in common: "
+            "compare evaluations of the same split"
+        )
+    ours = [each.examples.loc[shared] for each in (first, second)]
+    if not ours[0]["references"].equals(ours[1]["references"]):
+        raise UserError(
+            f"{first.place} and {second.place} have other references for the "
+            "same images: evaluate one of them again"
+        )
+    names = [each.metrics["tokenizer"] for each in (first, second)]
+    if names[0] != names[1]:
+        raise UserError(
+            f"{first.place} was tokenised by {names[0]} and {second.place} by "
+            f"{names[1]}: evaluate one of them again, both with Java or both "
+            "without"
+        )
+    return [
+        each._replace(examples=examples)
+        for each, examples in zip((first, second), ours, strict=True)
+    ]
+
+
+def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
+    """Compares every metric of two evaluations from `pair`."""
+    pairs = (first, second)
+    sums, others = (_sums(each.examples) for each in pairs)
+    whole = all(len(x.examples) == x.metrics["images"] for x in pairs)
+    found = []
+    for name, title, form in table.titles():
+        a, b = (each.metrics.get(name) for each in pairs)
+        if a is None or b is None or name == "images_per_second":
+            continue
+        ends: list[float] = []
+        if name in sums and name in others:
+            (counts, statistic), (other, _) = sums[name], others[name]
+            ends = _interval(counts, other, statistic)
+            if not whole:
+                a, b = (
+                    float(statistic(x.sum(axis=0))) for x in (counts, other)
+                )
+        found.append(
+            Difference(
+                title=title.strip(),
+                first=form.format(a),
+                second=form.format(b),
+                difference=_signed(b - a, form),
+                interval=" to ".join(_signed(each, form) for each in ends),
+                verdict=_verdict(name, ends),
+            )
+        )
+    return found
+
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+def _sums(examples: pd.DataFrame) -> dict[str, tuple[np.ndarray, Statistic]]:
+    """What a metric is computed from, summed over images, and how.
+
+    METEOR is resampled as the mean over images; its corpus score is another
+    mean. Metrics that an evaluation does not have per image are left out.
+
+    Args:
+        examples: of one evaluation, from `pair`.
+
+    Returns:
+        Metric -> (images, columns), and the statistic of sums of its rows.
+    """
+    ones = np.ones(len(examples))
+    words = examples["caption"].str.split().map(len)
+    columns: dict[str, tuple[Any, Any, Statistic]] = {
+        name: (examples.get(name), ones, metrics.ratio)
+        for name in ("meteor", "rouge_l", "cider", "spice")
+    }
+    tokens = examples.get("tokens")
+    columns |= {
+        "mean_length": (words, ones, metrics.ratio),
+        "token_accuracy": (examples.get("right"), tokens, metrics.ratio),
+        "token_accuracy_top5": (
+            examples.get("right_top5"),
+            tokens,
+            metrics.ratio,
+        ),
+        "perplexity": (
+            examples.get("loss"),
+            tokens,
+            lambda totals: np.exp(metrics.ratio(totals)),
+        ),
+    }
+    sums = {
+        name: (np.column_stack([part, whole]), statistic)
+        for name, (part, whole, statistic) in columns.items()
+        if part is not None
+    }
+    counts = metrics.bleu_counts(examples["caption"], examples["references"])
+    for order in range(1, 5):
+        sums[f"bleu{order}"] = (counts, metrics.corpus_bleu(order))
+    return sums
+
+
+def _interval(
+    first: np.ndarray, second: np.ndarray, statistic: Statistic
+) -> list[float]:
+    """The 95% interval of a difference, by paired bootstrap.
+
+    Args:
+        first: of an evaluation, (images, columns).
+        second: of the other one.
+        statistic: from sums of rows (..., columns) to values (...).
+    """
+    width = first.shape[1]
+
+    def difference(totals: np.ndarray) -> np.ndarray:
+        return statistic(totals[..., width:]) - statistic(totals[..., :width])
+
+    return metrics.interval(np.hstack([first, second]), difference)
+
+
+def _signed(value: float, form: str) -> str:
+    """A difference with its sign; of percentages in percentage points."""
+    if form.endswith("%}"):
+        return f"{100 * value:+.1f}"
+    return form.replace("{:", "{:+").format(value)
+
+
+def _verdict(name: str, ends: list[float]) -> str:
+    if not ends:
+        return ""
+    if ends[0] <= 0 <= ends[1]:
+        return "within chance"
+    if name in NEUTRAL:
+        return "differs"
+    better = (ends[0] > 0) != (name in LESS_IS_BETTER)
+    return "better" if better else "worse"
+
+
+def as_text(
+    first: Evaluation, second: Evaluation, differences: list[Difference]
+) -> str:
+    """The comparison for a terminal."""
+    lines = [
+        f"A: {first.name}",
+        f"B: {second.name}",
+        f"{len(first.examples):,} images; differences are B minus A, those of "
+        "percentages in points",
+        "",
+        f"  {'':15}{'A':>8}{'B':>9}{'B - A':>9}  95% interval",
+    ]
+    for each in differences:
+        lines.append(
+            f"  {each.title:15}{each.first:>8}{each.second:>9}"
+            f"{each.difference:>9}  {each.interval:20}{each.verdict}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def write_page(
+    first: Evaluation,
+    second: Evaluation,
+    differences: list[Difference],
+    images_dir: Path,
+) -> Path:
+    """Writes the page with the images where two evaluations differ most.
+
+    Args:
+        first: from `pair`.
+        second: from `pair`; the page is written into its folder.
+        differences: from `compare`.
+        images_dir: where the photographs are.
+
+    Returns:
+        Its path.
+    """
+    gain = second.examples["cider"] - first.examples["cider"]
+    order = gain.sort_values(kind="stable").index
+    half = min(SHOWN, math.ceil(len(order) / 2))
+    sections = {
+        "B describes these better": [*order[::-1][:half]],
+        "A describes these better": [*order[: len(order) - half][:half]],
+    }
+    page = report.template("scoring/compare.html.jinja").render(
+        first=first.name,
+        second=second.name,
+        images=len(order),
+        differences=differences,
+        sections={
+            title: [_shown(image, first, second, images_dir) for image in some]
+            for title, some in sections.items()
+        },
+    )
+    label = f"{first.metrics['run']['run']}-{first.place.name}"
+    path = second.place / f"compared-with-{label}.html"
+    write_text(path, page)
+    return path
+
+
+def _shown(
+    image: str, first: Evaluation, second: Evaluation, images_dir: Path
+) -> Mapping[str, Any]:
+    """An image as the page shows it."""
+    return {
+        "image": image,
+        "photo": report.thumbnail(images_dir / image),
+        "references": first.examples.at[image, "references"],
+        "captions": [
+            (
+                letter,
+                each.examples.at[image, "caption"],
+                float(each.examples.at[image, "cider"]),
+            )
+            for letter, each in (("A", first), ("B", second))
+        ],
+    }

@@ -1,0 +1,178 @@
+"""Two evaluations of the same images."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from captioning.scoring import compare
+from captioning.scoring.metrics import score
+from config import UserError
+
+IMAGES = [f"{number}.jpg" for number in range(60)]
+REFERENCES = {
+    image: [f"a dog runs by tree {n % 7}", f"the dog sees house {n % 5}"]
+    for n, image in enumerate(IMAGES)
+}
+
+
+@pytest.fixture
+def evaluation(tmp_path, no_java):
+    """Makes an evaluation; gives the name to load it by."""
+
+    def make(run: str, captions: dict, right: int, references=REFERENCES):
+        place = tmp_path / run / "evaluation" / "val"
+        place.mkdir(parents=True)
+        scores = score(captions, {x: references[x] for x in captions}, [])
+        tokens = np.arange(5, 5 + len(captions)) % 9 + 6
+        table = scores.per_image.assign(
+            caption=captions,
+            references=[json.dumps(references[x]) for x in captions],
+            tokens=tokens,
+            right=np.minimum(tokens, right),
+            right_top5=tokens,
+            loss=tokens * (4.0 - right / 4),
+        )
+        table.to_csv(place / "captions.csv")
+        found = {
+            **scores.metrics,
+            "token_accuracy": table["right"].sum() / tokens.sum(),
+            "token_accuracy_top5": 1.0,
+            "perplexity": np.exp(4.0 - right / 4),
+            "images_per_second": 3.0,
+            "run": {"run": run},
+        }
+        (place / "metrics.json").write_text(json.dumps(found, default=float))
+        return compare.load(run, str(tmp_path), "val")
+
+    return make
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+
+
+def captions(right: float) -> dict[str, str]:
+    """Captions of which a share is a reference, and the others are not."""
+    return {
+        image: REFERENCES[image][0] if n < right * 60 else "a dog"
+        for n, image in enumerate(IMAGES)
+    }
+
+
+def by_title(first, second) -> dict[str, compare.Difference]:
+    return {each.title: each for each in compare.compare(first, second)}
+
+
+def test_an_evaluation_is_not_better_than_itself(evaluation):
+    one = evaluation("one", captions(0.5), 4)
+    found = by_title(*compare.pair(one, one))
+    assert {each.verdict for each in found.values()} <= {"within chance", ""}
+    assert found["CIDEr"].interval == "+0.000 to +0.000"
+    assert found["CIDEr"].first == found["CIDEr"].second
+
+
+def test_what_is_better_is_told_from_chance(evaluation):
+    poor = evaluation("poor", captions(0.2), 3)
+    good = evaluation("good", captions(0.8), 5)
+    found = by_title(*compare.pair(poor, good))
+    better = ("CIDEr", "BLEU-4", "ROUGE-L", "token accuracy", "perplexity")
+    assert {found[title].verdict for title in better} == {"better"}
+    assert found["length"].verdict == "differs"
+    assert found["distinct"].verdict == "" == found["distinct"].interval
+    assert "METEOR" not in found and "images/second" not in found
+    back = by_title(*compare.pair(good, poor))
+    assert {back[title].verdict for title in better} == {"worse"}
+    # A single image is not enough.
+    slightly = {**captions(0.2), IMAGES[-1]: REFERENCES[IMAGES[-1]][0]}
+    found = by_title(*compare.pair(poor, evaluation("new", slightly, 3)))
+    assert found["CIDEr"].verdict == "within chance"
+    assert found["CIDEr"].difference.startswith("+0.0")
+
+
+def test_differences_are_those_of_the_metrics(evaluation):
+    poor, good = (
+        evaluation("a", captions(0.2), 3),
+        evaluation("b", captions(0.7), 5),
+    )
+    found = by_title(*compare.pair(poor, good))
+    for name, title in (("bleu1", "BLEU-1"), ("bleu4", "BLEU-4")):
+        difference = good.metrics[name] - poor.metrics[name]
+        assert found[title].difference == f"{100 * difference:+.1f}"
+    difference = good.metrics["cider"] - poor.metrics["cider"]
+    assert found["CIDEr"].difference == f"{difference:+.3f}"
+    difference = good.metrics["perplexity"] - poor.metrics["perplexity"]
+    assert found["perplexity"].difference == f"{difference:+.2f}"
+
+
+def test_images_are_resampled_in_pairs():
+    """An image that is hard for one is hard for the other."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 1, 400)
+    pairs = [
+        np.column_stack([hard + shift, np.ones(400)]) for shift in (0, 0.1)
+    ]
+
+    def mean(totals):
+        return totals[..., 0] / totals[..., 1]
+
+    low, high = compare._interval(*pairs, mean)
+    assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
+    shuffled = [pairs[0], rng.permutation(pairs[1])]
+    low, high = compare._interval(*shuffled, mean)
+    assert low < 0 < high
+
+
+def test_the_page_shows_where_they_differ_most(evaluation, tmp_path):
+    first = evaluation("one", captions(0.5), 4)
+    changed = {
+        **captions(0.5),
+        "40.jpg": REFERENCES["40.jpg"][0],
+        "3.jpg": "<b>",
+    }
+    second = evaluation("two", changed, 4)
+    pair = compare.pair(first, second)
+    path = compare.write_page(*pair, compare.compare(*pair), tmp_path)
+    assert path == second.place / "compared-with-one-val.html"
+    page = path.read_text()
+    better, worse = page.split("describes these better")[1:]
+    assert (
+        REFERENCES["40.jpg"][1]
+        in better.split("</li>")[0] + better.split("</li>")[1]
+    )
+    assert "&lt;b&gt;" in worse and "<b>" not in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_what_cannot_be_compared_is_told_in_one_line(evaluation, tmp_path):
+    one = evaluation("one", captions(0.5), 4)
+    with pytest.raises(UserError, match="--run-name none --split val first"):
+        compare.load("none", str(tmp_path), "val")
+    rewritten = {**REFERENCES, "1.jpg": ["another"]}
+    other = evaluation("other", captions(0.5), 4, rewritten)
+    with pytest.raises(UserError, match="other references"):
+        compare.pair(one, other)
+    alone = other._replace(
+        examples=other.examples.rename(index=lambda x: x + "!")
+    )
+    with pytest.raises(UserError, match="no image in common"):
+        compare.pair(one, alone)
+    java = one._replace(metrics={**one.metrics, "tokenizer": "PTB"})
+    with pytest.raises(UserError, match="both with Java or both without"):
+        compare.pair(one, java)
+    (one.place / "captions.csv").write_text("nothing")
+    with pytest.raises(UserError, match="evaluate again") as error:
+        compare.load("one", str(tmp_path), "val")
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_of_the_images_is_compared_on_what_is_shared(evaluation):
+    whole = evaluation("whole", captions(0.5), 4)
+    part = dict(list(captions(0.5).items())[:20])
+    first, second = compare.pair(whole, evaluation("part", part, 4))
+    assert [*first.examples.index] == [*second.examples.index] == [*part]
+    found = by_title(first, second)
+    assert found["BLEU-4"].first == found["BLEU-4"].second
+    assert isinstance(first.examples, pd.DataFrame)
