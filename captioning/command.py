@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import json
 import os
 import platform
 import shlex
@@ -23,6 +24,35 @@ from config import SPLIT_SYNONYMS, Config, UserError, group, resolve
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 BACKENDS = ("tensorflow", "jax")
+VERSION = "1.0"
+# The groups of fields that `--help` shows; `--help-all` shows the others too.
+FIELDS_OF = {
+    "preprocess.py": ("place", "data", "encoder"),
+    "train.py": ("place", "model", "training"),
+    "evaluate.py": ("place", "decoding"),
+    "caption.py": ("place", "decoding"),
+}
+# Flags that people bring from elsewhere, and what there is instead.
+ELSEWHERE = {
+    "--lr": "--learning-rate",
+    **dict.fromkeys(("--batch-size", "--batch", "--bs"), "--batch-images"),
+    **dict.fromkeys(("--model", "--backbone", "--arch"), "--encoder"),
+    **dict.fromkeys(("--checkpoint", "--ckpt", "--weights"), "--run-name"),
+    **dict.fromkeys(("--num-epochs", "--n-epochs"), "--epochs"),
+    **dict.fromkeys(("--output", "--output-dir", "--out"), "--checkpoints-dir"),
+    **dict.fromkeys(("--data", "--data-root", "--root"), "--dataset-dir"),
+    **dict.fromkeys(("--beams", "--num-beams"), "--beam-size"),
+    **dict.fromkeys(
+        ("--workers", "--num-workers"),
+        "--worker of preprocess.py; reading ahead needs no flag",
+    ),
+    "--resume": "nothing: the same command resumes",
+    **dict.fromkeys(
+        ("--device", "--gpu", "--gpus", "--cuda"),
+        "nothing: the backend finds the GPUs, and CUDA_VISIBLE_DEVICES hides "
+        "them",
+    ),
+}
 
 # Parameters of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -89,21 +119,57 @@ def _one_of(choices: Sequence[str], joined: bool) -> Callable[[str], str]:
 
 
 def _parser(
-    description: str, actions: Sequence[Action]
+    description: str, actions: Sequence[Action], everything: bool
 ) -> tuple[_Parser, list[str]]:
-    """The parser, and all flags that it knows."""
+    """The parser, and all flags that it knows.
+
+    Args:
+        description: what the script does.
+        actions: the flags that only this script has.
+        everything: whether its help is to show all fields.
+    """
+    script = os.path.basename(sys.argv[0])
+    inputs = [
+        f"[{each.options['metavar']} ...]"
+        for each in actions
+        if each.name[0] != "-"
+    ]
     parser = _Parser(
+        usage=" ".join(["python", script, "[options]", *inputs]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
     added = [parser.add_argument(each.name, **each.options) for each in actions]
+    general = {
+        "--config": {
+            "metavar": "FILE",
+            "default": "",
+            "help": "take the fields of a saved config, such as "
+            "checkpoints/<run>/config.json, except for places; flags count "
+            "for more",
+        },
+        "--help": {"action": "help", "help": "show this"},
+        "--help-all": {"action": "help", "help": "show the other fields too"},
+        "--version": {
+            "action": "version",
+            "version": f"image-captioning {VERSION}",
+            "help": "show the version",
+        },
+    }
+    for flag, options in general.items():
+        names = ["-h", flag] if flag == "--help" else [flag]
+        added.append(parser.add_argument(*names, **options))
+    shown = FIELDS_OF.get(script, ()) if not everything else ()
     groups: dict[str, Any] = {}
     for each in dataclasses.fields(Config):
         name = each.metadata["group"]
+        hidden = shown and name not in shown and each.name != "dataset"
         if name not in groups:
-            groups[name] = parser.add_argument_group(f"{name} fields")
+            title = None if hidden else f"{name} fields"
+            groups[name] = parser.add_argument_group(title)
         kind: Any = each.type
         options: dict[str, Any]
         if kind is bool:
@@ -114,10 +180,42 @@ def _parser(
             options = {"type": read, "metavar": "NAME"}
         else:
             options = {"type": kind, "metavar": kind.__name__.upper()}
-        text = f"{each.metadata['help']} (default: {each.default!r})"
-        options["help"] = text.replace("%", "%%")
+        options["help"] = argparse.SUPPRESS if hidden else _help(each)
         added.append(groups[name].add_argument(_flag(each.name), **options))
-    return parser, ["--help", *(f for a in added for f in a.option_strings)]
+    return parser, [flag for each in added for flag in each.option_strings]
+
+
+def _help(field: dataclasses.Field) -> str:
+    """What --help says of a field."""
+    text, choices = field.metadata["help"], field.metadata.get("choices", ())
+    if choices and len(choices) < 10:
+        text += f": {', '.join(choices)}"
+    if field.default not in ("", None):
+        text += f" (default: {field.default})"
+    return text.replace("%", "%%")
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """The fields of a saved config, except for places.
+
+    Raises:
+        UserError: if it is none, or has fields that there are not.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            fields = dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--config {path} cannot be read: {reason}") from None
+    known = {each.name for each in dataclasses.fields(Config)}
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise UserError(
+            f"--config {path} is from another version, which has "
+            f"{' and '.join(unknown)}: take these out"
+        )
+    places = {*group("place")}
+    return {name: x for name, x in fields.items() if name not in places}
 
 
 def parse(
@@ -136,8 +234,8 @@ def parse(
         The config with its open choices resolved, the fields that were given,
         and the actions.
     """
-    parser, flags = _parser(description, actions)
     words = [*(sys.argv[1:] if arguments is None else arguments)]
+    parser, flags = _parser(description, actions, "--help-all" in words)
     if "--" in words:  # argparse would still look for flags behind it
         place = words.index("--")
         words[place:] = [
@@ -153,10 +251,14 @@ def parse(
         word = unknown[0].split("=")[0]
         kind = "flag" if word.startswith("-") else "argument"
         hint = _nearest(word, flags) if kind == "flag" else "; see --help"
+        if word.replace("_", "-") in ELSEWHERE:
+            hint = f"; here it is {ELSEWHERE[word.replace('_', '-')]}"
         parser.error(f"unknown {kind} {word}{hint}")
     names = {each.name for each in dataclasses.fields(Config)}
     given = {k: v for k, v in vars(known).items() if k in names}
     try:
+        if known.config:
+            given = _read_config(known.config) | given
         config = resolve(Config(**given), given)
     except UserError as error:
         parser.error(str(error))

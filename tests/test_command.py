@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import platform
 import re
@@ -144,6 +145,9 @@ def test_what_stands_behind_two_dashes_is_no_flag():
         ("--beam 3", "unknown flag --beam; did you mean --beam-size?"),
         ("--frech", "unknown flag --frech; did you mean --fresh?"),
         ("--zzqq", "unknown flag --zzqq\n"),
+        ("--lr 0.1", "unknown flag --lr; here it is --learning-rate\n"),
+        ("--batch_size=3", "--batch_size; here it is --batch-images\n"),
+        ("--device cuda", "CUDA_VISIBLE_DEVICES"),
         ("--epochs many", "--epochs: invalid int value: 'many'"),
         ("--epochs 1.5", "--epochs: invalid int value: '1.5'"),
         ("--learning-rate fast", "--learning-rate: invalid float value"),
@@ -186,12 +190,13 @@ def test_caption_takes_photographs_or_serves(words, capsys):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag_and_imports_nothing_heavy(script, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / script), "--help"],
+        [sys.executable, "-X", "importtime", str(ROOT / script), "--help-all"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0
+    assert f"usage: python {script} [options]" in done.stdout
     for each in FIELDS:
         assert f"--{each.name.replace('_', '-')} " in done.stdout
     imported = {
@@ -199,6 +204,41 @@ def test_help_names_every_flag_and_imports_nothing_heavy(script, tmp_path):
         for line in done.stderr.splitlines()
     }
     assert "config" in imported and not imported & HEAVY
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_fields_that_matter_to_a_script(
+    script, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        command.parse("", SCRIPTS[script].ACTIONS)
+    text = capsys.readouterr().out
+    shown = {*command.FIELDS_OF[script]}
+    for each in FIELDS:
+        flag = f"--{each.name.replace('_', '-')} "
+        matters = each.metadata["group"] in shown or each.name == "dataset"
+        assert (flag in text) == matters
+    for name in {each.metadata["group"] for each in FIELDS} - shown - {"data"}:
+        assert f"{name} fields" not in text
+
+
+def test_a_saved_config_is_read_back_but_for_its_places(tmp_path, refused):
+    path = tmp_path / "config.json"
+    saved = Config(dataset="mine", data_dir="/elsewhere", seed=7, beam_size=3)
+    path.write_text(json.dumps(dataclasses.asdict(saved)))
+    found = parse("--config", str(path), "--seed", "8").config
+    assert (found.dataset, found.seed, found.beam_size) == ("mine", 8, 3)
+    assert found.data_dir == Config.data_dir
+    for text, told in (
+        ("{", "cannot be read"),
+        ("[1]", "cannot be read"),
+        ('{"views": 2}', "views: take these out"),
+        ('{"seed": "7"}', "seed '7' is not of type int"),
+    ):
+        path.write_text(text)
+        assert told in refused("--config", str(path))
+    assert "No such file" in refused("--config", str(tmp_path / "none"))
 
 
 def commands_in_docstrings() -> list[str]:
