@@ -44,9 +44,10 @@ _STYLE: dict[Any, Any] = {
 # in all, about a byte each, so that a long caption makes no large file.
 _COLUMNS, _PANEL_SIDE, _PIXELS = 6, 160, 300_000
 _TITLE, _GAP = 24, 8  # pixels above and between the panels
-# The same as on the page: the brightness that is left where there is no
-# attention, and the colour that attention adds, with its weight.
-_UNLIT, _GLOW, _GLOW_SHARE = 0.4, (255, 150, 40), 0.35
+# The brightness of the grey where there is no attention; the same as on the
+# report's page.
+_UNLIT = 0.6
+_LEGEND = "in colour: more attention than an even share"
 
 
 def write_curves(path: Path, history: pd.DataFrame, best_epoch: int) -> None:
@@ -142,7 +143,8 @@ def write_attention_figure(
     rows = math.ceil(len(panels) / columns)
     width, height = size
     down, across = height + _TITLE, width + _GAP
-    sheet = np.full((rows * down, columns * across, 3), 255, np.uint8)
+    height_of_all = rows * down + _TITLE  # with the legend
+    sheet = np.full((height_of_all, columns * across, 3), 255, np.uint8)
     # Written on the sheet itself: axes would take a second per figure.
     figure = Figure((sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
     font = {"family": fonts.families("".join(words)), "size": 9}
@@ -155,6 +157,8 @@ def write_attention_figure(
         sheet[top + _TITLE : top + down, left : left + width] = pixels
         x, y = (left + width / 2) / sheet.shape[1], (top + 17) / sheet.shape[0]
         figure.text(x, 1 - y, word, ha="center", font=font, parse_math=False)
+    y = 8 / sheet.shape[0]
+    figure.text(0.01, y, _LEGEND, font={"size": 7}, color="#66625b")
     figure.figimage(sheet)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -185,7 +189,7 @@ def _is_right_to_left(text: str) -> bool:
 
 
 def lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Dims a photograph except where the attention is.
+    """Greys a photograph except where there is more than an even attention.
 
     Args:
         photo: uint8 RGB (height, width, 3).
@@ -204,16 +208,22 @@ def lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
     share = share / max(share.max(), 1e-6)
     share = share.clip(0, 1)[..., None]  # (height, width, 1)
     grey = photo.mean(axis=2, keepdims=True) * _UNLIT
-    glow = share * _GLOW_SHARE
-    lit = share * photo + (1 - share) * grey
-    return ((1 - glow) * lit + glow * _GLOW).round().astype(np.uint8)
+    return (share * photo + (1 - share) * grey).round().astype(np.uint8)
 
 
 def scaled(attention: np.ndarray) -> np.ndarray:
-    """(words, side, side) -> uint8, 255 where a word's attention is highest.
+    """What attention has above an even share.
 
-    The lowest is not stretched to 0, so that nearly even attention looks
-    even.
+    Attention is nearly even: of 49 regions the strongest has two even shares.
+    What all regions have would hide where it is.
+
+    Args:
+        attention: weights (words, side, side).
+
+    Returns:
+        uint8 (words, side, side), 255 where a word's attention is highest and
+        0 where it is no more than even.
     """
-    highest = attention.max(axis=(1, 2), keepdims=True, initial=1e-9)
-    return (attention / highest * 255).clip(0, 255).round().astype(np.uint8)
+    above = attention - attention.mean(axis=(1, 2), keepdims=True)
+    highest = above.max(axis=(1, 2), keepdims=True, initial=1e-6)
+    return (above / highest * 255).clip(0, 255).round().astype(np.uint8)
