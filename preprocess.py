@@ -31,6 +31,8 @@ from config import (
 
 # Above this share of unknown words in a split, the user is warned.
 MANY_UNKNOWN = 0.1
+# With fewer images held out, chance decides which of two models scores better.
+FEW_HELD_OUT = 100
 
 
 def read_worker(text: str) -> tuple[int, int]:
@@ -99,6 +101,8 @@ def main(arguments: command.Arguments) -> None:
         for features in folders:
             workers.clear(features, place.name)
     report(dataset, repaired, words, len(duplicates))
+    if not config.limit_images:
+        warn_of_few(dataset.table)
     print(f"Wrote {place}. Next: {command.next_line('train.py', arguments)}")
 
 
@@ -386,6 +390,22 @@ def fill_cache(
             "and were encoded again"
         )
     return opened, notes
+
+
+def warn_of_few(table: Any) -> None:
+    """Warns where a split has too few images to score anything on."""
+    images = table.drop_duplicates("image")["split"].value_counts()
+    few = [
+        f"{images[split]:,} in {split}"
+        for split in ("val", "test")
+        if 0 < images.get(split, 0) < FEW_HELD_OUT
+    ]
+    if few:
+        print(
+            f"Warning: few images are held out ({', '.join(few)}). Scores on "
+            f"fewer than {FEW_HELD_OUT} say little; without a split of the "
+            "dataset's own, --val-share and --test-share hold out more"
+        )
 
 
 def report(dataset: Any, repaired: int, words: Any, duplicates: int) -> None:

@@ -47,6 +47,8 @@ ACTIONS = [
         },
     ),
 ]
+# Below this, a user is told that a warm start would help.
+FEW_IMAGES = 1000
 
 
 def main(arguments: command.Arguments) -> None:
@@ -147,6 +149,11 @@ def fit(
         f"{config.precision}, "
         f"{devices.number} device{'s' if devices.number > 1 else ''}"
     )
+    if len(features) < FEW_IMAGES and not start:
+        print(
+            "These are few images to learn from: a run that starts from "
+            "another one (--start-from pretrained) needs fewer."
+        )
     if judge.by_loss:
         print(
             f"{len(val.images)} validation images are too few for CIDEr to "

@@ -349,3 +349,14 @@ def test_caches_of_an_older_layout_are_named_and_left_alone(home):
     after = content(old.parent)
     assert {name: after[name] for name in before} == before
     assert_true(config())
+
+
+def test_too_few_held_out_images_are_told(capsys):
+    from preprocess import warn_of_few
+
+    splits = {"train": 5, "val": 99, "test": 100}
+    rows = [(f"{s}{n}", s) for s, many in splits.items() for n in range(many)]
+    warn_of_few(pd.DataFrame(rows * 2, columns=["image", "split"]))
+    assert "(99 in val)" in capsys.readouterr().out
+    warn_of_few(pd.DataFrame(rows[104:], columns=["image", "split"]))
+    assert capsys.readouterr().out == ""

@@ -268,6 +268,7 @@ def test_references_without_a_word_do_not_count(no_java):
     found = metrics.score(captions, references, [])
     assert found.metrics == plain.metrics and found.metrics["images"] == 3
     assert found.per_image.loc["1.jpg", "rouge_l"] == 0
+    assert "are few" in found.notices[0]
     assert found.notices[-1].startswith("2 images")
     assert "4.jpg" in found.notices[-1]
 

@@ -26,6 +26,7 @@ RESAMPLES = 1000
 # handful it is decided by chance (its standard error is about 0.6 divided by
 # the square root of the number of images: 0.13 for twenty).
 CIDER_IMAGES = 20
+FEW_IMAGES = 100  # whoever scores fewer is warned
 
 
 class Scores(NamedTuple):
@@ -208,6 +209,10 @@ def _notices(
     references: Mapping[str, Sequence[str]],
 ) -> list[str]:
     notices = []
+    if 1 < len(judged) < FEW_IMAGES:
+        notices.append(
+            f"{len(judged)} images are few: trust the intervals, not the scores"
+        )
     empty = [image for image, texts in made.items() if not texts[0]]
     if empty:
         notices.append(
