@@ -39,6 +39,9 @@ class Encoder(NamedTuple):
     # Identifies the ImageNet weights of Keras, where they were at hand to take
     # the digest of: a local file of the same weights is known by it.
     imagenet: str = "imagenet"
+    # The layer that is cached with random weights, if another one: the more
+    # random filters an image has passed, the less is left of its shapes.
+    random_layer: str = ""
 
 
 LAST = "output"
@@ -49,7 +52,12 @@ LAST = "output"
 ENCODERS = {
     "vgg16": Encoder("VGG16", "vgg16", "block5_conv3", "half-5a8b16138f31d63e"),
     "vgg19": Encoder("VGG19", "vgg19", "block5_conv4"),
-    "resnet50": Encoder("ResNet50", "resnet50", "conv5_block3_out"),
+    "resnet50": Encoder(
+        "ResNet50",
+        "resnet50",
+        "conv5_block3_out",
+        random_layer="conv2_block1_out",
+    ),
     "resnet101": Encoder("ResNet101", "resnet", "conv5_block3_out"),
     "resnet152": Encoder("ResNet152", "resnet", "conv5_block3_out"),
     "resnet50v2": Encoder("ResNet50V2", "resnet_v2", "post_relu"),
@@ -86,7 +94,7 @@ SAMPLE = "sample"  # the dataset that is drawn on the spot
 # precision to the machine, all others to `resolve`.
 OPEN: dict[str, Any] = {
     **{"run_name": "", "encoder_weights": "auto", "precision": "auto"},
-    **{"magnification": 0, "batch_images": 0, "epochs": 0},
+    **{"magnification": 0, "epochs": 0},
 }
 
 # Names that a folder can have on every platform and that lead nowhere else:
@@ -219,9 +227,7 @@ class Config:
     patience: int = _training(4, "stop after N CIDEr values below the best", 1)
     # Every image brings all of its captions, so that its keys are computed
     # once: 32 images are 160 captions per step.
-    batch_images: int = _training(
-        0, "images per training step (0: 32, and 16 for the sample)", 0
-    )
+    batch_images: int = _training(32, "images per training step", 1)
     captions_per_image: int = _training(
         5, "captions of each image per step; the rest wait an epoch", 1
     )
@@ -338,6 +344,12 @@ def _check(each: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{each.name} {value!r} names one of them twice")
 
 
+def feature_layer(encoder: str, weights: str) -> str:
+    """The layer whose output is cached, for one of `each_encoder`."""
+    entry = ENCODERS[encoder]
+    return (weights == "random" and entry.random_layer) or entry.layer
+
+
 def each_encoder(config: Config) -> list[tuple[str, str]]:
     """The encoders that a config joins, and the weights of each.
 
@@ -441,10 +453,8 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
         dataset=dataset,
         run_name=config.run_name or f"{dataset}-{config.encoder}",
         encoder_weights=weights,
-        # Drawn shapes are large as they are, and the sample is to be quick.
+        # Drawn shapes are large as they are.
         magnification=config.magnification or (1 if sample else 2),
-        # A thousand drawn scenes want more and smaller steps.
-        batch_images=config.batch_images or (16 if sample else 32),
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning import command, job
-from config import Config, check_name
+from config import SAMPLE, Config, check_name
 
 ACTIONS = [
     command.Action(
@@ -101,12 +101,14 @@ def fit(
     from model import build_model
 
     backend.set_seed(config.seed)
+    epochs = schedule.choose_epochs(len(train.images), config.batch_images)
+    if config.dataset == SAMPLE:
+        epochs = schedule.EPOCHS  # it is to be quick
     # Saved as what they are, so that the run means the same elsewhere.
     config = dataclasses.replace(
         config,
         precision=backend.set_precision(config),
-        epochs=config.epochs
-        or schedule.choose_epochs(len(train.images), config.batch_images),
+        epochs=config.epochs or epochs,
     )
     start = place.with_name(actions.start_from) if actions.start_from else None
     features, val_features = open_features(

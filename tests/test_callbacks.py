@@ -9,7 +9,7 @@ import pytest
 
 from captioning import runs
 from captioning.training import callbacks
-from captioning.training.schedule import Schedule
+from captioning.training.schedule import Schedule, choose_epochs
 
 
 @pytest.fixture
@@ -111,3 +111,11 @@ def test_the_rate_warms_up_decays_and_then_stays_low():
 def test_a_schedule_of_a_single_step_is_a_number():
     rate = Schedule(0.01, steps=1, epochs=1, warmup_share=0.05)
     assert all(math.isfinite(float(rate(step))) for step in range(3))
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs"),
+    [(1, 30), (300, 30), (2000, 24), (6000, 8), (29_000, 8)],
+)
+def test_a_small_dataset_is_trained_for_more_epochs(images, epochs):
+    assert choose_epochs(images, 32) == epochs

@@ -158,14 +158,13 @@ def test_a_resolved_config_leaves_only_the_machine_a_choice():
     [
         ("magnification", 1, 2, 3),
         ("input_size", 224, 448, None),
-        ("batch_images", 16, 32, 3),
         ("encoder_weights", "random", "imagenet", "w.h5"),
     ],
 )
 def test_the_sample_is_quick_unless_told_otherwise(
     name, sample, photographs, own
 ):
-    """It is not enlarged, needs no weights and learns in smaller steps."""
+    """It is not enlarged, and needs no weights."""
     for dataset, value in (("sample", sample), ("flickr8k", photographs)):
         config = Config(dataset=dataset)
         assert getattr(resolve(config), name) == value

@@ -131,7 +131,7 @@ def test_an_unknown_run_is_reported_with_those_there_are(checkpoints):
         (["--epochs", "20", "--patience", "9"], {"epochs": 20, "patience": 9}),
         (["--data-dir", "a b"], {"data_dir": "a b"}),
         (["--beam-size", "2"], {"beam_size": 2}),
-        (["--batch-images", "0", "--epochs", "0"], {}),  # left open
+        (["--magnification", "0", "--epochs", "0"], {}),  # left open
         (["--precision", "auto"], {}),  # of whatever machine
     ],
 )
@@ -147,7 +147,7 @@ def test_a_run_is_resumed_with_its_config_but_for_a_few_fields(
 @pytest.mark.parametrize(
     ("flags", "was"),
     [
-        (["--batch-images", "8"], "batch_images is 16"),
+        (["--batch-images", "8"], "batch_images is 32"),
         (["--seed", "1"], "seed is 0"),
         (["--image-size", "64"], "image_size is 224"),
         (["--max-caption-length", "9"], "max_caption_length is 20"),

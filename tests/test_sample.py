@@ -55,7 +55,7 @@ def test_table_names_every_image_with_five_different_captions(folder: Path):
 
 @pytest.mark.parametrize(
     ("images", "sizes"),
-    [(1200, (1000, 100, 100)), (60, (50, 5, 5)), (3, (1, 1, 1))],
+    [(2400, (2000, 200, 200)), (60, (50, 5, 5)), (3, (1, 1, 1))],
 )
 def test_splits_have_their_shares(images, sizes, tmp_path, monkeypatch):
     dot = np.zeros((1, 1, 3), np.uint8)

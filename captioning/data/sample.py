@@ -352,7 +352,7 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
-def write_sample(folder: Path, images: int = 1200) -> None:
+def write_sample(folder: Path, images: int = 2400) -> None:
     """Draws the sample dataset, unless the folder already has it.
 
     The images are JPEG, like photographs: a fifth of the size of PNG, and the

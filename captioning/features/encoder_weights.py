@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from captioning.features import cache
-from config import ENCODERS, Config, UserError, each_encoder
+from config import ENCODERS, Config, UserError, each_encoder, feature_layer
 
 # A seed of its own: --seed changes the training, and neither the encoder nor,
 # with it, the feature cache.
@@ -38,7 +38,7 @@ def describe_features(config: Config) -> list[dict[str, Any]]:
     return [
         cache.describe(
             name,
-            ENCODERS[name].layer,
+            feature_layer(name, weights),
             fingerprint(name, weights),
             config.image_size,
             config.magnification,
