@@ -38,9 +38,10 @@ ACTIONS = [
         {
             "action": "store_true",
             "default": False,
-            "help": "print one JSON object per line: photo, caption, its "
-            "score and log-probability, n_best (the beam, in order of "
-            "preference) and words with their attention weights",
+            "help": "print one JSON object per line: photo, caption and its "
+            "scores; n_best, the beam in the order of agreement (of score with "
+            "--consensus-temperature 0); words, each with its probability and "
+            "its attention weights, row by row of attention_grid",
         },
     ),
     command.Action(
@@ -241,19 +242,28 @@ def line(photo: str, found: Any, as_json: bool) -> str:
     """What is printed for a photograph."""
     if not as_json:
         return f"{photo.translate(ESCAPES)}\t{found.caption}"
-    attention = [
-        {"word": word, "attention": [round(float(x), 5) for x in weights]}
-        for word, weights in zip(found.words, found.attention, strict=True)
-    ]
     n_best = [
         {
             "caption": each.caption,
+            "agreement": round(each.agreement, 5),
             "score": round(each.score, 5),
             "log_probability": round(each.log_probability, 5),
         }
         for each in found.n_best
     ]
-    entry = {"photo": photo, **n_best[0], "n_best": n_best, "words": attention}
+    words = [
+        {
+            "word": word,
+            "probability": round(float(probability), 5),
+            "attention": [round(float(x), 5) for x in weights],
+        }
+        for word, probability, weights in zip(
+            found.words, found.probabilities, found.attention, strict=True
+        )
+    ]
+    side = round(found.attention.shape[1] ** 0.5)
+    entry = {"photo": photo, **n_best[0], "n_best": n_best}
+    entry |= {"attention_grid": [side, side], "words": words}
     return json.dumps(entry, ensure_ascii=False)
 
 

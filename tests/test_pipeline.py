@@ -181,6 +181,11 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     assert n_best[0]["caption"] == entry["caption"]
     assert n_best[0]["score"] == entry["score"]
     assert n_best[0]["log_probability"] == entry["log_probability"] < 0
+    agreement = [each["agreement"] for each in n_best]
+    assert agreement == sorted(agreement, reverse=True)
+    assert entry["attention_grid"] == [3, 3]
+    assert {len(each["attention"]) for each in entry["words"]} == {9}
+    assert all(0 < each["probability"] <= 1 for each in entry["words"])
 
 
 def test_what_shapes_a_run_cannot_change(home):

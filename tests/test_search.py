@@ -296,18 +296,25 @@ def test_consensus_leaves_last_what_a_beam_has_no_captions_for():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
-def test_the_attention_is_that_of_the_best_caption(temperature):
+def test_attention_and_probabilities_are_those_of_the_best(temperature):
     decoder, features = tiny(11, 6), some_features(11, 1)
     found = search(decoder, features, 4, most=5, temperature=temperature)
     steps, last = Steps(decoder, features), START
-    for word, attention in zip(
-        found["words"][0, 0], found["attention"][0], strict=True
+    for word, attention, probability in zip(
+        found["words"][0, 0],
+        found["attention"][0],
+        found["word_log_probabilities"][0],
+        strict=True,
     ):
-        alpha = np.zeros((1, REGIONS))
+        alpha, wanted = np.zeros((1, REGIONS)), 0
         if word != PAD:
-            _, alpha = steps(last)
+            scored, alpha = steps(last)
+            wanted = scored[0, word]
         np.testing.assert_allclose(attention, alpha[0], atol=1e-5)
+        assert probability == pytest.approx(wanted, abs=1e-4)
         last = word
+    assert (np.diff(found["agreement"]) <= 0).all()
+    assert bool(found["agreement"].any()) == bool(temperature)
 
 
 def test_images_are_captioned_in_their_order():

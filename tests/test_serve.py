@@ -20,10 +20,11 @@ WORDS = ["a", "<b>dog</b>"]
 
 def caption(photos):
     """Stands in for a model; a photograph's caption tells its size."""
-    best = captioner.Hypothesis(WORDS, -0.5, -1.0)
-    other = captioner.Hypothesis([str(photos[0].pixels.shape[0])], -0.6, -1.2)
+    best = captioner.Hypothesis(WORDS, -0.5, -1.0, 0.9)
+    size = str(photos[0].pixels.shape[0])
+    other = captioner.Hypothesis([size], -0.6, -1.2, 0.1)
     attention = np.full((2, 9), 1 / 9, "float32")
-    return [captioner.Captioned([best, other], attention)]
+    return [captioner.Captioned([best, other], attention, np.ones(2))]
 
 
 @pytest.fixture

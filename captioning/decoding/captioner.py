@@ -28,6 +28,7 @@ class Hypothesis(NamedTuple):
     words: list[str]
     score: float  # normalised log-probability
     log_probability: float
+    agreement: float  # with the others, which orders them; 0 if none is asked
 
     @property
     def caption(self) -> str:
@@ -40,6 +41,8 @@ class Captioned(NamedTuple):
 
     n_best: list[Hypothesis]  # the best first
     attention: np.ndarray  # of the best, float32 (words, regions)
+    # Of each word of the best, given those before it, float32 (words,).
+    probabilities: np.ndarray
 
     @property
     def words(self) -> list[str]:
@@ -187,16 +190,22 @@ def _captioned(
 ) -> Captioned:
     """What a search gave for one image of a batch."""
     n_best = [
-        Hypothesis(words.decode(each), float(score), float(log))
-        for each, score, log in zip(
+        Hypothesis(words.decode(each), *map(float, figures))
+        for each, *figures in zip(
             found["words"][place],
             found["scores"][place],
             found["log_probabilities"][place],
+            found["agreement"][place],
             strict=True,
         )
-        if score > IMPOSSIBLE / 2
+        if figures[0] > IMPOSSIBLE / 2
     ]
-    return Captioned(n_best, found["attention"][place, : len(n_best[0].words)])
+    length = len(n_best[0].words)
+    return Captioned(
+        n_best,
+        found["attention"][place, :length],
+        np.exp(found["word_log_probabilities"][place, :length]),
+    )
 
 
 def square(attention: np.ndarray) -> np.ndarray:

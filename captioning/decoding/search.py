@@ -153,8 +153,10 @@ class BeamSearch(_Search):
             The beam's captions, the best first (see `_best_first`): `words`,
             int32 (images, beam, max_length + 1), ended by `<end>` and padded;
             `scores`, float32 (images, beam), normalised log-probabilities;
-            `log_probabilities`, the same before; and of the best `attention`,
-            float32 (images, max_length + 1, regions).
+            `log_probabilities`, the same before; `agreement`, float32 (images,
+            beam), by which consensus orders them; and of the best, for each
+            word, `attention`, float32 (images, max_length + 1, regions), and
+            `word_log_probabilities`, float32 (images, max_length + 1).
         """
         features = keras.tree.flatten(features)
         beam, steps = self.hypotheses, self.max_length + 1
@@ -170,14 +172,15 @@ class BeamSearch(_Search):
         # which attention was the word's; attention itself never moves.
         places = ops.full((images, beam, steps), PAD, "int32")
         attention = ops.zeros((steps, images, beam, regions), "float32")
+        totals = ops.zeros((steps, images, beam), "float32")  # before a word
         nothing = ops.full((images, beam), IMPOSSIBLE, "float32")
         state = (
             ops.convert_to_tensor(0, "int32"),
-            *(places, scores, states, attention, places, nothing),
+            *(places, scores, states, attention, totals, places, nothing),
         )
 
         def unfinished(step: Any, *state: Any) -> Any:
-            _, scores, _, _, _, ended = state
+            _, scores, *_, ended = state
             # Scores only fall, and the divisor only grows, so that no
             # hypothesis gets better than its score over the last divisor.
             bound = ops.max(scores, axis=1) / self._divisor(float(steps))
@@ -188,21 +191,27 @@ class BeamSearch(_Search):
             return self._advance(step, state, fixed)
 
         state = ops.while_loop(unfinished, advance, state)
-        *_, attention, final, ended = state
-        scores, places = self._best_first(ended, final)
+        *_, attention, totals, final, ended = state
+        scores, places, agreement = self._best_first(ended, final)
         words = places % self.size
+        log_probabilities = self._log_probabilities(scores, words)
         best = ops.transpose(places[:, 0] // self.size)  # (steps, images)
+        totals = ops.take_along_axis(totals, best[:, :, None], axis=2)
         best = ops.take_along_axis(attention, best[:, :, None, None], axis=2)
         best = ops.transpose(best[:, :, 0], (1, 0, 2))
-        there = ops.expand_dims(words[:, 0] != PAD, 2)
+        there = words[:, 0] != PAD  # (images, steps)
         return {
             "words": words,
             "scores": scores,
-            "log_probabilities": self._log_probabilities(scores, words),
-            "attention": ops.where(there, best, 0.0),
+            "log_probabilities": log_probabilities,
+            "agreement": agreement,
+            "attention": ops.where(there[:, :, None], best, 0.0),
+            "word_log_probabilities": _steps_of(
+                ops.transpose(totals[:, :, 0]), log_probabilities[:, :1], there
+            ),
         }
 
-    def _best_first(self, scores: Any, places: Any) -> tuple[Any, Any]:
+    def _best_first(self, scores: Any, places: Any) -> tuple[Any, Any, Any]:
         """Puts what the beam agrees with most first, where that is asked for.
 
         Args:
@@ -210,10 +219,11 @@ class BeamSearch(_Search):
             places: int32 (images, beam, steps), see `call`.
 
         Returns:
-            Both in their order.
+            Both in their order, and the agreement, float32 (images, beam); 0
+            where it is not asked for.
         """
         if not self.consensus_temperature or self.hypotheses == 1:
-            return scores, places
+            return scores, places, ops.zeros_like(scores)
         words = places % self.size
         agreement = consensus.agreement(
             words,
@@ -222,10 +232,10 @@ class BeamSearch(_Search):
         )
         # Last where the beam found fewer captions than it is wide.
         agreement = ops.where(scores <= IMPOSSIBLE / 2, -1.0, agreement)
-        _, order = ops.top_k(agreement, self.hypotheses)
+        agreement, order = ops.top_k(agreement, self.hypotheses)
         order = ops.cast(order, "int32")
         scores = ops.take_along_axis(scores, order, axis=1)
-        return scores, _gather(places, order)
+        return scores, _gather(places, order), agreement
 
     def _log_probabilities(self, scores: Any, words: Any) -> Any:
         """Scores (images, beam) of words (images, beam, steps) as they were."""
@@ -240,16 +250,16 @@ class BeamSearch(_Search):
         self, step: Any, state: tuple[Any, ...], fixed: list[Any]
     ) -> tuple[Any, ...]:
         """Makes every hypothesis one word longer, and keeps the best."""
-        places, scores, states, attention, final, ended = state
+        places, scores, states, attention, totals, final, ended = state
         beam, size = self.hypotheses, self.size
         images = ops.shape(scores)[0]
         words = places % size  # (images, beam, steps)
         last = ops.take(words, ops.maximum(step - 1, 0), axis=2)
         last = ops.where(step == 0, ops.full_like(last, START), last)
         log_probabilities, states, alpha = self.step(last, states, fixed)
-        attention = ops.scatter_update(
-            attention, ops.reshape(step, (1, 1)), ops.expand_dims(alpha, 0)
-        )
+        at = ops.reshape(step, (1, 1))
+        attention = ops.scatter_update(attention, at, alpha[None])
+        totals = ops.scatter_update(totals, at, scores[None])
         candidates = log_probabilities + self.mask(step)
         if self.no_repeat_ngram:
             candidates = candidates + self._repeated(step, words)
@@ -289,7 +299,7 @@ class BeamSearch(_Search):
             keras.tree.map_structure(
                 lambda each: _gather(each, parent), states
             ),
-            *(attention, final, ended),
+            *(attention, totals, final, ended),
         )
 
     def _repeated(self, step: Any, words: Any) -> Any:
@@ -385,6 +395,22 @@ class Sample(_Search):
 
         _, words, _, _ = ops.while_loop(unfinished, advance, state)
         return ops.transpose(words, (1, 2, 0))
+
+
+def _steps_of(totals: Any, last: Any, there: Any) -> Any:
+    """The difference that each word of a caption makes to a running total.
+
+    Args:
+        totals: before each word, (images, steps).
+        last: after the last word, (images, 1).
+        there: bool (images, steps), where there is a word.
+
+    Returns:
+        (images, steps), 0 where there is no word.
+    """
+    after = ops.pad(totals[:, 1:], ((0, 0), (0, 1)))
+    follows = ops.pad(there[:, 1:], ((0, 0), (0, 1)))
+    return ops.where(there, ops.where(follows, after, last) - totals, 0.0)
 
 
 def _is_open(last: Any) -> Any:
