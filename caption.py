@@ -270,16 +270,14 @@ def line(photo: str, found: Any, as_json: bool) -> str:
 def draw(folder: Path, photo: str, found: Any) -> None:
     """Writes the attention figure of a photograph."""
     from captioning.data import images
-    from captioning.decoding import captioner
     from captioning.scoring import figures
 
     try:
         pixels, _ = images.read_image(Path(photo), PHOTO_SIDE, square=False)
     except images.UnusableImage as error:  # it was still there a moment ago
         raise UserError(f"{photo}: {error}") from None
-    maps = captioner.square(found.attention)
     path = folder / figures.figure_name(os.path.abspath(photo))
-    figures.write_attention_figure(path, pixels, found.words, maps)
+    figures.write_attention_figure(path, pixels, found.words, found.attention)
 
 
 if __name__ == "__main__":

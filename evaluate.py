@@ -97,16 +97,11 @@ def main(arguments: command.Arguments) -> None:
     with lock(place), results.replaced(place) as part:
         figures: dict[str, Any] = {}
         counts = None
-        attention: dict[str, Any] = {}
+        captioned: dict[str, Any] = {}
         if not actions.captions:
-            from captioning.decoding import captioner
-
             found, figures, counts = caption_split(members, split)
-            pairs = list(zip(split.images, found, strict=True))
-            captions = {image: each.caption for image, each in pairs}
-            attention = {
-                image: captioner.square(each.attention) for image, each in pairs
-            }
+            captioned = dict(zip(split.images, found, strict=True))
+            captions = {image: x.caption for image, x in captioned.items()}
         # Before anything is scored: hours of work are on disk first.
         results.write_captions(part / "captions.json", split, captions)
         references = dict(zip(split.images, split.captions, strict=True))
@@ -119,16 +114,22 @@ def main(arguments: command.Arguments) -> None:
         examples = results.write_examples(
             part / "captions.csv", captions, references, scores, counts
         )
-        if attention:
+        if captioned:
             results.write_report(
-                *(part, f"{run.name} on {name}", config, figures, examples),
-                *(attention, prepared.images_dir(config), run / "history.csv"),
+                part,
+                f"{run.name} on {name}",
+                config,
+                figures,
+                examples,
+                captioned,
+                prepared.images_dir(config),
+                run / "history.csv",
             )
     for line in scores.notices:
         print(line)
     print(table.table(figures, config.dataset))
     show(examples)
-    look = " (open report.html)" if attention else ""
+    look = " (open report.html)" if captioned else ""
     next_line = command.next_line("caption.py", arguments)
     if actions.runs:  # of which caption.py takes one
         next_line += f" --run-name {members[0][1].name}"

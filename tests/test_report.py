@@ -6,13 +6,14 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from captioning.scoring import figures, results, table
+from captioning.scoring import errors, figures, results, table
 from config import Config
 from tests.browser import chromium, find, phone, point_at, press, wait
 
@@ -60,10 +61,10 @@ def photograph(seed: int, width: int = 320, height: int = 240) -> Image.Image:
 
 
 def attend(words: int, side: int = SIDE) -> np.ndarray:
-    """Word number n looks at region number n: (words, side, side)."""
+    """Word number n looks at region number n: (words, regions)."""
     attention = np.full((words, side * side), 0.01)
     attention[range(words), range(words)] = 0.5
-    return attention.reshape(words, side, side)
+    return attention
 
 
 def examples_in(folder, captions, references=("a man walks .", "people")):
@@ -95,13 +96,21 @@ def write(
     history = folder / "history.csv"
     if epochs is not None:
         epochs.to_csv(history, index=False)
-    attention = {
-        row.image: attend(len(row.caption.split()), side)
-        for row in examples.itertuples()
-    }
+    captioned = {}
+    for row in examples.itertuples():
+        words = row.caption.split()
+        n_best = [
+            SimpleNamespace(caption=f"{row.caption} {n}") for n in range(9)
+        ]
+        captioned[row.image] = SimpleNamespace(
+            n_best=n_best,
+            words=words,
+            attention=attend(len(words), side),
+            probabilities=np.linspace(0.9, 0.5, len(words)),
+        )
     config, place = Config(dataset=dataset), folder / "out"
     results.write_report(
-        place, title, config, metrics, examples, attention, folder, history
+        place, title, config, metrics, examples, captioned, folder, history
     )
     return place / "report.html"
 
@@ -197,6 +206,42 @@ def test_light_is_where_the_attention_is(recwarn):
     again = figures.lit(photo, nearly_even).astype(int)
     assert np.abs(again - lit).max() <= 1
     assert not recwarn.list
+
+
+# --- errors ------------------------------------------------------------------
+
+
+def test_errors_are_counted_by_word_and_kind():
+    captions = ["a red dog runs", "two cats", "a red cat"]
+    references = [
+        ["A red dog runs.", "The dog is red!"],
+        ["Two dogs sit.", "two dogs"],
+        ["a red car", "a blue car", "a car"],
+    ]
+    found = errors.find(
+        pd.DataFrame(
+            {
+                "caption": captions,
+                "references": references,
+                "cider": [1.0, 0.0, 0.5],
+            }
+        )
+    )
+    words = {w.word: w for kind in found.words.values() for w in kind}
+    assert words["red"] == errors.Word("red", 2, 1.0, 1, 1.0)
+    assert words["dogs"] == errors.Word("dogs", 0, None, 1, 0.0)
+    assert [w.word for w in found.words["Colours"]] == ["red"]
+    assert [w.word for w in found.words["Numbers"]] == ["two"]
+    assert "the" not in words and "a" not in words
+    assert found.confusions == []  # each occurs in one image
+
+
+def test_what_is_often_taken_for_something_else_is_told():
+    table = pd.DataFrame({"caption": ["a cat"] * 3 + ["a dog"], "cider": 0.5})
+    table["references"] = [["a dog", "the dog"]] * 4
+    found = errors.find(table)
+    assert found.confusions == [("cat", "dog", 3)]
+    assert found.lengths == [(2, 4, 0.5)]
 
 
 # --- the page without a browser ----------------------------------------------
@@ -310,7 +355,9 @@ def browser(tmp_path_factory):
     captions = [f"a dog number {n} runs" for n in range(DOGS)]
     captions += ["a hotdog runs out", TRAP, ""]
     captions += ["two people walk along a street"] * 50
-    examples = examples_in(folder, captions).sample(frac=1, random_state=0)
+    references = ["a man walks .", "people", "the man walks"]
+    examples = examples_in(folder, captions, references)
+    examples = examples.sample(frac=1, random_state=0)
     (folder / "002.jpg").unlink()
     with chromium(tmp_path_factory.mktemp("profile")) as driver:
         driver.get(write(folder, examples, epochs=history(6)).as_uri())
@@ -320,6 +367,7 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(browser):
     """The page as after loading; afterwards, nothing may have gone wrong."""
+    browser.execute_script("history.replaceState(null, '', location.pathname)")
     browser.refresh()
     yield browser
     assert browser.get_log("browser") == []
@@ -344,12 +392,20 @@ def picture(page):
 
 def test_images_sort_by_cider_and_shuffle(page):
     assert ciders(page) == sorted(ciders(page), reverse=True)
-    best, worst, random = find(page, "[data-order]")
+    best, worst, longest, rarest, random = find(page, "[data-order]")
     worst.click()
     assert ciders(page) == sorted(ciders(page))
     assert ciders(page)[0] == 0
     assert worst.get_attribute("aria-pressed") == "true"
     assert best.get_attribute("aria-pressed") == "false"
+    longest.click()
+    captions = [each.text for each in find(page, "#gallery .caption")]
+    lengths = [len(each.split()) for each in captions]
+    assert lengths == sorted(lengths, reverse=True)
+    rarest.click()
+    # Every other caption has words in common with many.
+    (trap,) = find(page, "#gallery li:first-child .caption")
+    assert trap.text == TRAP
     random.click()
     first = ciders(page)
     assert first not in (sorted(first), sorted(first, reverse=True))
@@ -368,6 +424,10 @@ def test_search_finds_words_and_tells_how_many(page):
     find(page, "#search")[0].send_keys(" zebra")
     assert count.text == "0 of 60 images"
     assert not find(page, "#gallery > li")
+    assert find(page, "#none")[0].is_displayed()
+    find(page, "#clear")[0].click()
+    assert count.text == "60 images"
+    assert not find(page, "#none")[0].is_displayed()
     find(page, "#search")[0].clear()
     find(page, "#search")[0].send_keys("walks")  # of the references
     assert count.text == "60 images"
@@ -392,6 +452,7 @@ def test_markup_in_a_caption_is_shown_as_text(page):
 
 def test_a_click_lights_the_photograph_where_the_first_word_looked(page):
     find(page, "#gallery .open")[0].click()
+    page.execute_script("stop(); show(1)")
     lit = picture(page)
     assert lit.shape == (336, 448, 3)
     page.execute_script("show(0)")
@@ -404,15 +465,18 @@ def test_a_click_lights_the_photograph_where_the_first_word_looked(page):
 
 def test_the_keyboard_opens_steps_and_closes(page):
     focused = "document.activeElement.textContent"
-    page.execute_script("document.querySelector('.open').focus()")
+    page.execute_script("document.querySelector('#gallery .open').focus()")
     press(page, "ENTER")
-    wait(page, f"$('dialog').open && {focused} === 'a'")
+    wait(page, f"$('dialog').open && {focused} === 'photograph'")
+    press(page, "ARROW_RIGHT")
+    wait(page, f"{focused} === 'a'")
     first = picture(page)
     press(page, "ARROW_RIGHT")
     wait(page, f"{focused} === 'dog'")
     assert "word 2 of 5" in find(page, "#where")[0].text
     assert "upper left" in find(page, "#where")[0].text
     assert "50%" in find(page, "#where")[0].text
+    assert "probability 80%" in find(page, "#where")[0].text
     second = picture(page)
     assert np.abs(second - first).max() > 20
     press(page, "END", "ARROW_RIGHT")
@@ -443,6 +507,42 @@ def test_mouse_and_touch_step_through_the_words(page):
     wait(page, "!$('dialog').open")
 
 
+def test_the_words_are_played_once(page):
+    page.execute_script("open(0)")
+    wait(page, "word === 2")
+    wait(page, "word === maps.length - 1")
+    others = [each.text for each in find(page, ".others li")]
+    assert others == [f"a dog number 0 runs {n}" for n in range(1, 5)]
+
+
+def test_an_image_has_a_link(page):
+    page.execute_script("open(3)")
+    name = page.execute_script("return shown[3].image")
+    address = page.current_url
+    assert address.endswith("#" + name)
+    page.get("about:blank")
+    page.get(address)
+    wait(page, "$('dialog').open && $('name').textContent === '" + name + "'")
+    press(page, "ESCAPE")
+    wait(page, "!$('dialog').open && !location.hash")
+
+
+def test_some_images_stand_under_the_figures(page):
+    strip = find(page, "#strip .open")
+    assert len(strip) == 8
+    find(page, "#search")[0].send_keys("zebra")
+    strip[0].click()  # also one that the search leaves out
+    wait(page, "$('dialog').open && shown.length === 60")
+
+
+def test_a_word_of_the_errors_shows_its_images(page):
+    words = find(page, ".errors .word")
+    assert {each.text for each in words} == {"man", "walks"}
+    words[0].click()
+    assert find(page, "#search")[0].get_attribute("value") == words[0].text
+    assert find(page, "#count")[0].text == "60 images"  # all references
+
+
 def test_a_right_to_left_caption_runs_from_right_to_left(browser, tmp_path):
     """Words, buttons, keys and what people wrote; English stays as it is."""
     captions = ["رجل يركب دراجة في الشارع .", "a man rides a bike ."]
@@ -463,7 +563,7 @@ def test_a_right_to_left_caption_runs_from_right_to_left(browser, tmp_path):
         words = find(page, "#words button")[1:5]
         places = [each.rect["x"] for each in words]
         assert places == sorted(places)[::order]
-        press(page, forwards)
+        press(page, forwards, forwards)
         wait(page, f"document.activeElement.textContent === '{words[1].text}'")
         where = f"“\u2068{words[1].text}\u2069”, word 2 of 6"
         assert where in find(page, "#where")[0].text
@@ -479,6 +579,7 @@ def test_an_image_without_photograph_or_caption_opens(page):
     (button,) = find(page, "#gallery .open")
     assert "could not be read" in button.text
     button.click()
+    page.execute_script("stop(); show(1)")
     assert np.ptp(picture(page)) > 50
     page.execute_script("$('dialog').close()")
     without = "shown = examples.filter(each => !each.caption)"
@@ -511,12 +612,15 @@ def test_the_keyboard_and_a_screen_reader_find_their_way(page):
     """What can be focused, in order, and what each is called."""
     told = "(document.activeElement.ariaLabel"
     told += " || document.activeElement.textContent).trim()"
+    page.execute_script(
+        "document.querySelector('.settings').closest('details').firstChild.focus()"
+    )
     for name in (
-        "Published models",
-        "As a table",
         "Search captions and references",
         "Best",
         "Worst",
+        "Longest",
+        "Rarest",
         "Random",
         "a dog number 0 runs",
     ):
@@ -524,6 +628,7 @@ def test_the_keyboard_and_a_screen_reader_find_their_way(page):
         wait(page, f"{told} === '{name}'")
     press(page, "ENTER")
     wait(page, "$('dialog').open")
+    page.execute_script("stop(); show(1)")
     nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     seen = {
         (node["role"]["value"], node["name"]["value"])

@@ -206,9 +206,3 @@ def _captioned(
         found["attention"][place, :length],
         np.exp(found["word_log_probabilities"][place, :length]),
     )
-
-
-def square(attention: np.ndarray) -> np.ndarray:
-    """Attention (words, regions) as maps (words, side, side)."""
-    side = round(attention.shape[1] ** 0.5)
-    return attention.reshape(-1, side, side)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from captioning.data import images
-from captioning.decoding import captioner
 from captioning.features import extraction
 from captioning.scoring import report
 from config import UserError
@@ -61,12 +60,11 @@ def application(
             return {"error": f"This photograph cannot be used: {error}."}, 400
         with one_at_a_time:
             (found,) = caption([extraction.Read("", pixels, "")])
-        maps = captioner.square(found.attention)
         return {
             "caption": found.caption,
             "words": found.words,
             "n_best": [each._asdict() for each in found.n_best],
-            "pictures": report.lit_photographs(data, maps),
+            "pictures": report.lit_photographs(data, found.attention),
         }
 
     @app.errorhandler(413)

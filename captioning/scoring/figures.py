@@ -131,13 +131,13 @@ def write_attention_figure(
         path: the file.
         photo: uint8 RGB (height, width, 3).
         words: the caption.
-        attention: weights (words, side, side).
+        attention: weights (words, regions).
     """
     side = min(_PANEL_SIDE, math.isqrt(_PIXELS // (len(words) + 1)))
     scale = side / max(photo.shape[:2])
     size = [max(1, round(each * scale)) for each in photo.shape[1::-1]]
     photo = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
-    photos = [photo, *(lit(photo, weights) for weights in attention)]
+    photos = [photo, *(lit(photo, each) for each in as_maps(attention))]
     panels = list(zip(["", *words], photos, strict=True))
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
@@ -186,6 +186,12 @@ def _is_right_to_left(text: str) -> bool:
         if direction in ("L", "R", "AL"):
             return direction != "L"
     return False
+
+
+def as_maps(attention: np.ndarray) -> np.ndarray:
+    """Attention (words, regions) as maps (words, side, side)."""
+    side = round(attention.shape[1] ** 0.5)
+    return attention.reshape(-1, side, side)
 
 
 def lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:

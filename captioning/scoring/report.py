@@ -15,6 +15,7 @@ from captioning.scoring import figures
 
 # That is about 14 KB per photograph.
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 224, 70
+OTHERS = 5  # captions of the beam, the best included
 _LIT_SIDE = 448  # of the photographs on the page that captions them
 
 
@@ -31,21 +32,26 @@ def template(name: str) -> jinja2.Template:
 
 
 def example(
-    row: Mapping[str, Any], maps: np.ndarray, images_dir: Path
+    row: Mapping[str, Any], found: Any, images_dir: Path
 ) -> dict[str, Any]:
     """One image as the script of the report expects it.
 
     Args:
         row: of captions.csv; `image` is relative to `images_dir`.
-        maps: attention weights (words, side, side), a map per word.
+        found: the `captioner.Captioned` of the image.
         images_dir: the folder with the photographs.
 
     Returns:
-        The row, with a thumbnail (None if the photograph cannot be read) and
-        the attention.
+        The row, with a thumbnail (None if the photograph cannot be read), the
+        probability and the attention of each word, and other captions.
     """
+    maps = figures.as_maps(found.attention)
     return {
         **row,
+        "others": [each.caption for each in found.n_best[1:OTHERS]],
+        "probabilities": [
+            round(float(each), 3) for each in found.probabilities
+        ],
         "photo": thumbnail(images_dir / row["image"]),
         "side": maps.shape[1],
         "peaks": [round(float(each.max()), 4) for each in maps],
@@ -67,13 +73,14 @@ def lit_photographs(data: bytes, attention: np.ndarray) -> list[str]:
 
     Args:
         data: the photograph's file, one that `images.decode_image` can read.
-        attention: weights (words, side, side).
+        attention: weights (words, regions).
 
     Returns:
         JPEGs as addresses (data:), 1 + words of them.
     """
     photo, _ = images.decode_image(data, _LIT_SIDE, square=False)
-    pictures = [photo, *(figures.lit(photo, weights) for weights in attention)]
+    maps = figures.as_maps(attention)
+    pictures = [photo, *(figures.lit(photo, each) for each in maps)]
     return [f"data:image/jpeg;base64,{_jpeg(each)}" for each in pictures]
 
 

@@ -21,9 +21,9 @@ from captioning.data import images as photographs
 from captioning.data import prepared
 from captioning.features import cache as features
 from captioning.files import write_csv, write_text
-from captioning.scoring import figures, report, table
+from captioning.scoring import errors, figures, report, table
 from captioning.scoring.metrics import Scores
-from config import Config, UserError
+from config import Config, UserError, group
 
 FIGURES = 12  # attention figures per evaluation
 PHOTO_SIDE = 448  # pixels, of the photograph in a figure
@@ -317,7 +317,7 @@ def write_report(
     config: Config,
     metrics: Mapping[str, Any],
     examples: pd.DataFrame,
-    attention: Mapping[str, np.ndarray],
+    captioned: Mapping[str, Any],
     images_dir: Path,
     history: Path,
 ) -> None:
@@ -329,8 +329,7 @@ def write_report(
         config: its dataset; for a known one, published results are shown.
         metrics: as in metrics.json.
         examples: from `write_examples`.
-        attention: image -> attention weights (words, side, side), a map per
-            word of its caption.
+        captioned: image -> its `captioner.Captioned`.
         images_dir: where the photographs are; those that cannot be read are
             left out.
         history: the run's history.csv, which need not exist.
@@ -346,9 +345,14 @@ def write_report(
         published=published,
         # Images without a usable reference have no score and no place here.
         examples=[
-            report.example(row, attention[row["image"]], images_dir)
+            report.example(row, captioned[row["image"]], images_dir)
             for row in examples[SHOWN].to_dict("records")
         ],
+        errors=errors.find(examples),
+        settings={
+            name: {field: getattr(config, field) for field in group(name)}
+            for name in ("data", "encoder", "model", "training", "decoding")
+        },
         history=epochs,
         curves=[
             figures.curve(epochs, best_epoch, panel)
@@ -365,6 +369,7 @@ def write_report(
         except photographs.UnusableImage:
             continue
         path = place / "attention" / figures.figure_name(row.image)
+        found = captioned[row.image]
         figures.write_attention_figure(
-            path, photo, row.caption.split(), attention[row.image]
+            path, photo, found.words, found.attention
         )
