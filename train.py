@@ -90,6 +90,7 @@ def fit(
 ) -> None:
     """Trains on the training split, and judges by the validation split."""
     from captioning import backend, runs
+    from captioning.data import prepared
     from captioning.scoring.metrics import CIDER_IMAGES
     from captioning.training import (
         callbacks,
@@ -167,7 +168,12 @@ def fit(
         announce_schedule(config, scheduled, rate.afterwards)
         watching = [judge.averaged, judge, points]
         if devices.process == 0:
-            watching += callbacks.boards(place, actions.tensorboard)
+            watching += callbacks.boards(
+                place,
+                actions.tensorboard,
+                measure,
+                prepared.images_dir(config),
+            )
         loop.run_epochs(batches, val_batches, watching, points, config.epochs)
     if config.scst_epochs:
         self_critical.train(config, points, features, train.tokens, words)

@@ -117,4 +117,4 @@ def test_on_jax_nothing_imports_tensorflow(home):
 def test_tensorboard_without_tensorflow_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorflow"):
-        callbacks.boards(tmp_path, asked=True)
+        callbacks.boards(tmp_path, True, None, tmp_path)

@@ -2,12 +2,15 @@
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 from captioning import runs
+from captioning.backend import TENSORFLOW
 from captioning.training import callbacks
 from captioning.training.schedule import Schedule, choose_epochs
 
@@ -119,3 +122,27 @@ def test_a_schedule_of_a_single_step_is_a_number():
 )
 def test_a_small_dataset_is_trained_for_more_epochs(images, epochs):
     assert choose_epochs(images, 32) == epochs
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="TensorFlow writes the logs")
+def test_tensorboard_shows_captions_with_their_photographs(tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = SimpleNamespace(
+        words=["a", "dog"], caption="a dog", attention=np.full((2, 4), 0.25)
+    )
+    measure = SimpleNamespace(
+        split=SimpleNamespace(images=["a.png", "gone.png", "c.png"]),
+        first=[found, found],
+    )
+    shown = callbacks.ShownCaptions(measure, tmp_path, tmp_path / "logs")
+    shown.on_epoch_end(0, {"loss": 1.0})
+    assert not (tmp_path / "logs").exists()  # nothing was captioned
+    shown.on_epoch_end(1, {"val_cider": 0.5})
+    logs = event_accumulator.EventAccumulator(str(tmp_path / "logs/captions"))
+    logs.Reload()
+    tags = logs.Tags()["tensors"]
+    assert {tag.partition("_")[0] for tag in tags} == {"a.png"}
+    assert {each.step for tag in tags for each in logs.Tensors(tag)} == {2}

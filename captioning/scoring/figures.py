@@ -123,15 +123,26 @@ def _draw_panel(
 def write_attention_figure(
     path: Path, photo: np.ndarray, words: Sequence[str], attention: np.ndarray
 ) -> None:
-    """Draws where a model looked, word by word, as a PNG.
+    """Writes what `draw_attention` draws as a PNG of few colours."""
+    figure = Image.fromarray(draw_attention(photo, words, attention))
+    with atomic_path(path) as part:
+        figure.quantize(256).save(part, "PNG", optimize=True)
+
+
+def draw_attention(
+    photo: np.ndarray, words: Sequence[str], attention: np.ndarray
+) -> np.ndarray:
+    """Draws where a model looked, word by word.
 
     Source: the figures of Xu et al. 2015.
 
     Args:
-        path: the file.
         photo: uint8 RGB (height, width, 3).
         words: the caption.
         attention: weights (words, regions).
+
+    Returns:
+        uint8 RGB (height, width, 3).
     """
     side = min(_PANEL_SIDE, math.isqrt(_PIXELS // (len(words) + 1)))
     scale = side / max(photo.shape[:2])
@@ -165,8 +176,8 @@ def write_attention_figure(
         # Of characters without a font, which have been reported.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format="png", dpi=100)
-    with atomic_path(path) as part, Image.open(buffer) as image:
-        image.convert("RGB").quantize(256).save(part, "PNG", optimize=True)
+    with Image.open(buffer) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def figure_name(photo: str) -> str:

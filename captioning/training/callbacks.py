@@ -12,17 +12,20 @@ import pandas as pd
 
 from captioning import job, runs
 from captioning.backend import ALONE, TENSORFLOW, Devices, one_device
+from captioning.data.images import UnusableImage, read_image
 from captioning.data.prepared import Split
 from captioning.data.vocabulary import Vocabulary
 from captioning.decoding import captioner
 from captioning.features.joined import Features
 from captioning.files import write_csv
 from captioning.scoring import metrics
-from captioning.scoring.figures import write_curves
+from captioning.scoring.figures import draw_attention, write_curves
 from captioning.training.batches import CaptionBatches
 from config import Config, UserError
 from model import build_model
 
+SHOWN = 4  # validation images in TensorBoard
+PHOTO_SIDE = 448  # of them, in pixels
 SAVE_SECONDS = 180  # between two saved points within an epoch
 BEST = ("best", "best_loss", "best_epoch", "since_best")  # of Judge
 
@@ -105,7 +108,10 @@ class ValidationCider:
             self.search = captioner.build(self.captioner, config)
 
     def __call__(self) -> float:
-        """CIDEr with the current weights."""
+        """CIDEr with the current weights.
+
+        Keeps in `first` what was found for the first images.
+        """
         process, processes = self.devices.process, self.devices.processes
         with one_device():
             if self.captioner is not self.decoder:
@@ -114,6 +120,7 @@ class ValidationCider:
             found = captioner.caption_images(
                 self.search, [self.features], mine, self.words
             )
+        self.first = found[:SHOWN]  # process 0 has the first images
         shares = [[each.caption for each in found]]
         if processes > 1:
             shares = job.gather(shares[0])
@@ -381,12 +388,52 @@ class SavePoints(keras.callbacks.Callback):
         signal.signal(signal.SIGTERM, interrupt)
 
 
-def boards(place: Path, asked: bool) -> list[keras.callbacks.Callback]:
+class ShownCaptions(keras.callbacks.Callback):
+    """Shows captions of some validation images in TensorBoard.
+
+    Args:
+        measure: captions the validation split, before this callback.
+        images_dir: where the photographs are.
+        place: the folder of TensorBoard's logs.
+    """
+
+    def __init__(
+        self, measure: ValidationCider, images_dir: Path, place: Path
+    ) -> None:
+        super().__init__()
+        self.measure, self.images_dir, self.place = measure, images_dir, place
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Draws the captions and where the model looked, if it captioned."""
+        if "val_cider" not in logs:
+            return
+        import tensorflow as tf  # which JAX does without
+
+        writer = tf.summary.create_file_writer(str(self.place / "captions"))
+        shown = zip(self.measure.split.images, self.measure.first, strict=False)
+        with writer.as_default():
+            for name, found in shown:
+                try:
+                    path = self.images_dir / name
+                    photo, _ = read_image(path, PHOTO_SIDE, square=False)
+                except UnusableImage:  # it was still there a while ago
+                    continue
+                picture = draw_attention(photo, found.words, found.attention)
+                tf.summary.image(name, picture[None], step=epoch + 1)
+                tf.summary.text(name, found.caption, step=epoch + 1)
+        writer.close()
+
+
+def boards(
+    place: Path, asked: bool, measure: ValidationCider, images_dir: Path
+) -> list[keras.callbacks.Callback]:
     """What logs for TensorBoard; Keras has TensorFlow do that.
 
     Args:
         place: the run folder.
         asked: whether that is worth importing TensorFlow on another backend.
+        measure: captions the validation split.
+        images_dir: where its photographs are.
 
     Raises:
         UserError: if TensorFlow is not installed.
@@ -398,7 +445,11 @@ def boards(place: Path, asked: bool) -> list[keras.callbacks.Callback]:
             "--tensorboard needs TensorFlow: pip install tensorflow, or leave "
             "it out"
         )
-    return [keras.callbacks.TensorBoard(place / "tensorboard")]
+    logs = place / "tensorboard"
+    return [
+        keras.callbacks.TensorBoard(logs),
+        ShownCaptions(measure, images_dir, logs),
+    ]
 
 
 def history_table(history: list[dict[str, float]]) -> pd.DataFrame:
