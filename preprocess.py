@@ -15,7 +15,6 @@ writes the rest.
 import argparse
 import dataclasses
 import functools
-import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -83,8 +82,6 @@ def main(arguments: command.Arguments) -> None:
     dataset = limit(config, dataset)
     check_splits(config, dataset)
     check_words(config, dataset.table)
-    if old := prepared.old_layout(config):
-        print(f"Note: {old}. Images are encoded again.", file=sys.stderr)
     described = describe_features(config)
     place = prepared.folder(config)
     worker = arguments.actions.worker

@@ -324,31 +324,7 @@ def test_captions_of_another_layout_are_of_the_same_dataset(home):
     good(*flags, dataset="")
 
 
-# --- older caches ---------------------------------------------------------
-
-
-def test_caches_of_an_older_layout_are_named_and_left_alone(home):
-    old = home / CACHE
-    (old / "resnet50-32-01234567").mkdir(parents=True)
-    (old / "resnet50-32-01234567" / "finished.bin").write_bytes(b"old")
-    other = old.with_name("photos-89abcdef")
-    stranger = old.with_name("photos-of-mine")
-    for folder in (old, other, stranger):
-        folder.mkdir(exist_ok=True)
-        (folder / "captions.csv").write_text("image,split,caption,tokens\n")
-        (folder / "dataset.json").write_text("{}")
-    before = content(old.parent)
-    with pytest.raises(UserError, match="older cache layout") as error:
-        prepared.load_split(config(), "train")
-    assert "run preprocess.py first" in str(error.value)
-    told = [line for line in good().splitlines() if "older" in line]
-    assert len(told) == 1 and "can be deleted" in told[0]
-    for name in ("resnet50-32-01234567", "captions.csv", other.name):
-        assert name in told[0]
-    assert stranger.name not in told[0]
-    after = content(old.parent)
-    assert {name: after[name] for name in before} == before
-    assert_true(config())
+# --- few images -------------------------------------------------------------
 
 
 def test_too_few_held_out_images_are_told(capsys):

@@ -7,7 +7,6 @@ features/<key>/     features; one folder for each encoder, shared by all
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 import sys
@@ -27,7 +26,6 @@ from captioning.files import read_json, write_csv, write_text
 from config import SPLITS, Config, UserError, group
 
 TABLE = ["image", "split", "caption", "tokens"]
-OLD = "dataset.json"  # directly in a dataset's folder: of an older layout
 # A photograph that lies in two splits under two names.
 DUPLICATES = ["image", "split", "other_image", "other_split"]
 
@@ -96,20 +94,6 @@ def check_source(config: Config, images_dir: Path) -> None:
                 f"{config.dataset}, with images in {was}: give this one "
                 "another name, with --dataset NAME together with --dataset-dir"
             )
-
-
-def old_layout(config: Config) -> str:
-    """What is left of caches of an older layout, in words; empty if nothing."""
-    place = root(config)
-    old = [path.with_name("captions.csv") for path in place.glob(OLD)]
-    old += [path.parent for path in place.glob("*/finished.bin")]
-    # Data fields that were not at their defaults made a folder of their own.
-    pattern = f"{glob.escape(place.name)}-{'[0-9a-f]' * 8}/{OLD}"
-    old += [path.parent for path in place.parent.glob(pattern)]
-    if not old:
-        return ""
-    names = ", ".join(str(path) for path in sorted(old))
-    return f"{names}: of an older cache layout, not read, and can be deleted"
 
 
 def save(
@@ -300,10 +284,9 @@ def _check_fields(config: Config, place: Path) -> None:
     path = place / "dataset.json"
     found = read_json(path)
     if not found:
-        old = old_layout(config)
         raise UserError(
             f"there is no preprocessed dataset in {place}: run preprocess.py "
-            "first, with the same flags" + (f" ({old})" if old else "")
+            "first, with the same flags"
         )
     for name, wanted in _fields(config).items():
         if found.get(name) != wanted:
