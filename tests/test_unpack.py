@@ -118,6 +118,8 @@ def write_tar(
                 {"jpg": photo(number)},
             )
             tar.write({**key, **image, **beside})
+    # What it knows of the tar.
+    write_parquet(folder, f"{name.partition('.')[0]}.parquet", "caption")
     return folder / name
 
 

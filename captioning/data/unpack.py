@@ -58,8 +58,8 @@ _PLAIN = re.compile(r'[^\s./\\:*?"<>|\0-\x1f][^/\\:*?"<>|\0-\x1f]{0,150}')
 _HEADERS = {b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp"}
 
 # A member of an archive: name, size, whether it is a file (not a link or a
-# device), and what reads it.
-_Member = tuple[str, int, bool, Callable[[], bytes]]
+# device), and what opens it.
+_Member = tuple[str, int, bool, Callable[[], Any]]
 _Save = Callable[[str, bytes], None]
 # File -> the source that it is from, and its digest.
 _Seen = dict[str, tuple[str, str]]
@@ -118,12 +118,11 @@ def find_dataset(
 
 def _sources(directory: Path) -> tuple[str, list[str], list[str], list[str]]:
     """The kind of the archives, they, the texts, and archives not used."""
+    there = dict.fromkeys(datasets.list_files(directory).values())
     paths = [
         path
-        for path in dict.fromkeys(datasets.list_files(directory).values())
-        # `datasets` leaves what it computed beside an Arrow folder.
-        if not fnmatch.fnmatch(posixpath.basename(path), "cache-*.arrow")
-        and (directory / path).is_file()
+        for path in there
+        if (directory / path).is_file() and not _is_by_product(path, there)
     ]
 
     def ending(endings: tuple[str, ...]) -> list[str]:
@@ -135,6 +134,15 @@ def _sources(directory: Path) -> tuple[str, list[str], list[str], list[str]]:
     known = (*itertools.chain(*_KINDS.values()), *_NOT_UNDERSTOOD)
     others = [path for path in ending(known) if path not in shards]
     return kind, shards, ending(_TEXTS), others
+
+
+def _is_by_product(path: str, there: dict[str, None]) -> bool:
+    """Whether a tool has left a file beside the data."""
+    stem, ending = posixpath.splitext(path)
+    if ending == ".parquet":  # img2dataset: the addresses of a tar's images
+        return not there.keys().isdisjoint((stem + ".tar", stem + ".tar.gz"))
+    # datasets: what was computed of an Arrow folder
+    return fnmatch.fnmatch(posixpath.basename(path), "cache-*.arrow")
 
 
 # --- what is done, and what is left ---------------------------------------
@@ -291,7 +299,8 @@ def _unpack_source(
         for row in rows
     ]
     done = done._replace(finished=True, files=mine, rows=listed)
-    if hasattr(os, "sync"):  # the images before the note that they are there
+    # The images must be on the disk before the note that they are.
+    if len(mine) > 1 and hasattr(os, "sync"):
         os.sync()
     write_text(note, json.dumps(done._asdict()))
     return done
@@ -402,7 +411,7 @@ def _members(
     total = 0
     members = _zip if path.suffix.lower() == ".zip" else _tar
     with _damage(path):
-        for name, size, is_file, content in members(path):
+        for name, size, is_file, opens in members(path):
             name = name.encode("utf-8", "replace").decode().replace("\\", "/")
             reason = datasets.unsafe(name)
             if reason or not is_file:
@@ -421,30 +430,25 @@ def _members(
             parts = name.split("/")
             # Nor does `datasets` read what is hidden, or a Mac's shadows.
             if not any(p[0] == "." or p == "__MACOSX" for p in parts):
-                yield name, size, content() if read else b""
+                yield name, size, opens().read() if read else b""
 
 
 def _zip(path: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             kind = stat.S_IFMT(member.external_attr >> 16)
-            read = functools.partial(archive.read, member)
+            is_file = kind in (0, stat.S_IFREG)
+            opens = functools.partial(archive.open, member)
             if not member.is_dir():
-                is_file = kind in (0, stat.S_IFREG)
-                yield member.filename, member.file_size, is_file, read
+                yield member.filename, member.file_size, is_file, opens
 
 
 def _tar(path: Path) -> Iterator[_Member]:
     with tarfile.open(path) as archive:
         for member in archive:
             if not member.isdir():
-                read = functools.partial(_read_member, archive, member)
-                yield member.name, member.size, member.isreg(), read
-
-
-def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    return file.read() if file else b""
+                opens = functools.partial(archive.extractfile, member)
+                yield member.name, member.size, member.isreg(), opens
 
 
 # --- tables ---------------------------------------------------------------
@@ -466,19 +470,23 @@ def _unpack_table(
             if isinstance(data, dict):
                 told = data.get("path") if told is data else told
                 data = data["bytes"]
-            name = _image_name(told, data or b"")
-            if not name:
+            data = data or b""
+            if not isinstance(told, str) or not _PLAIN.fullmatch(told):
                 # A photograph may be in a row for each of its captions.
-                digest = hashlib.blake2b(data or b"").digest()
-                name = nameless.setdefault(
-                    digest, f"{stem}-{number}{_ending(data or b'')}"
-                )
-            if "split" not in columns.names:
-                name = posixpath.join(prefix, name)
+                digest = hashlib.blake2b(data).digest()
+                told = nameless.setdefault(digest, f"{stem}-{number}")
+            ending = "" if _is_image(told) else _HEADERS.get(data[:4], ".jpg")
+            own_split = "split" in columns.names
+            name = posixpath.join("" if own_split else prefix, told + ending)
             if data:
                 save(name, data)
-            fields[image] = fields[columns.image] = name
-            records.append((fields, columns))
+            # Tables may hold masks or thousands of numbers for each image.
+            kept = [
+                value if i in columns.captions or isinstance(value, str) else ""
+                for i, value in enumerate(fields)
+            ]
+            kept[columns.image] = name
+            records.append((kept, columns))
     return [*caption_files.read_records(records, Notes([], [], []))]
 
 
@@ -525,14 +533,3 @@ def _table_columns(path: Path, schema: Any) -> tuple[int, Any]:
             "take it out of the folder"
         )
     return images[0], columns
-
-
-def _image_name(told: Any, data: bytes) -> str:
-    """The name that a table tells, if it is one; else empty."""
-    if not isinstance(told, str) or not _PLAIN.fullmatch(told):
-        return ""
-    return told if _is_image(told) else told + _ending(data)
-
-
-def _ending(data: bytes) -> str:
-    return _HEADERS.get(data[:4], ".jpg")
