@@ -83,7 +83,7 @@ ENCODERS = {
 }
 LAYOUTS = (
     *("auto", "karpathy", "huggingface", "coco", "plain", "kaggle30k"),
-    *("kaggle8k", "token", "imagefolder"),
+    *("kaggle8k", "token", "imagefolder", "sidecar"),
 )
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")

@@ -61,17 +61,17 @@ ACTIONS = [
 
 def main(arguments: command.Arguments) -> None:
     """Preprocesses a dataset."""
-    from captioning.data import datasets, prepared
+    from captioning.data import prepared, unpack
     from captioning.features import workers
     from captioning.files import lock
 
     config = arguments.config
     draw_sample(config)
-    dataset = datasets.find_dataset(
+    dataset = unpack.find_dataset(
         prepared.directory(config),
+        prepared.unpacked(config),
         config.layout,
-        config.val_share,
-        config.test_share,
+        (config.val_share, config.test_share),
     )
     print(dataset.summary)
     for message in dataset.messages:

@@ -143,7 +143,7 @@ def _parser(
         add_help=False,
     )
     added = [parser.add_argument(each.name, **each.options) for each in actions]
-    general = {
+    general: dict[str, dict[str, Any]] = {
         "--config": {
             "metavar": "FILE",
             "default": "",
@@ -159,9 +159,9 @@ def _parser(
             "help": "show the version",
         },
     }
-    for flag, options in general.items():
+    for flag, how in general.items():
         names = ["-h", flag] if flag == "--help" else [flag]
-        added.append(parser.add_argument(*names, **options))
+        added.append(parser.add_argument(*names, **how))
     shown = FIELDS_OF.get(script, ()) if not everything else ()
     groups: dict[str, Any] = {}
     for each in dataclasses.fields(Config):

@@ -127,6 +127,14 @@ FOLDERS = {
         {"metadata.csv": PLAIN.replace("image,caption", "file_name,text")},
         ".",
     ),
+    "sidecar": (
+        {
+            **{f"Images/{n}.txt": f"{n} one\n{n} two\n" for n in "abc"},
+            "Images/d.json": '{"caption": ["d one", "d two"], "url": "x"}',
+            **KARPATHY_LISTS,
+        },
+        "Images",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ list of them.
 
 import ast
 import codecs
+import contextlib
 import csv
 import io
 import itertools
@@ -277,17 +278,17 @@ def _read_objects(text: str, path: Path, notes: Notes) -> Iterator[Row]:
         objects = json.loads(text)
     except (ValueError, RecursionError):
         objects = list(_parse_lines(text, notes))
-    if isinstance(objects, dict) and not _columns(objects):
+    if isinstance(objects, dict) and not find_columns(objects):
         objects = [{"image": i, "caption": c} for i, c in objects.items()]
-    records: list[_Record] = []
+    records: list[Record] = []
     for each in objects if isinstance(objects, list) else [objects]:
-        columns = _columns(each) if isinstance(each, dict) else None
+        columns = find_columns(each) if isinstance(each, dict) else None
         if columns:
             records.append(([*each.values()], columns))
         else:
             reason = "no fields image and caption"
             notes.skipped.append((json.dumps(each)[:80], reason))
-    yield from _rows(records, notes)
+    yield from read_records(records, notes)
 
 
 def _parse_lines(text: str, notes: Notes) -> Iterator[Any]:
@@ -311,11 +312,38 @@ class _Columns(NamedTuple):
 
 
 # What a line or an object has, and where.
-_Record = tuple[Sequence[Any], _Columns]
+Record = tuple[Sequence[Any], _Columns]
 
 
-def _columns(names: Iterable[Any]) -> _Columns | None:
-    """Finds the columns; None without one for images and one for captions."""
+def read_sidecar(image: str, text: str) -> Record | None:
+    """Reads the file beside an image that is called as the image is.
+
+    Args:
+        image: its name.
+        text: one caption per line; or a JSON object with the fields of a
+            table, or a JSON list of captions.
+
+    Returns:
+        The image's record; None if there is no caption in it.
+    """
+    value: Any = text.splitlines()
+    if text.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text)
+    fields = value if isinstance(value, dict) else {"caption": value}
+    columns = find_columns([IMAGE_COLUMNS[0], *fields])
+    return ([image, *fields.values()], columns) if columns else None
+
+
+def find_columns(names: Iterable[Any]) -> _Columns | None:
+    """Finds the columns of a table, whatever their case.
+
+    Args:
+        names: of all its columns.
+
+    Returns:
+        Where they are; None without one for images and one for captions.
+    """
     names = [re.sub(r"[\s-]+", "_", str(n).strip().lower()) for n in names]
     image = next((names.index(n) for n in IMAGE_COLUMNS if n in names), None)
     # caption, captions, or caption_0 to caption_4
@@ -344,7 +372,7 @@ def _read_table(text: str, path: Path, notes: Notes) -> Iterator[Row]:
             "skipinitialspace": f"{separator} " in first_line,
         }
         header = next(csv.reader([first_line[:2000]], **options), [])
-        columns = _columns(header)
+        columns = find_columns(header)
         if columns:
             break
     else:
@@ -360,7 +388,7 @@ def _read_table(text: str, path: Path, notes: Notes) -> Iterator[Row]:
         _fit(record, columns, glue, notes)
         for record in _csv_records(text, options, path, notes)[1:]
     ]
-    yield from _rows([(each, columns) for each in fitted if each], notes)
+    yield from read_records([(each, columns) for each in fitted if each], notes)
 
 
 def _read_table_or_objects(
@@ -421,8 +449,16 @@ def _fit(
     return []
 
 
-def _rows(records: Sequence[_Record], notes: Notes) -> Iterator[Row]:
-    """The captions of all records."""
+def read_records(records: Sequence[Record], notes: Notes) -> Iterator[Row]:
+    """The captions of all records of a file.
+
+    Args:
+        records: a value of a caption column may be a list.
+        notes: takes what is skipped.
+
+    Yields:
+        A row per caption.
+    """
     like_split = (
         name
         for name in _LIKE_SPLIT
@@ -434,7 +470,7 @@ def _rows(records: Sequence[_Record], notes: Notes) -> Iterator[Row]:
         yield from _rows_of(*each, _cell(each, split), notes)
 
 
-def _cell(record: _Record, name: str) -> str:
+def _cell(record: Record, name: str) -> str:
     """The text in a column of a record; empty if there is none."""
     fields, columns = record
     there = name in columns.names
@@ -517,4 +553,6 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], _Reader]] = {
     "kaggle8k": (("captions.txt",), _read_table),
     "token": (("*.token.txt", "*.token"), _read_token),
     "imagefolder": (("metadata.csv", "metadata.jsonl"), _read_table_or_objects),
+    # No file of its own: `datasets` looks beside the images.
+    "sidecar": ((), _read_table_or_objects),
 }

@@ -21,6 +21,7 @@ import pandas as pd
 
 from captioning.data import caption_files, vocabulary
 from captioning.data.caption_files import LAYOUTS, Notes, Row, split_name
+from captioning.data.images import ENDINGS
 from captioning.data.splits import split_rows
 from config import SPLITS, UserError
 
@@ -35,6 +36,8 @@ _IMAGE_FOLDERS = (
     "flickr8k_dataset",
     "flicker8k_dataset",
 )
+# The endings of files that hold the captions of the image beside them.
+SIDECARS = (".txt", ".json")
 # Control characters, line and paragraph separators, surrogates, BOM.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")
 
@@ -65,10 +68,14 @@ class Dataset(NamedTuple):
     messages: Sequence[str] = ()
 
 
+class NothingFound(UserError):
+    """A folder without captions, or without the images that they name."""
+
+
 class _Found(NamedTuple):
     """Captions whose images were looked up."""
 
-    paths: list[str]  # of the caption files
+    paths: list[str]  # of the caption files, or of their folder
     rows: list[Row]
     folder: str  # of the images, relative to the dataset folder
     notes: Notes
@@ -97,9 +104,17 @@ def find_dataset(
         UserError: if there is no folder, no captions or no image of them, or
             if its split lists are those of another dataset.
     """
-    files = _list_files(directory)
-    layout, candidates = _find_captions(directory, files, layout)
-    found = _read_best(directory, files, layout, candidates)
+    files = list_files(directory)
+    try:
+        layout, candidates = _find_captions(directory, files, layout)
+        found = _read_best(directory, files, layout, candidates)
+    except NothingFound:
+        if layout not in ("auto", "sidecar"):
+            raise
+        found = _read_sidecars(directory, files)
+        if not found.rows:
+            raise
+        layout = "sidecar"
     notes = found.notes
     others = [path for path in files.values() if path not in found.paths]
     shares = (val_share, test_share)
@@ -107,7 +122,7 @@ def find_dataset(
     if not rows:
         image, reason = notes.skipped[0]
         image = " ".join(image.split())  # a name may have line breaks in it
-        raise UserError(
+        raise NothingFound(
             f"{directory / found.paths[0]}: none of its images can be used; "
             f"the first is {image} ({reason}); see data/README.md for where "
             "the images go"
@@ -167,8 +182,18 @@ def equal_pixels_across_splits(
 # --- where things are -----------------------------------------------------
 
 
-def _list_files(directory: Path) -> _Files:
-    """Lists every folder once; no image is looked up on the disk later."""
+def list_files(directory: Path) -> _Files:
+    """Lists every folder once; no image is looked up on the disk later.
+
+    Args:
+        directory: a dataset folder.
+
+    Returns:
+        Paths below it, the shallowest first -> those that are on the disk.
+
+    Raises:
+        UserError: if there is no such folder, or it cannot be read.
+    """
     if not directory.is_dir():
         raise UserError(
             f"no folder {directory}: put the dataset there, see "
@@ -225,9 +250,10 @@ def _find_captions(
         if datasets:
             return name, list(datasets.values())
     expected = ", ".join(p for patterns, _ in wanted.values() for p in patterns)
-    raise UserError(
-        f"no captions found in {directory}: expected one of {expected}; see "
-        "data/README.md"
+    raise NothingFound(
+        f"no captions found in {directory}: expected "
+        f"{f'one of {expected}, or ' * bool(expected)}NAME.txt beside "
+        "NAME.jpg; see data/README.md"
     )
 
 
@@ -293,6 +319,26 @@ def _read(
     start = len(folder) + 1 if folder else 0
     rows = [row._replace(image=row.image[start:]) for row in found]
     return _Found(paths, rows, folder, notes)
+
+
+def _read_sidecars(directory: Path, files: _Files) -> _Found:
+    """Reads the captions beside the images: a.txt or a.json of a.jpg."""
+    notes = Notes([], [], [])
+    there = dict.fromkeys(files.values())
+    records = []
+    for image in there:
+        stem, ending = posixpath.splitext(image)
+        names = [stem + each for each in SIDECARS if stem + each in there]
+        if names and ending.lower() in ENDINGS:
+            text = caption_files.read_text(directory / names[0], notes)
+            records.append(caption_files.read_sidecar(image, text))
+    kept = list(filter(None, records))
+    rows = _clean([*caption_files.read_records(kept, notes)], notes)
+    folders = {posixpath.dirname(row.image) for row in rows} or {""}
+    folder = posixpath.commonpath(folders)
+    start = len(folder) + 1 if folder else 0
+    rows = [row._replace(image=row.image[start:]) for row in rows]
+    return _Found([folder or "."], rows, folder, notes)
 
 
 def _find_images(
@@ -370,7 +416,7 @@ def _clean(rows: list[Row], notes: Notes) -> list[Row]:
     for row in rows:
         # JSON can hold surrogates, which cannot be written to a file.
         image = row.image.encode("utf-8", "replace").decode("utf-8").strip()
-        reason = _unsafe(image)
+        reason = unsafe(image)
         if reason:
             notes.skipped.append((image, reason))
             continue
@@ -393,10 +439,16 @@ def _clean(rows: list[Row], notes: Notes) -> list[Row]:
     return kept
 
 
-def _unsafe(image: str) -> str:
-    """Why an image of this name must not be opened; empty if it may.
+def unsafe(image: str) -> str:
+    """Says why a file of this name must not be opened.
 
     The rules of all platforms apply on each: a dataset is the same everywhere.
+
+    Args:
+        image: the name, relative to a folder.
+
+    Returns:
+        The reason; empty if the file may be opened.
     """
     if not image:
         return "no image name"

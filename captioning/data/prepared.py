@@ -4,6 +4,7 @@ text-<8 hex>/       captions, vocabulary, what was skipped; one folder for
                     each combination of the data fields
 features/<key>/     features; one folder for each encoder, shared by all
                     text folders
+unpacked/           images and captions, if the dataset came in archives
 """
 
 import dataclasses
@@ -49,6 +50,11 @@ def root(config: Config) -> Path:
     return Path(config.data_dir) / "cache" / config.dataset
 
 
+def unpacked(config: Config) -> Path:
+    """Where the archives of a dataset are unpacked, if it is made of them."""
+    return root(config) / "unpacked"
+
+
 def folder(config: Config) -> Path:
     """The text folder of a dataset.
 
@@ -82,13 +88,15 @@ def check_source(config: Config, images_dir: Path) -> None:
     Raises:
         UserError: if the cached images are in another folder.
     """
-    here, now = directory(config).resolve(), str(images_dir.resolve())
-    place = root(config)
+    now, place = str(images_dir.resolve()), root(config)
+    homes = directory(config).resolve(), unpacked(config).resolve()
     files = [*place.glob("text-*/dataset.json")]
     files += place.glob("features/*/meta.json")
     for path in sorted(files):
         was = Path(read_json(path).get("images_dir", now))
-        if str(was) != now and was.is_dir() and not was.is_relative_to(here):
+        if str(was) == now or any(map(was.is_relative_to, homes)):
+            continue
+        if was.is_dir():
             raise UserError(
                 f"{place} is the cache of another dataset called "
                 f"{config.dataset}, with images in {was}: give this one "
