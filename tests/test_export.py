@@ -88,7 +88,7 @@ def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
     split = prepared.Split(
         list(rows), list(rows), [], [[[words[0]]]] * len(rows)
     )
-    found, _ = evaluate.caption_split([(config, place)], split)
+    found, *_ = evaluate.caption_split([(config, place)], split)
     assert len({each.caption for each in found}) > 1
     evaluate.export_run([(config, place)], tmp_path / "program")
     np.save(tmp_path / "pixels.npy", pixels)
