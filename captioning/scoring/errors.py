@@ -24,7 +24,7 @@ _WORDS = {
 _KINDS = {word: kind for kind, text in _WORDS.items() for word in text.split()}
 MOST = {"Colours": 12, "Numbers": 12, "Things and actions": 24}
 LEAST = 3  # images in which a confusion occurs, or a length
-CONFUSIONS = 16
+CONFUSIONS = 12
 
 
 class Word(NamedTuple):
