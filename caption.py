@@ -75,20 +75,16 @@ ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 def main(arguments: command.Arguments) -> int:
     """Captions photographs; returns 1 if some could not be read."""
-    from captioning import runs
-
     actions = arguments.actions
     if bool(actions.photos) == (actions.serve is not None):
         command.tell("give photographs, folders of them or -; or else --serve")
         return command.WRONG_USAGE
-    wanted = choose_run(arguments)
     if actions.serve is not None:
-        return serve(arguments, wanted)
+        return serve(arguments)
     photos, failed = find_photos(actions.photos)
     if actions.attention:
         Path(actions.attention).mkdir(parents=True, exist_ok=True)
-    config, run = runs.decoding_config(wanted, arguments.given)
-    note_sample(config, run)
+    config, run = open_run(arguments)
     captioner = load_captioner(config, run, one_by_one=len(photos) <= FEW)
     captioned = 0
     for photo, found, reason in caption(photos, captioner, config.input_size):
@@ -127,22 +123,26 @@ def choose_run(arguments: command.Arguments) -> Config:
     return dataclasses.replace(config, run_name=name)
 
 
-def note_sample(config: Config, run: Path) -> None:
-    """Says so where a run has never seen a photograph."""
+def open_run(arguments: command.Arguments) -> tuple[Config, Path]:
+    """The config and the folder of the run that captions.
+
+    Says so where it has never seen a photograph.
+    """
+    from captioning import runs
+
+    config, run = runs.decoding_config(choose_run(arguments), arguments.given)
     if config.dataset == SAMPLE:
         print(
             f"Note: {run} knows only the drawn scenes of the sample; what it "
             "says about photographs means nothing.",
             file=sys.stderr,
         )
+    return config, run
 
 
-def serve(arguments: command.Arguments, wanted: Config) -> int:
+def serve(arguments: command.Arguments) -> int:
     """Captions the photographs that are dropped on a local page."""
-    from captioning import runs
-
-    config, run = runs.decoding_config(wanted, arguments.given)
-    note_sample(config, run)
+    config, run = open_run(arguments)
     captioner = load_captioner(config, run, one_by_one=True)
     # It imports Keras, which has been imported quietly by now.
     from captioning.decoding import serve as page

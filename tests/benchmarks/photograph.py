@@ -23,10 +23,7 @@ ROUNDS = 7
 
 def main(arguments: command.Arguments) -> None:
     """Measures a photograph."""
-    from captioning import runs
-
-    wanted = caption.choose_run(arguments)
-    config, run = runs.decoding_config(wanted, arguments.given)
+    config, run = caption.open_run(arguments)
     captioner = caption.load_captioner(config, run, one_by_one=True)
 
     import numpy as np
