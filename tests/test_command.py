@@ -157,7 +157,7 @@ def test_what_stands_behind_two_dashes_is_no_flag():
         ("--precision bfloat16", "; did you mean mixed_bfloat16?\n"),
         ("--layout kaggle", "; did you mean kaggle8k?\n"),
         ("--epochs -1", "epochs -1 is below 0"),
-        ("--batch-images -5", "batch_images -5 is below 0"),
+        ("--batch-images -5", "batch_images -5 is below 1"),
         ("--beam-size 101", "beam_size 101 is above 100"),
         ("--learning-rate nan", "learning_rate nan"),
         ("--min-caption-length 21", "above max_caption_length 20"),

@@ -53,7 +53,7 @@ def installed(tmp_path, monkeypatch):
 def draw(path, words: list[str]) -> np.ndarray:
     """The titles of the panels of an attention figure, greyscale."""
     photo = np.full((60, 80, 3), 255, np.uint8)
-    maps = np.ones((len(words), 7, 7))
+    maps = np.ones((len(words), 49))
     figures.write_attention_figure(path, photo, words, maps)
     with Image.open(path) as image:
         return np.asarray(image.convert("L"))[: figures._TITLE]

@@ -45,4 +45,4 @@ def test_the_share_of_unknown_words_is_told_of_each_split(tmp_path):
 
 def test_few_unknown_words_are_no_reason_to_warn(tmp_path):
     _, out, _ = preprocess(tmp_path, "a dog on a big hill in the green sun {}")
-    assert "9.1% of words" in out and "Warning" not in out
+    assert "9.1% of words" in out and "Warning: many words" not in out
