@@ -373,6 +373,11 @@ def each_encoder(config: Config) -> list[tuple[str, str]]:
     return [*zip(names, weights, strict=True)]
 
 
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
 def group(name: str) -> list[str]:
     """The names of the fields of a group, in order."""
     fields = dataclasses.fields(Config)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from captioning import job, streams
-from config import SPLIT_SYNONYMS, Config, UserError, group, resolve
+from config import SPLIT_SYNONYMS, Config, UserError, flag, group, resolve
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 BACKENDS = ("tensorflow", "jax")
@@ -92,11 +92,6 @@ def _nearest(word: str, valid: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _flag(name: str) -> str:
-    """The flag of a field of Config."""
-    return "--" + name.replace("_", "-")
-
-
 def _one_of(choices: Sequence[str], joined: bool) -> Callable[[str], str]:
     """Converts text for argparse that has to be one of some names.
 
@@ -159,8 +154,8 @@ def _parser(
             "help": "show the version",
         },
     }
-    for flag, how in general.items():
-        names = ["-h", flag] if flag == "--help" else [flag]
+    for name, how in general.items():
+        names = ["-h", name] if name == "--help" else [name]
         added.append(parser.add_argument(*names, **how))
     shown = FIELDS_OF.get(script, ()) if not everything else ()
     groups: dict[str, Any] = {}
@@ -181,8 +176,8 @@ def _parser(
         else:
             options = {"type": kind, "metavar": kind.__name__.upper()}
         options["help"] = argparse.SUPPRESS if hidden else _help(each)
-        added.append(groups[name].add_argument(_flag(each.name), **options))
-    return parser, [flag for each in added for flag in each.option_strings]
+        added.append(groups[name].add_argument(flag(each.name), **options))
+    return parser, [name for each in added for name in each.option_strings]
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -251,8 +246,8 @@ def parse(
         word = unknown[0].split("=")[0]
         kind = "flag" if word.startswith("-") else "argument"
         hint = _nearest(word, flags) if kind == "flag" else "; see --help"
-        if word.replace("_", "-") in ELSEWHERE:
-            hint = f"; here it is {ELSEWHERE[word.replace('_', '-')]}"
+        if here := ELSEWHERE.get(word.replace("_", "-")):
+            hint = f"; here it is {here}"
         parser.error(f"unknown {kind} {word}{hint}")
     names = {each.name for each in dataclasses.fields(Config)}
     given = {k: v for k, v in vars(known).items() if k in names}
@@ -404,5 +399,5 @@ def next_line(script: str, arguments: Arguments) -> str:
     data = ["dataset"] if script == "caption.py" else group("data")
     for name in [*group("place"), *data, *group("encoder")]:
         if name in arguments.given:
-            words += [_flag(name), shlex.quote(str(arguments.given[name]))]
+            words += [flag(name), shlex.quote(str(arguments.given[name]))]
     return " ".join(words)

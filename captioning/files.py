@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,26 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Checks that there is room before work begins that would fill it.
+
+    Args:
+        folder: in the cache; it need not exist yet.
+        needed: bytes that will be added to it.
+
+    Raises:
+        UserError: if the disk has less left.
+    """
+    place = next(each for each in (folder, *folder.parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{folder} needs {needed / 1e9:.1f} GB more and the disk has "
+            f"{free / 1e9:.1f} GB left: make room, or give --data-dir on "
+            "another disk"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

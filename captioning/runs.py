@@ -16,7 +16,7 @@ import pandas as pd
 
 from captioning.data import vocabulary
 from captioning.files import atomic_path, read_json, write_csv, write_text
-from config import OPEN, SAMPLE, Config, UserError, group
+from config import OPEN, SAMPLE, Config, UserError, flag, group
 
 # What may change when a run is resumed; its result depends on all other fields
 # of these groups.
@@ -229,11 +229,10 @@ def _keep(
         old = getattr(config, name)
         new = values.get(name, old)
         if new not in (old, OPEN.get(name)):
-            flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"{name} is {old!r} in the run {place}, not {new!r}: give "
-                f"{flag} {old}, or train another run with train.py --fresh or "
-                "--run-name"
+                f"{flag(name)} {old}, or train another run with train.py "
+                "--fresh or --run-name"
             )
 
 
@@ -340,8 +339,6 @@ def begin(
             weights.
     """
     images = images.sort_values(["name", "pixels"], ignore_index=True)
-    fields = {"encoders": descriptions, "shape": shape}
-    fields["started_from"] = start.name if start else ""
     if (place / STATE).exists():
         began = started_from(place)
         known = _load_images(place)
@@ -363,6 +360,8 @@ def begin(
         if before is not None:
             # The names of another dataset's images mean nothing in this one.
             images = pd.concat([images, before.assign(name="")])
+        fields = {"encoders": descriptions, "shape": shape}
+        fields["started_from"] = start.name if start else ""
         write_text(place / FEATURES, json.dumps(fields, indent=2) + "\n")
         vocabulary.save(words, place / VOCABULARY)
         write_csv(place / IMAGES, images)

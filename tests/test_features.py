@@ -5,6 +5,7 @@ import io
 import json
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -447,7 +448,7 @@ def test_whatever_features_depend_on_changes_the_folder(monkeypatch):
 
 def leave_free(monkeypatch, free: int) -> None:
     usage = types.SimpleNamespace(free=free)
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -438,7 +439,7 @@ def test_what_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch, case):
 def test_a_full_disk_is_told_before(tmp_path, monkeypatch):
     write_splits(tmp_path / "data" / "photos", "image", "caption")
     full = SimpleNamespace(free=10)
-    monkeypatch.setattr(unpack.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(UserError, match="GB left: make room"):
         find(tmp_path)
     assert not [*tmp_path.rglob("*.jpg")]

@@ -15,7 +15,6 @@ import lzma
 import os
 import posixpath
 import re
-import shutil
 import stat
 import tarfile
 import zipfile
@@ -29,7 +28,13 @@ from tqdm import tqdm
 from captioning.data import caption_files, datasets
 from captioning.data.caption_files import IMAGE_COLUMNS, Notes, Row
 from captioning.data.images import ENDINGS
-from captioning.files import lock, read_json, write_csv, write_text
+from captioning.files import (
+    check_disk,
+    lock,
+    read_json,
+    write_csv,
+    write_text,
+)
 from config import UserError
 
 # Of these kinds the first that is there is unpacked: a hub often has the same
@@ -160,7 +165,8 @@ def _unpack(directory: Path, place: Path, sources: list[str]) -> list[str]:
     left = [name for name, each in done.items() if not each.finished]
     for name in tqdm(left, "Checking archives", unit="file", delay=2):
         done[name] = done[name]._replace(size=_look(directory / name))
-    _check_disk(place, sum(each.size for each in done.values()))
+    there = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+    check_disk(place, sum(each.size for each in done.values()) - there)
     seen = {
         file: (name, digest)
         for name, each in done.items()
@@ -207,18 +213,6 @@ def _load(directory: Path, place: Path, source: str) -> _Done:
     state = [status.st_size, status.st_mtime_ns]
     found = read_json(_note(place, source))
     return _Done(**found) if found.get("state") == state else _Done(state)
-
-
-def _check_disk(place: Path, needed: int) -> None:
-    needed -= sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
-    there = next(each for each in (place, *place.parents) if each.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise UserError(
-            f"{place} needs {needed / 1e9:.1f} GB more and the disk has "
-            f"{free / 1e9:.1f} GB left: make room, or give --data-dir on "
-            "another disk"
-        )
 
 
 def _sweep(place: Path, files: set[str], notes: set[Path]) -> None:

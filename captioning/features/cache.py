@@ -23,7 +23,6 @@ import itertools
 import json
 import mmap
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +30,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from captioning.files import lock, read_json, write_csv, write_text
-from config import ENCODERS, UserError
+from captioning.files import (
+    check_disk,
+    lock,
+    read_json,
+    write_csv,
+    write_text,
+)
+from config import ENCODERS, UserError, flag
 
 # Changes when images are read or resized differently, so that old features
 # are not mixed with new ones.
@@ -118,7 +123,7 @@ def create(
         tables = [table, added] if len(table) else [added]
         table = pd.concat(tables, ignore_index=True)
         full = (len(table), *shape)
-        _check_disk(folder, full)
+        check_disk(folder, _missing_bytes(folder, full))
         folder.mkdir(parents=True, exist_ok=True)
         if was != now and os.path.isdir(was):
             # Other files under the same names, perhaps of equal size and
@@ -162,11 +167,11 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
 def _that_fit(folder: Path, description: dict[str, Any]) -> str:
     """The end of an error: with which other flags a dataset has features."""
     found = []
+    here = {"magnification": 1, **description}
     for path in sorted(folder.glob("*/meta.json")):
         meta = {"magnification": 1, **read_json(path)}
-        here = {"magnification": 1, **description}
         flags = [
-            f"--{name.replace('_', '-')} {meta[name]}"
+            f"{flag(name)} {meta[name]}"
             for name in ("encoder", "image_size", "magnification")
             if meta[name] != here[name]
         ]
@@ -303,7 +308,8 @@ def _check_meta(folder: Path, description: dict[str, Any]) -> None:
             )
 
 
-def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
+def _missing_bytes(folder: Path, shape: tuple[int, ...]) -> int:
+    """How many bytes features.npy has to grow to hold a shape."""
     path = folder / "features.npy"
     here = 0
     if path.exists():
@@ -311,15 +317,7 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
         # What is reserved, where the system says so: a file may have holes.
         blocks = getattr(status, "st_blocks", None)
         here = status.st_size if blocks is None else blocks * 512
-    needed = 2 * int(np.prod(shape, dtype=np.int64)) - here
-    place = next(each for each in (folder, *folder.parents) if each.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(
-            f"{folder} needs {needed / 1e9:.1f} GB more and the disk has "
-            f"{free / 1e9:.1f} GB left: make room, or give --data-dir on "
-            "another disk"
-        )
+    return 2 * int(np.prod(shape, dtype=np.int64)) - here
 
 
 def _check_files(

@@ -13,7 +13,7 @@ import numpy as np
 from captioning import runs
 from captioning.data.vocabulary import Vocabulary
 from captioning.decoding import captioner
-from config import Config, UserError, group
+from config import Config, UserError, flag, group
 from model import CaptioningModel
 
 
@@ -38,7 +38,7 @@ def check(
     trained = runs.load_config(run)
     named = ["encoder", "image_size", "magnification", *group("model")]
     flags = [
-        f"--{name.replace('_', '-')} {getattr(trained, name)}"
+        f"{flag(name)} {getattr(trained, name)}"
         for name in named
         if getattr(config, name) != getattr(trained, name)
     ]
