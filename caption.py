@@ -65,7 +65,6 @@ ACTIONS = [
         },
     ),
 ]
-PHOTO_SIDE = 448  # pixels, of the photograph in an attention figure
 # Up to this many photographs are captioned one at a time: a full batch costs
 # the same however few photographs it holds.
 FEW = 8
@@ -273,7 +272,9 @@ def draw(folder: Path, photo: str, found: Any) -> None:
     from captioning.scoring import figures
 
     try:
-        pixels, _ = images.read_image(Path(photo), PHOTO_SIDE, square=False)
+        pixels, _ = images.read_image(
+            Path(photo), figures.PHOTO_SIDE, square=False
+        )
     except images.UnusableImage as error:  # it was still there a moment ago
         raise UserError(f"{photo}: {error}") from None
     path = folder / figures.figure_name(os.path.abspath(photo))

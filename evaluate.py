@@ -78,7 +78,7 @@ def main(arguments: command.Arguments) -> None:
 
     given, actions = arguments.given, arguments.actions
     if actions.compare:
-        compare(arguments.config, *actions.compare)
+        compare_evaluations(arguments.config, *actions.compare)
         return
     members = runs.members(arguments.config, given, actions.runs)
     if actions.export:
@@ -136,7 +136,7 @@ def main(arguments: command.Arguments) -> None:
     print(f"Wrote {place}{look}. Next: {next_line} PHOTO_OR_FOLDER...")
 
 
-def compare(config: Config, *names: str) -> None:
+def compare_evaluations(config: Config, *names: str) -> None:
     """Compares two evaluations, and writes a page about them."""
     from captioning import runs
     from captioning.data import prepared

@@ -1,7 +1,6 @@
 """Runs images through the frozen encoder into the feature cache."""
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import os
@@ -164,7 +163,8 @@ def fill(
         images_dir: where the images are.
         names: of the images that are wanted.
         size: the side to resize them to, in pixels.
-        build: makes the encoder; called only if there is work for it.
+        build: gives the encoder, the same at each call; called only if there
+            is work for it.
 
     Returns:
         What was skipped and repaired, in this run or before, sorted; and how
@@ -174,7 +174,6 @@ def fill(
     skipped: list[tuple[str, str]] = []
     unfinished = [name for name in names if not cache.finished[cache.row[name]]]
     batches = by_slot(unfinished, cache.row)
-    encoder = functools.cache(build)
     marks: dict[int, int] = {}
     last = time.monotonic()
     bar = tqdm(
@@ -191,7 +190,7 @@ def fill(
                 bad = [each for each in batch if each.pixels is None]
                 skipped += [(each.name, each.reason) for each in bad]
                 repaired += [(e.name, e.reason) for e in good if e.reason]
-                marks |= _encode_batch(cache, good, encoder)
+                marks |= _encode_batch(cache, good, build)
                 bar.update(len(batch))
                 if time.monotonic() - last > COMMIT_SECONDS:
                     features.commit(cache, marks)

@@ -20,7 +20,7 @@ from config import UserError
 
 SHOWN = 24  # images on the page, of each that one captions better
 # Where less is better, and where neither is.
-LESS_IS_BETTER, NEUTRAL = ("perplexity",), ("mean_length", "vocabulary_used")
+LESS_IS_BETTER, NEUTRAL = "perplexity", "mean_length"
 
 
 class Evaluation(NamedTuple):
@@ -217,9 +217,9 @@ def _verdict(name: str, ends: list[float]) -> str:
         return ""
     if ends[0] <= 0 <= ends[1]:
         return "within chance"
-    if name in NEUTRAL:
+    if name == NEUTRAL:
         return "differs"
-    better = (ends[0] > 0) != (name in LESS_IS_BETTER)
+    better = (ends[0] > 0) != (name == LESS_IS_BETTER)
     return "better" if better else "worse"
 
 

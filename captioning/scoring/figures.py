@@ -40,6 +40,7 @@ _STYLE: dict[Any, Any] = {
     # Without it the ids inside an SVG are random.
     "svg.hashsalt": "curves",
 }
+PHOTO_SIDE = 448  # pixels, that a photograph is read to for a figure
 # Of an attention figure: panels per row, the longer side of one, and pixels
 # in all, about a byte each, so that a long caption makes no large file.
 _COLUMNS, _PANEL_SIDE, _PIXELS = 6, 160, 300_000

@@ -26,7 +26,6 @@ from captioning.scoring.metrics import Scores
 from config import Config, UserError, group
 
 FIGURES = 12  # attention figures per evaluation
-PHOTO_SIDE = 448  # pixels, of the photograph in a figure
 FILES = {
     "captions.json",
     "captions.csv",
@@ -364,7 +363,7 @@ def write_report(
     for row in examples.head(FIGURES).itertuples():
         try:
             photo, _ = photographs.read_image(
-                images_dir / row.image, PHOTO_SIDE, square=False
+                images_dir / row.image, figures.PHOTO_SIDE, square=False
             )
         except photographs.UnusableImage:
             continue

@@ -19,13 +19,16 @@ from captioning.decoding import captioner
 from captioning.features.joined import Features
 from captioning.files import write_csv
 from captioning.scoring import metrics
-from captioning.scoring.figures import draw_attention, write_curves
+from captioning.scoring.figures import (
+    PHOTO_SIDE,
+    draw_attention,
+    write_curves,
+)
 from captioning.training.batches import CaptionBatches
 from config import Config, UserError
 from model import build_model
 
 SHOWN = 4  # validation images in TensorBoard
-PHOTO_SIDE = 448  # of them, in pixels
 SAVE_SECONDS = 180  # between two saved points within an epoch
 BEST = ("best", "best_loss", "best_epoch", "since_best")  # of Judge
 

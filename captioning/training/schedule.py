@@ -12,7 +12,7 @@ EPOCHS, STEPS, MOST_EPOCHS = 8, 1500, 30
 
 
 def choose_epochs(images: int, batch_images: int) -> int:
-    """How many epochs to train on so many images."""
+    """Chooses the number of epochs for a dataset of this size."""
     steps = math.ceil(images / batch_images)
     return min(max(EPOCHS, math.ceil(STEPS / steps)), MOST_EPOCHS)
 
