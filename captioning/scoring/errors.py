@@ -51,28 +51,15 @@ def find(examples: pd.DataFrame) -> Errors:
     Args:
         examples: `caption`, `references` and `cider` of each image.
     """
-    said = [{*caption.split()} for caption in examples["caption"]]
+    captions = [caption.split() for caption in examples["caption"]]
+    references = [[*map(tokenise, each)] for each in examples["references"]]
+    said = [{*caption} for caption in captions]
     # Of each image, how many references have a word.
-    meant = [_references(each) for each in examples["references"]]
-    confused: Counter[tuple[str, str]] = Counter()
-    for words, references in zip(said, meant, strict=True):
-        wrong = [w for w in words - references.keys() if _kind(w)]
-        most = max(references.values(), default=0)
-        missed = [
-            w
-            for w, count in references.items()
-            if count >= max(2, most / 2) and w not in words and _kind(w)
-        ]
-        pairs = itertools.product(wrong, missed)
-        confused.update(p for p in pairs if _kind(p[0]) == _kind(p[1]))
+    meant = [_count_references(each) for each in references]
     lengths = examples.groupby(examples["caption"].str.split().map(len))
     return Errors(
         _words(said, meant),
-        [
-            (*pair, images)
-            for pair, images in confused.most_common(CONFUSIONS)
-            if images >= LEAST
-        ],
+        _confusions(captions, references, meant),
         [
             (int(str(length)), len(each), float(each["cider"].mean()))
             for length, each in lengths
@@ -81,13 +68,55 @@ def find(examples: pd.DataFrame) -> Errors:
     )
 
 
-def _references(texts: Sequence[str]) -> Counter[str]:
+def _count_references(references: Sequence[Sequence[str]]) -> Counter[str]:
     """How many of an image's references have each word.
 
     A single reference counts twice: there is no second to agree with it.
     """
-    counts = Counter(word for text in texts for word in {*tokenise(text)})
-    return counts + counts if len(texts) == 1 else counts
+    counts = Counter(word for each in references for word in {*each})
+    return counts + counts if len(references) == 1 else counts
+
+
+def _confusions(
+    captions: list[list[str]],
+    references: list[list[list[str]]],
+    meant: list[Counter[str]],
+) -> list[tuple[str, str, int]]:
+    """The most frequent confusions: words that nobody says, for those missed.
+
+    "running" is no mistake for "dog", though one is said where the other is
+    missed. So the missed word must fit in the place of the other: people have
+    written it between the same two words, of whatever image.
+    """
+    written = {
+        each for x in references for words in x for each in _in_context(words)
+    }
+    confused: Counter[tuple[str, str]] = Counter()
+    for words, counts in zip(captions, meant, strict=True):
+        most = max(counts.values(), default=0)
+        missed = [
+            word
+            for word, count in counts.items()
+            if count >= max(2, most / 2) and word not in words and _kind(word)
+        ]
+        wrong = [x for x in _in_context(words) if x[1] not in counts]
+        pairs = {
+            (word, other)
+            for (before, word, after), other in itertools.product(wrong, missed)
+            if _kind(word) == _kind(other) and (before, other, after) in written
+        }
+        confused.update(sorted(pairs))
+    return [
+        (*pair, images)
+        for pair, images in confused.most_common(CONFUSIONS)
+        if images >= LEAST
+    ]
+
+
+def _in_context(words: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Each word, between those before and after it; empty at the ends."""
+    padded = ["", *words, ""]
+    return [*zip(padded, padded[1:], padded[2:], strict=False)]
 
 
 def _words(
