@@ -158,6 +158,19 @@ def test_curves_mark_the_epoch_that_was_kept(tmp_path):
     assert Page(path).text.count("best epoch, 4") == 3
 
 
+def test_values_stand_at_the_points_that_are_drawn():
+    """CIDEr is known of every other epoch alone."""
+    curve = figures.curve(history(6), 4, figures.PANELS[2])
+    assert [each.number for each in curve.epochs] == [2, 4, 6]
+    drawn = re.findall(r'<use[^>]* x="([\d.]+)" y="([\d.]+)"', curve.drawing)
+    drawn = np.array(drawn, float)
+    for number, x, values in curve.epochs:
+        ((name, value, y),) = values
+        assert name == "validation"
+        assert float(value) == pytest.approx(1 - np.exp(-number / 3), abs=1e-4)
+        assert np.abs(drawn - (x, y)).max(axis=1).min() < 0.1
+
+
 @pytest.mark.parametrize("words", [[], ["$x^", "犬", "<unk>"], ["word"] * 20])
 def test_an_attention_figure_takes_any_word_and_is_small(
     tmp_path, words, recwarn
@@ -242,6 +255,16 @@ def test_what_is_often_taken_for_something_else_is_told():
     found = errors.find(table)
     assert found.confusions == [("cat", "dog", 3)]
     assert found.lengths == [(2, 4, 0.5)]
+
+
+def test_only_words_that_could_replace_each_other_are_confused():
+    """A "running" said where "dog" is missed is not one for the other."""
+    table = pd.DataFrame({"caption": ["a cat is running"] * 3, "cider": 0.5})
+    table["references"] = [["a dog sleeps", "the dog is lazy"]] * 3
+    # Nobody writes "a dog is", nor "is dog" or "is sleeps" at an end.
+    assert errors.find(table).confusions == []
+    table.at[2, "references"] = ["a dog sleeps", "a dog is lazy"]
+    assert errors.find(table).confusions == [("cat", "dog", 3)]
 
 
 # --- the page without a browser ----------------------------------------------
@@ -533,6 +556,24 @@ def test_some_images_stand_under_the_figures(page):
     find(page, "#search")[0].send_keys("zebra")
     strip[0].click()  # also one that the search leaves out
     wait(page, "$('dialog').open && shown.length === 60")
+
+
+def test_curves_tell_their_values(page):
+    """To a mouse, a finger and the arrow keys."""
+    epochs = find(page, ".curve:first-child .epoch")
+    assert len(epochs) == 6 and len(find(page, ".epoch")) == 15
+    texts = "[...document.querySelectorAll('.epoch text')]"
+    seen = f"{texts}.filter(x => getComputedStyle(x).visibility === 'visible')"
+    seen += ".map(x => x.textContent).join()"
+    assert page.execute_script(f"return {seen}") == ""
+    point_at(page, epochs[2])
+    wait(page, f"{seen} === '0.6321,0.6321,3'")
+    epochs[1].click()
+    wait(page, "document.activeElement.matches('.epoch')")
+    press(page, "ARROW_RIGHT", "ARROW_RIGHT", "ARROW_LEFT")
+    label = "Epoch 3: training 0.6321, validation 0.6321"
+    wait(page, f"document.activeElement.ariaLabel === '{label}'")
+    wait(page, "document.activeElement.tabIndex === 0")
 
 
 def test_a_word_of_the_errors_shows_its_images(page):

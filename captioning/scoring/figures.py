@@ -9,7 +9,7 @@ import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import matplotlib
@@ -51,6 +51,27 @@ _UNLIT = 0.6
 _LEGEND = "in colour: more attention than an even share"
 
 
+class Epoch(NamedTuple):
+    """What a curve has at an epoch, in units of its drawing."""
+
+    number: int
+    x: float
+    # The name of a line, its value and its y, the highest in the drawing first.
+    values: list[tuple[str, str, float]]
+
+
+class Curve(NamedTuple):
+    """A panel of the training curves for a page that shows their values."""
+
+    title: str
+    drawing: str  # an SVG element
+    width: float
+    height: float
+    bottom: float  # y of the axis
+    epochs: list[Epoch]  # those with a value
+    spacing: float  # between two epochs
+
+
 def write_curves(path: Path, history: pd.DataFrame, best_epoch: int) -> None:
     """Plots the course of training as a PNG.
 
@@ -70,19 +91,61 @@ def write_curves(path: Path, history: pd.DataFrame, best_epoch: int) -> None:
 
 def curve(
     history: pd.DataFrame, best_epoch: int, panel: tuple[str, str | None, str]
-) -> str:
+) -> Curve:
     """A panel as an SVG element in the text colour of the page."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure = Figure((4.4, 3), layout="constrained")
-        _draw_panel(figure.subplots(), history, best_epoch, *panel)
+        # A pixel is a unit of the SVG.
+        figure = Figure((4.4, 3), 72, layout="constrained")
+        axes = figure.subplots()
+        _draw_panel(axes, history, best_epoch, *panel)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue().replace("#000000", "currentColor")
     # Inside HTML, an SVG needs neither prologue nor namespace.
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
-    label = f'<svg role="img" aria-label="{panel[0]} by epoch"'
-    return svg.replace("<svg", label, 1)
+    height = figure.bbox.height
+    (left, _), (right, _) = axes.transData.transform([(0, 0), (1, 0)])
+    return Curve(
+        title=panel[0],
+        drawing=svg.replace("<svg", '<svg aria-hidden="true"', 1),
+        width=figure.bbox.width,
+        height=height,
+        bottom=round(height - axes.bbox.y0, 1),
+        epochs=_epochs(axes, height, history, *panel[1:]),
+        spacing=round(float(right - left), 1),
+    )
+
+
+def _epochs(
+    axes: Axes,
+    height: float,
+    history: pd.DataFrame,
+    training: str | None,
+    validation: str,
+) -> list[Epoch]:
+    """Where the points of a panel are once it has been drawn."""
+    found = []
+    for row in history.to_dict("records"):
+        values = []
+        for column, name, _ in _lines(training, validation):
+            if not math.isnan(row[column]):
+                point = (row["epoch"], row[column])
+                x, y = axes.transData.transform(point)
+                y = round(float(height - y), 1)
+                values.append((name, f"{row[column]:.4g}", y))
+        if values:
+            values.sort(key=lambda each: each[2])
+            found.append(Epoch(int(row["epoch"]), round(float(x), 1), values))
+    return found
+
+
+def _lines(training: str | None, validation: str) -> list[tuple[str, str, str]]:
+    """The lines of a panel: column, name, colour."""
+    lines = [(validation, "validation", _VALIDATION)]
+    if training:
+        lines.insert(0, (training, "training", _TRAINING))
+    return lines
 
 
 def _draw_panel(
@@ -94,13 +157,9 @@ def _draw_panel(
     validation: str,
 ) -> None:
     """Plots two columns over the epochs, and marks the best epoch."""
-    for column, name, colour in (
-        (training, "training", _TRAINING),
-        (validation, "validation", _VALIDATION),
-    ):
-        if column:
-            line = history[["epoch", column]].dropna()
-            axes.plot(*line.values.T, ".-", color=colour, label=name)
+    for column, name, colour in _lines(training, validation):
+        line = history[["epoch", column]].dropna()
+        axes.plot(*line.values.T, ".-", color=colour, label=name)
     for _, best in history[history["epoch"] == best_epoch].iterrows():
         axes.axvline(best_epoch, color="black", linewidth=0.8, linestyle=":")
         axes.plot(
