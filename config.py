@@ -39,12 +39,16 @@ class Encoder(NamedTuple):
     # Identifies the ImageNet weights of Keras, where they were at hand to take
     # the digest of: a local file of the same weights is known by it.
     imagenet: str = "imagenet"
-    # The layer that is cached with random weights, if another one: the more
-    # random filters an image has passed, the less is left of its shapes.
-    random_layer: str = ""
+    # The layer that is cached instead with random weights, or with those
+    # trained on drawn scenes: the more random filters an image has passed, the
+    # less is left of its shapes, and what is drawn needs few to be told apart.
+    early_layer: str = ""
 
 
 LAST = "output"
+# Weights of the layers up to the early one, trained on drawn scenes that are
+# not in the sample: docs/scenes.py.
+SCENES = "scenes"
 # The name that --encoder takes -> where Keras Applications has it. A new
 # encoder is one line here. VGG's block5_conv3 is the layer that Show, Attend
 # and Tell uses (Xu et al. 2015, section 4.3); the others have their last
@@ -56,7 +60,7 @@ ENCODERS = {
         "ResNet50",
         "resnet50",
         "conv5_block3_out",
-        random_layer="conv2_block1_out",
+        early_layer="conv3_block1_out",
     ),
     "resnet101": Encoder("ResNet101", "resnet", "conv5_block3_out"),
     "resnet152": Encoder("ResNet152", "resnet", "conv5_block3_out"),
@@ -187,9 +191,10 @@ class Config:
     )
     encoder_weights: str = _encoder(
         "auto",
-        "'imagenet', 'random' or a weights file ('auto': random for the "
-        "sample, imagenet otherwise); of several encoders one for all, or one "
-        "each, separated by commas",
+        "'imagenet', 'scenes', 'random' or a weights file ('auto': scenes for "
+        "the sample, or random where the encoder has none, and imagenet "
+        "otherwise); of several encoders one for all, or one each, separated "
+        "by commas",
     )
     # What the encoders were trained at.
     image_size: int = _encoder(
@@ -347,15 +352,16 @@ def _check(each: dataclasses.Field, value: Any) -> None:
 def feature_layer(encoder: str, weights: str) -> str:
     """The layer whose output is cached, for one of `each_encoder`."""
     entry = ENCODERS[encoder]
-    return (weights == "random" and entry.random_layer) or entry.layer
+    early = weights in ("random", SCENES)
+    return (early and entry.early_layer) or entry.layer
 
 
 def each_encoder(config: Config) -> list[tuple[str, str]]:
     """The encoders that a config joins, and the weights of each.
 
     Returns:
-        Pairs of a key of `ENCODERS` and `auto`, `imagenet`, `random` or the
-        path of a weights file.
+        Pairs of a key of `ENCODERS` and `auto`, `imagenet`, `scenes`, `random`
+        or the path of a weights file.
 
     Raises:
         UserError: if there are more or fewer weights than encoders.
@@ -447,20 +453,26 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
             f"the dataset in {place} cannot be called like the built-in "
             f"{SAMPLE}: give it another name with --dataset"
         )
-    # The drawn sample needs no trained filters; photographs do.
-    auto = "random" if sample else "imagenet"
-    weights = ",".join(
-        auto if each == "auto" else each
-        for each in config.encoder_weights.split(",")
-    )
+    # Whoever has the sample need not download anything.
+    weights = [
+        (_drawn(name) if sample else "imagenet") if each == "auto" else each
+        for name, each in each_encoder(config)
+    ]
+    if len({*weights}) == 1:
+        weights = weights[:1]
     return dataclasses.replace(
         config,
         dataset=dataset,
         run_name=config.run_name or f"{dataset}-{config.encoder}",
-        encoder_weights=weights,
+        encoder_weights=",".join(weights),
         # Drawn shapes are large as they are.
         magnification=config.magnification or (1 if sample else 2),
     )
+
+
+def _drawn(encoder: str) -> str:
+    """The weights with which an encoder sees what is drawn."""
+    return SCENES if ENCODERS[encoder].early_layer else "random"
 
 
 def is_named_by_folder(config: Config, given: Collection[str]) -> bool:

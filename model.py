@@ -69,7 +69,7 @@ def _annotate(images: Any, name: str, weights: str, magnification: int) -> Any:
     Args:
         images: uint8 RGB (batch, size, size, 3).
         name: of the encoder, a key of `ENCODERS`.
-        weights: `imagenet`, `random` or the path of a weights file.
+        weights: `imagenet`, `scenes`, `random` or the path of a weights file.
         magnification: how many times the images are enlarged.
 
     Returns:
@@ -115,9 +115,9 @@ def _networks(
         The network, and the part of it that ends in the feature map (batch,
         height, width, channels). The map of an enlarged image is averaged in
         squares, so that it has no more regions than that of a plain one; where
-        it does not divide, the last squares are what remains. Of an earlier
-        layer, for random weights, the greatest in each square is taken: how
-        strongly a random filter responds anywhere tells more than the mean.
+        it does not divide, the last squares are what remains. Of an early
+        layer, the greatest in each square is taken: how strongly a filter
+        responds anywhere tells more than the mean.
 
     Raises:
         UserError: if the network does not take images as small as these.

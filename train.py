@@ -104,7 +104,7 @@ def fit(
     backend.set_seed(config.seed)
     epochs = schedule.choose_epochs(len(train.images), config.batch_images)
     if config.dataset == SAMPLE:
-        epochs = schedule.EPOCHS  # it is to be quick
+        epochs = schedule.SAMPLE_EPOCHS
     # Saved as what they are, so that the run means the same elsewhere.
     config = dataclasses.replace(
         config,

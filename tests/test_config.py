@@ -158,7 +158,7 @@ def test_a_resolved_config_leaves_only_the_machine_a_choice():
     [
         ("magnification", 1, 2, 3),
         ("input_size", 224, 448, None),
-        ("encoder_weights", "random", "imagenet", "w.h5"),
+        ("encoder_weights", "scenes", "imagenet", "w.h5"),
     ],
 )
 def test_the_sample_is_quick_unless_told_otherwise(
@@ -218,8 +218,10 @@ def test_a_dataset_among_the_caches_is_refused(given):
 
 @pytest.mark.parametrize("given", [[], ["dataset_dir"], ["dataset"]])
 def test_photographs_are_not_called_like_the_sample(given):
-    """Whose encoder has random weights."""
+    """Whose encoder knows what is drawn, and nothing else."""
     with pytest.raises(UserError, match="the built-in sample"):
         resolve(Config(dataset_dir="elsewhere/sample"), given)
     own = Config(dataset_dir=str(Path("data") / "sample"))
-    assert resolve(own, given).encoder_weights == "random"
+    assert resolve(own, given).encoder_weights == "scenes"
+    own = dataclasses.replace(own, encoder="resnet50+mobilenetv2")
+    assert resolve(own, given).encoder_weights == "scenes,random"

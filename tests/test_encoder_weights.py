@@ -97,3 +97,9 @@ def test_any_other_file_is_named_in_one_line(folder, name, told, monkeypatch):
     with pytest.raises(UserError, match=told) as error:
         encoder_weights.load(network(0), str(folder / name), "mobilenetv2")
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_only_an_encoder_that_was_trained_on_scenes_has_their_weights():
+    assert encoder_weights.fingerprint("resnet50", "scenes")[:5] == "half-"
+    with pytest.raises(UserError, match=r"weights scenes: No such file.*of re"):
+        encoder_weights.fingerprint("vgg16", "scenes")

@@ -55,7 +55,7 @@ def test_the_pipeline_leaves_the_files_of_the_contract(home):
         assert (text / name).stat().st_size
     (features,) = cache.glob("features/*/features.npy")
     array = np.load(features, mmap_mode="r")
-    assert array.dtype == np.float16 and array.shape == (360, 9, 256)
+    assert array.dtype == np.float16 and array.shape == (360, 9, 512)
     assert json.loads((features.parent / "meta.json").read_text())["weights"]
     table = pd.read_csv(features.parent / "images.csv")
     assert list(table) == ["image", "size", "modified"] and len(table) == 360

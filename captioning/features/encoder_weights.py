@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -12,11 +13,19 @@ import keras
 import numpy as np
 
 from captioning.features import cache
-from config import ENCODERS, Config, UserError, each_encoder, feature_layer
+from config import (
+    ENCODERS,
+    SCENES,
+    Config,
+    UserError,
+    each_encoder,
+    feature_layer,
+)
 
 # A seed of its own: --seed changes the training, and neither the encoder nor,
 # with it, the feature cache.
 RANDOM_SEED = 0
+DRAWN = str(Path(__file__).with_name("scenes.weights.h5"))
 
 # How often each shape of a weight occurs. It identifies a network, whichever
 # format the file has: Keras 3 does not store the names of layers.
@@ -52,7 +61,7 @@ def fingerprint(encoder: str, weights: str) -> str:
 
     Args:
         encoder: a key of `ENCODERS`.
-        weights: `imagenet`, `random`, or the path of a weights file.
+        weights: `imagenet`, `scenes`, `random`, or the path of a weights file.
 
     Raises:
         UserError: if there is no such file, or it holds no weights.
@@ -61,9 +70,15 @@ def fingerprint(encoder: str, weights: str) -> str:
         return f"random-{RANDOM_SEED}"
     if weights == "imagenet":
         return ENCODERS[encoder].imagenet
+    path = DRAWN if is_drawn(encoder, weights) else weights
     arrays: list[np.ndarray] = []
-    _visit_weights(weights, lambda weight: arrays.append(weight[()]))
+    _visit_weights(path, lambda weight: arrays.append(weight[()]))
     return digest(arrays)
+
+
+def is_drawn(encoder: str, weights: str) -> bool:
+    """Whether weights are those of an encoder trained on drawn scenes."""
+    return weights == SCENES and bool(ENCODERS[encoder].early_layer)
 
 
 def digest(weights: Iterable[np.ndarray]) -> str:
@@ -113,7 +128,7 @@ def load(network: keras.Model, weights: str, encoder: str) -> None:
 
     Args:
         network: an encoder without its top.
-        weights: `imagenet`, `random`, or the path of a weights file,
+        weights: `imagenet`, `scenes`, `random`, or the path of a weights file,
             `.weights.h5` or `.h5`.
         encoder: the name of the network, a key of `ENCODERS`.
 
@@ -125,6 +140,9 @@ def load(network: keras.Model, weights: str, encoder: str) -> None:
         network.set_weights(_random_weights(network))
     elif weights == "imagenet":
         network.set_weights(_imagenet_weights(network, encoder))
+    elif is_drawn(encoder, weights):
+        last = network.get_layer(ENCODERS[encoder].early_layer)
+        keras.Model(network.input, last.output).load_weights(DRAWN)
     else:
         _load_file(network, weights, encoder)
 
@@ -214,7 +232,8 @@ def _visit_weights(path: str, visit: Callable[[h5py.Dataset], None]) -> None:
     except OSError as error:
         raise UserError(
             f"encoder weights {path}: {error.strerror}; --encoder-weights "
-            "takes imagenet, random or the path of a weights file"
+            "takes imagenet, scenes (of resnet50), random or the path of a "
+            "weights file"
         ) from None
     try:
         with h5py.File(path) as file:
@@ -222,8 +241,8 @@ def _visit_weights(path: str, visit: Callable[[h5py.Dataset], None]) -> None:
     except (OSError, RuntimeError, KeyError, ValueError):
         raise UserError(
             f"{path} is not a weights file, or is incomplete: "
-            "--encoder-weights takes imagenet, random or an HDF5 file written "
-            "by Keras"
+            "--encoder-weights takes imagenet, scenes (of resnet50), random or "
+            "an HDF5 file written by Keras"
         ) from None
 
 
