@@ -89,6 +89,7 @@ KAGGLE30K = "image_name| comment_number| comment\n"
 KAGGLE30K += lines("{n}.jpg| {i}| {n} {w}\n")
 KAGGLE8K = "image,caption\n" + lines("{n}.jpg,{n} {w}\n")
 TOKEN = lines("{n}.jpg#{i}\t{n} {w}\n")
+TOKEN_CN = lines("{n}.jpg#zhc#{i} {n} {w}\n")
 OFFICIAL_LISTS = {
     "Flickr8k_text/Flickr_8k.trainImages.txt": "a.jpg\nb.jpg\n",
     "Flickr8k_text/Flickr_8k.devImages.txt": "c.jpg\n",
@@ -168,6 +169,7 @@ TWICE = "flickr30k_images/flickr30k_images"
         (f"{TWICE}/results.csv", KAGGLE30K, TWICE),
         ("x/flickr30k_images/results.csv", KAGGLE30K, f"x/{TWICE}"),
         ("flickr30k/results_20130124.token", TOKEN, "flickr30k-images"),
+        ("data/flickr8kzhc.caption.txt", TOKEN_CN, "Images"),
         ("dataset_flickr8k.json", json.dumps(KARPATHY), "Images"),
         ("dataset_rsicd.json", json.dumps(KARPATHY), "."),
     ],
@@ -295,6 +297,29 @@ def test_the_documented_order_of_layouts_holds(tmp_path):
     page = page.read_text(encoding="utf-8")
     places = [page.index(f"### `{layout}`") for layout in LAYOUTS[1:]]
     assert places == sorted(places)
+
+
+def test_a_table_pasted_from_lists_has_their_split(tmp_path):
+    """As data/README.md does it for Multi30k, quotation marks and all."""
+    captions = [
+        "Ein Mann.",
+        '"Stopp" heißt es.',
+        "Zwei\u00a0Hunde.",
+        'Ein "Hund',
+    ]
+    rows = zip(IMAGES, captions, strict=True)
+    text = "image\tcaption\n" + "".join(f"{i}\t{c}\n" for i, c in rows)
+    lists = {
+        "image_splits/train.txt": "a.jpg\nb.jpg\n",
+        "image_splits/val.txt": "c.jpg\n",
+        "image_splits/test_2016_flickr.txt": "d.jpg\n",
+        "image_splits/test_2017_flickr.txt": "elsewhere.jpg\n",
+    }
+    images = [f"flickr30k-images/{name}" for name in IMAGES]
+    dataset = find(write(tmp_path, {"captions.tsv": text, **lists}, *images))
+    assert [*splits_of(dataset).values()] == ["train", "train", "val", "test"]
+    found = {image: told for image, (told,) in captions_of(dataset).items()}
+    assert found["a.jpg"] == captions[0] and found["d.jpg"] == captions[3]
 
 
 def test_what_lies_deeper_gives_way_to_what_lies_above(tmp_path):

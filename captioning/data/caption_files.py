@@ -74,6 +74,8 @@ _NOT_ZERO: dict[tuple[bool, ...], str] = {
 # The line that tells Excel the separator of a CSV file.
 _EXCEL_SEPARATOR = re.compile(r'"?sep=(.)"?[^\n]*\n', re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"[^\t\n]+#\d+\t")
+# Flickr8k-CN names the language, and has a space for the tab.
+_LANGUAGE = re.compile(r"^(\S+)#[a-z]+#\d+[ \t]")
 # A list of strings as Python, pandas, NumPy and databases print it, nested or
 # not. NumPy puts no commas: Python would join the strings.
 _QUOTED = r"""[bBuU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
@@ -199,7 +201,7 @@ codecs.register_error("as-windows-1252", _as_windows_1252)
 
 def _read_token(text: str, path: Path, notes: Notes) -> Iterator[Row]:
     for line in text.split("\n"):
-        image, tab, caption = line.partition("\t")
+        image, tab, caption = _LANGUAGE.sub(r"\1\t", line).partition("\t")
         if image and tab:
             yield Row(image, caption)
         elif line.strip():
@@ -551,7 +553,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], _Reader]] = {
     ),
     "kaggle30k": (("results.csv",), _read_table),
     "kaggle8k": (("captions.txt",), _read_table),
-    "token": (("*.token.txt", "*.token"), _read_token),
+    "token": (("*.token.txt", "*.token", "*.caption.txt"), _read_token),
     "imagefolder": (("metadata.csv", "metadata.jsonl"), _read_table_or_objects),
     # No file of its own: `datasets` looks beside the images.
     "sidecar": ((), _read_table_or_objects),
