@@ -302,6 +302,21 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
+def cut_header(path: Path, bytes_left: int) -> None:
+    """Ends a tar in a header, or just before it."""
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[4].offset
+    path.write_bytes(path.read_bytes()[: place + bytes_left])
+
+
+def damage_header(path: Path) -> None:
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[4].offset
+    data = bytearray(path.read_bytes())
+    data[place] ^= 255
+    path.write_bytes(data)
+
+
 def write_bomb(path: Path) -> None:
     path.parent.mkdir(parents=True)
     with tarfile.open(path, "w:gz") as tar:
@@ -341,6 +356,18 @@ BAD = {
     "cut.tar.gz": (
         lambda f: cut(write_tar(f, "a.tar.gz")),
         "a.tar.gz cannot be read (",
+    ),
+    "cut between members": (
+        lambda f: cut_header(write_tar(f), 0),
+        "(it does not end as a tar, after 000000001.",
+    ),
+    "cut in a header": (
+        lambda f: cut_header(write_tar(f), 100),
+        "(it does not end as a tar, after 000000001.",
+    ),
+    "damaged header": (
+        lambda f: damage_header(write_tar(f)),
+        "(it does not end as a tar, after 000000001.",
     ),
     "cut.zip": (
         lambda f: cut(write_zip(f, images("a"))),
@@ -434,6 +461,30 @@ def test_what_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch, case):
     for path in place.rglob("*.jpg"):
         assert path.read_bytes() in PHOTOS.values()
     assert not [*place.rglob("captions.csv")]
+
+
+def test_names_that_differ_in_case_are_two_files_or_an_error(
+    tmp_path, monkeypatch
+):
+    names = ["a.jpg", "A.jpg"]
+    files = {name: photo(n) for n, name in enumerate(names)}
+    text = "image,caption\n" + "".join(f"{x},a dog\n" for x in names)
+    folder = tmp_path / "data" / "photos"
+    write_zip(folder, {**files, "captions.txt": text})
+    with monkeypatch.context() as patch:
+        patch.setattr(unpack, "_ignores_case", lambda place: True)
+        with pytest.raises(UserError) as error:
+            find(tmp_path)
+    place = folder / "archive.zip"
+    told = f"{place} holds A.jpg, and {place} holds a.jpg, which this disk"
+    assert told in str(error.value) and "\n" not in str(error.value)
+    assert not [*(tmp_path / "data" / "cache").rglob("captions.txt")]
+    if (tmp_path / "DATA").exists():
+        pytest.skip("this disk ignores case")
+    found = find(tmp_path)
+    assert {*found.table["image"]} == {*names}
+    for name, data in files.items():
+        assert (found.images_dir / name).read_bytes() == data
 
 
 def test_a_full_disk_is_told_before(tmp_path, monkeypatch):

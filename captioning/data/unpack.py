@@ -177,19 +177,25 @@ def _unpack(directory: Path, place: Path, sources: list[str]) -> list[str]:
         (place / "captions.csv").unlink(missing_ok=True)
     source = {"source": str(directory.resolve())}
     write_text(place / _NOTES / "source.json", json.dumps(source))
+    names = {x.casefold(): x for x in seen} if _ignores_case(place) else None
     total = sum(done[name].size for name in left)
     with tqdm(
         desc="Unpacking", total=total, unit="B", unit_scale=True, delay=2
     ) as bar:
         for name in left:
             done[name] = _unpack_source(
-                directory, place, name, done[name], seen, bar
+                directory, place, name, done[name], seen, names, bar
             )
     _sweep(place, {*seen}, {_note(place, name) for name in sources})
     messages = _write_captions(place, done, seen)
     noted = {"states": states, "messages": messages}
     write_text(complete, json.dumps(noted))
     return messages
+
+
+def _ignores_case(place: Path) -> bool:
+    """Whether the disk takes names that differ in case for the same."""
+    return (place / _NOTES.upper()).exists()
 
 
 def _check_source(directory: Path, place: Path) -> None:
@@ -258,9 +264,24 @@ def _unpack_source(
     source: str,
     done: _Done,
     seen: _Seen,
+    names: dict[str, str] | None,
     bar: Any,
 ) -> _Done:
-    """Unpacks an archive or a table, or copies a text; adds to `seen`."""
+    """Unpacks an archive or a table, or copies a text; adds to `seen`.
+
+    Args:
+        directory: the dataset folder.
+        place: the folder in the cache.
+        source: the file below `directory`.
+        done: what was noted of it.
+        seen: the files of all sources.
+        names: the same in lower case -> as they are called; None where the
+            disk tells them apart.
+        bar: shows the progress.
+
+    Returns:
+        What is to be noted of it.
+    """
     path, note = directory / source, _note(place, source)
     # It was begun, and has not changed: what is there is complete.
     begun = read_json(note).get("state") == done.state
@@ -269,6 +290,16 @@ def _unpack_source(
 
     def save(name: str, data: bytes) -> None:
         digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+        twin = (
+            name if names is None else names.setdefault(name.casefold(), name)
+        )
+        if twin != name:
+            raise UserError(
+                f"{path} holds {name}, and {directory / seen[twin][0]} holds "
+                f"{twin}, which this disk takes for the same file: rename "
+                "one, or give --data-dir on a disk where upper and lower case "
+                "count"
+            )
         first, known = seen.setdefault(name, (source, digest))
         if known != digest:
             raise UserError(
@@ -443,6 +474,13 @@ def _tar(path: Path) -> Iterator[_Member]:
             if not member.isdir():
                 opens = functools.partial(archive.extractfile, member)
                 yield member.name, member.size, member.isreg(), opens
+        # Where tarfile finds no member it takes that for the end: two blocks
+        # of zeros, but also nothing at all, or a member that is damaged.
+        block, file = tarfile.BLOCKSIZE, archive.fileobj
+        assert file is not None
+        if file.tell() != archive.offset + block or any(file.read(block)):
+            last = "".join(archive.getnames()[-1:])
+            raise tarfile.ReadError(f"it does not end as a tar, after {last}")
 
 
 # --- tables ---------------------------------------------------------------
