@@ -89,16 +89,20 @@ LAYOUTS = (
     *("auto", "karpathy", "huggingface", "coco", "plain", "kaggle30k"),
     *("kaggle8k", "token", "imagefolder", "sidecar"),
 )
+# What a token is: a word, or in a script without spaces each character.
+WORDS, CHARACTERS = "words", "characters"
+TOKENISERS = ("auto", WORDS, CHARACTERS)
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")
 SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}
 SAMPLE = "sample"  # the dataset that is drawn on the spot
 
 # Values that leave a choice open: epochs to the number of training images,
-# precision to the machine, all others to `resolve`.
+# precision to the machine, tokeniser to the training captions, all others to
+# `resolve`.
 OPEN: dict[str, Any] = {
     **{"run_name": "", "encoder_weights": "auto", "precision": "auto"},
-    **{"magnification": 0, "epochs": 0},
+    **{"magnification": 0, "epochs": 0, "tokeniser": "auto"},
 }
 
 # Names that a folder can have on every platform and that lead nowhere else:
@@ -169,12 +173,19 @@ class Config:
     layout: str = _data("auto", "layout of the captions", choices=LAYOUTS)
     # For a quick try.
     limit_images: int = _data(0, "first N images of each split (0: all)", 0)
+    # Chinese, Japanese or Thai as people write it has no words to split at.
+    tokeniser: str = _data(
+        "auto",
+        "what a token is ('auto': characters if the training captions have no "
+        "spaces between words, else words)",
+        choices=TOKENISERS,
+    )
     # Rarer words cannot be learned from 30,000 captions and cost time in the
     # output layer; 4 keeps 97% of Flickr8k's words.
     min_word_count: int = _data(4, "occurrences in train that a word needs", 1)
     # 98% of Flickr8k's captions are shorter, and the decoder's loop takes as
-    # many steps as the longest caption has words.
-    max_caption_length: int = _data(20, "words; the rest is cut off", 1, 100)
+    # many steps as the longest caption has tokens.
+    max_caption_length: int = _data(20, "tokens; the rest is cut off", 1, 100)
     # For datasets without a split of their own: about 1,600 images each of
     # Flickr30k, enough to tell two models apart.
     val_share: float = _data(0.05, "val's share if there is no split", 0, 1)
@@ -298,11 +309,11 @@ class Config:
         "probability ^ (1 / temperature) (0: take the likeliest)",
         0,
     )
-    min_caption_length: int = _decoding(1, "shortest caption, in words", 1)
+    min_caption_length: int = _decoding(1, "shortest caption, in tokens", 1)
     # Captions of ten words seldom repeat themselves; small models that do are
     # helped by 2 or 3.
     no_repeat_ngram: int = _decoding(
-        0, "words in a row that no caption repeats (0: any may be)", 0
+        0, "tokens in a row that no caption repeats (0: any may be)", 0
     )
     split: str = _decoding("test", "what evaluate.py scores", choices=SPLITS)
 
@@ -420,8 +431,9 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
     """Settles every choice that a config leaves open.
 
     A saved config then means the same on another machine and under later
-    defaults. Two stay open until a run begins: `precision` depends on the
-    machine, and `epochs` on the number of training images.
+    defaults. Three stay open until more is known: `precision` depends on the
+    machine, `epochs` on the number of training images, and `tokeniser` on
+    their captions.
 
     Args:
         config: from defaults and flags.

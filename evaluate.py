@@ -105,7 +105,9 @@ def main(arguments: command.Arguments) -> None:
         # Before anything is scored: hours of work are on disk first.
         results.write_captions(part / "captions.json", split, captions)
         references = dict(zip(split.images, split.captions, strict=True))
-        scores = metrics.score(captions, references, training_captions(config))
+        scores = metrics.score(
+            captions, references, training_captions(config), config.tokeniser
+        )
         origin = results.describe_run(
             members, split.images, own=not actions.captions
         )

@@ -20,8 +20,11 @@ from typing import Any
 
 from captioning import command
 from config import (
+    CHARACTERS,
+    OPEN,
     SAMPLE,
     SPLITS,
+    WORDS,
     Config,
     UserError,
     each_encoder,
@@ -30,6 +33,8 @@ from config import (
 
 # Above this share of unknown words in a split, the user is warned.
 MANY_UNKNOWN = 0.1
+# And above this share of captions that are cut.
+MANY_CUT = 0.1
 # With fewer images held out, chance decides which of two models scores better.
 FEW_HELD_OUT = 100
 
@@ -81,7 +86,9 @@ def main(arguments: command.Arguments) -> None:
     check_skipped(config, dataset.table, dataset.skipped)
     dataset = limit(config, dataset)
     check_splits(config, dataset)
+    config, dataset = tokenise(config, dataset)
     check_words(config, dataset.table)
+    check_lengths(config, dataset.table)
     described = describe_features(config)
     place = prepared.folder(config)
     worker = arguments.actions.worker
@@ -165,11 +172,55 @@ def check_skipped(config: Config, table: Any, skipped: Any) -> None:
         )
 
 
+def tokenise(config: Config, dataset: Any) -> tuple[Config, Any]:
+    """Settles what a token is, and splits words into characters if these are.
+
+    Args:
+        config: its `tokeniser`.
+        dataset: its captions as words.
+
+    Returns:
+        The config and the dataset as they are from here on.
+    """
+    from captioning.data import vocabulary
+
+    if config.tokeniser == OPEN["tokeniser"]:
+        captions = (text.split() for text in tokens_of(dataset.table, "train"))
+        choice = WORDS
+        if vocabulary.lacks_spaces(captions):
+            choice = CHARACTERS
+            print(
+                "The captions have no spaces between words: each character is "
+                "a token (--tokeniser words splits at spaces alone)."
+            )
+        config = dataclasses.replace(config, tokeniser=choice)
+    if config.tokeniser == CHARACTERS:
+        tokens = [
+            " ".join(vocabulary.characters(text.split()))
+            for text in dataset.table["tokens"]
+        ]
+        dataset = dataset._replace(table=dataset.table.assign(tokens=tokens))
+    return config, dataset
+
+
+def check_lengths(config: Config, table: Any) -> None:
+    """Warns where many captions are longer than the longest that is kept."""
+    lengths = table["tokens"].str.count(" ") + 1
+    share = (lengths > config.max_caption_length).mean()
+    if share > MANY_CUT:
+        print(
+            f"Warning: {share:.1%} of the captions are longer than "
+            f"{config.max_caption_length} {config.tokeniser} and are cut "
+            "there: raise --max-caption-length (nine in ten have at most "
+            f"{lengths.quantile(0.9):.0f})"
+        )
+
+
 def check_words(config: Config, table: Any) -> None:
     """Looks at the vocabulary before hours go into the images.
 
     Args:
-        config: its `min_word_count`.
+        config: its `min_word_count` and `tokeniser`, which is settled.
         table: the dataset's captions.
 
     Raises:
@@ -183,13 +234,14 @@ def check_words(config: Config, table: Any) -> None:
     remedy = f"lower --min-word-count (now {config.min_word_count})"
     if vocabulary.lacks_spaces(captions):
         remedy = (
-            "the captions have no spaces between words; insert them with a "
-            "word segmenter for the language (Chinese, Japanese, Thai, ...), "
-            f"or {remedy}"
+            "the captions have no spaces between words; give --tokeniser "
+            "characters, insert them with a word segmenter for the language "
+            f"(Chinese, Japanese, Thai, ...), or {remedy}"
         )
+    word = config.tokeniser.removesuffix("s")
     if len(words) == len(vocabulary.SPECIAL_WORDS):
         raise UserError(
-            f"no word occurs {config.min_word_count} times in the "
+            f"no {word} occurs {config.min_word_count} times in the "
             f"{len(training):,} training captions, so the vocabulary would "
             f"be empty: {remedy}"
         )
@@ -201,7 +253,7 @@ def check_words(config: Config, table: Any) -> None:
     if shares:
         listed = ", ".join(f"{share:.1%} in {s}" for s, share in shares.items())
         print(
-            f"Warning: many words are outside the vocabulary ({listed}), and "
+            f"Warning: many {word}s are outside the vocabulary ({listed}), and "
             f"no caption will ever contain them: {remedy}"
         )
 
@@ -413,11 +465,12 @@ def report(dataset: Any, repaired: int, words: Any, duplicates: int) -> None:
         print(
             f"  {split:<6}{images[split]:>8,} images"
             f"{captions[split]:>10,} captions"
-            f"{share:>8.1%} of words outside the vocabulary"
+            f"{share:>8.1%} of {words.tokeniser} outside the vocabulary"
         )
     print(
-        f"  vocabulary of {len(words):,} words; {len(dataset.skipped):,} "
-        f"entries skipped, {repaired:,} repaired (skipped.csv, repaired.csv)"
+        f"  vocabulary of {len(words):,} {words.tokeniser}; "
+        f"{len(dataset.skipped):,} entries skipped, {repaired:,} repaired "
+        "(skipped.csv, repaired.csv)"
     )
     if duplicates:
         print(

@@ -63,6 +63,7 @@ def main(arguments: command.Arguments) -> None:
         config = arguments.config
         if not fresh:
             config = runs.training_config(config, arguments.given, place)
+        config = prepared.settle_tokeniser(config)
         train = prepared.load_split(config, "train")
         val = prepared.load_split(config, "val")
         words = prepared.load_vocabulary(config)

@@ -21,10 +21,17 @@ REFERENCES = {
 def evaluation(tmp_path, no_java):
     """Makes an evaluation; gives the name to load it by."""
 
-    def make(run: str, captions: dict, right: int, references=REFERENCES):
+    def make(
+        run: str,
+        captions: dict,
+        right: int,
+        references=REFERENCES,
+        tokeniser="words",
+    ):
         place = tmp_path / run / "evaluation" / "val"
         place.mkdir(parents=True)
-        scores = score(captions, {x: references[x] for x in captions}, [])
+        judged = {x: references[x] for x in captions}
+        scores = score(captions, judged, [], tokeniser)
         tokens = np.arange(5, 5 + len(captions)) % 9 + 6
         table = scores.per_image.assign(
             caption=captions,
@@ -162,10 +169,36 @@ def test_what_cannot_be_compared_is_told_in_one_line(evaluation, tmp_path):
     java = one._replace(metrics={**one.metrics, "tokenizer": "PTB"})
     with pytest.raises(UserError, match="both with Java or both without"):
         compare.pair(one, java)
+    other = one._replace(metrics={**one.metrics, "tokenizer": "characters"})
+    with pytest.raises(UserError, match="of characters and of words"):
+        compare.pair(one, other)
     (one.place / "captions.csv").write_text("nothing")
     with pytest.raises(UserError, match="evaluate again") as error:
         compare.load("one", str(tmp_path), "val")
     assert "\n" not in str(error.value)
+
+
+def test_characters_are_compared_as_such(evaluation):
+    """Counted again from captions without spaces."""
+    references = {x: ["一只狗在跑", "狗跑"] for x in IMAGES}
+    made = {
+        x: "一只狗在跑" if n % 2 else "一只猫" for n, x in enumerate(IMAGES)
+    }
+    one, other = (
+        evaluation(name, made, 4, references, "characters")
+        for name in ("one", "other")
+    )
+    found = compare.compare(*compare.pair(one, other))
+    titles = {each.title: each for each in found}
+    score = one.metrics["bleu4"]
+    assert titles["character BLEU-4"].first == f"{score:.1%}" != "0.0%"
+    assert titles["character BLEU-4"].interval == "+0.0 to +0.0"
+    assert titles["length"].first == "4.0" and "METEOR" not in titles
+    part = dict(list(made.items())[:30])
+    part = evaluation("part", part, 4, references, "characters")
+    found = compare.compare(*compare.pair(one, part))
+    assert {x.first for x in found if x.title == "length"} == {"4.0"}
+    assert "  character BLEU-4 " in compare.as_text(one, part, found)
 
 
 def test_a_part_of_the_images_is_compared_on_what_is_shared(evaluation):

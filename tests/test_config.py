@@ -145,11 +145,11 @@ def test_other_names_are_accepted(name):
 # --- choices that are left open -------------------------------------------
 
 
-def test_a_resolved_config_leaves_only_the_machine_a_choice():
+def test_a_resolved_config_leaves_the_machine_and_the_data_a_choice():
     for dataset in ("sample", "mine"):
         config = resolve(Config(dataset=dataset))
         left = {n for n, value in OPEN.items() if getattr(config, n) == value}
-        assert left == {"precision", "epochs"}
+        assert left == {"precision", "epochs", "tokeniser"}
         assert resolve(config) == config
 
 

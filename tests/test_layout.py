@@ -57,7 +57,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def config(**fields) -> Config:
-    return Config(dataset="photos", **fields)
+    return Config(dataset="photos", tokeniser="words", **fields)
 
 
 def features_of(wanted: Config, split: str) -> dict[str, np.ndarray]:
@@ -287,7 +287,7 @@ def test_two_datasets_of_one_name_do_not_share_a_cache(home):
     assert content(CACHE) == before
     good("--dataset-dir", "other/photos", dataset="second")
     assert content(CACHE) == before
-    assert_true(Config(dataset="second"), "other/photos")
+    assert_true(Config(dataset="second", tokeniser="words"), "other/photos")
 
 
 @pytest.mark.parametrize("dataset", ["", "photos"])
@@ -297,7 +297,9 @@ def test_training_wants_the_dataset_that_was_preprocessed(home, dataset):
     good("--dataset-dir", "data/photos", dataset="")
     named = ["dataset"] if dataset else []
     for folder in ("data/photos", "other/photos"):
-        fields = Config(dataset_dir=folder, dataset=dataset or "sample")
+        fields = Config(
+            dataset_dir=folder, dataset=dataset or "sample", tokeniser="words"
+        )
         wanted = resolve(fields, [*named, "dataset_dir"])
         if folder == "data/photos":
             assert_true(wanted)

@@ -201,6 +201,37 @@ def test_the_scores_are_those_of_pycocoevalcap_on_the_same_tokens(
         assert found["intervals"]["bleu4"] == pytest.approx([bleu[3]] * 2)
 
 
+def test_characters_are_scored_as_such_and_without_a_program(monkeypatch):
+    """The same, however their words are separated."""
+
+    def no_program(*_):
+        raise AssertionError("Java knows no characters")
+
+    for name in ("ptb", "meteor", "spice"):
+        monkeypatch.setattr(java, name, no_program)
+    made = {"1": "一只狗在跑", "2": "红色T恤的人"}
+    judged = {"1": ["一只 白狗 在跑。", "狗跑"], "2": ["穿红色 T恤 的人\uff01"]}
+    theirs = {"1": ["一 只 狗 在 跑"], "2": ["红 色 t 恤 的 人"]}
+    spaced = {
+        "1": ["一 只 白 狗 在 跑", "狗 跑"],
+        "2": ["穿 红 色 t 恤 的 人"],
+    }
+    found, per_image, _ = metrics.score(
+        made, judged, ["一只狗在跑。"], "characters"
+    )
+    bleu, _ = Bleu(4).compute_score(spaced, theirs, verbose=0)
+    rouge_l, _ = Rouge().compute_score(spaced, theirs)
+    cider, _ = Cider().compute_score(spaced, theirs)
+    expected = [*bleu, rouge_l, cider]
+    np.testing.assert_allclose([found[x] for x in FREE], expected, atol=1e-12)
+    assert found["tokenizer"] == "characters" and "meteor" not in per_image
+    assert found["meteor"] is found["spice"] is None
+    assert "not characters" in found["unavailable"]["meteor"]
+    assert found["mean_length"] == 5.5 and found["novel_captions"] == 0.5
+    counts = metrics.bleu_counts(made.values(), judged.values(), "characters")
+    assert metrics.corpus_bleu(4)(counts.sum(0)) == pytest.approx(bleu[3])
+
+
 def test_the_interval_resamples_images_and_not_tokens():
     """Images that are wholly right or wholly wrong make it wide."""
     hits = np.repeat([10.0, 0.0], 50)
@@ -450,6 +481,17 @@ def test_the_table_compares_with_rows_of_the_same_data_alone(
     text = table.table(full | changes, dataset)
     assert row in text and ("Xu 2015" in text) == bool(row)
     assert ("Lu 2017" in text) == (dataset == "flickr30k-hf")
+
+
+def test_the_table_calls_scores_of_characters_by_their_name(full):
+    """No published row counts them, not even of a dataset of this name."""
+    text = table.table(full | {"tokenizer": "characters"}, "flickr8k-cn")
+    for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"):
+        assert f"  character {name}" in text
+    assert "... and runs of four characters" in text and "words" not in text
+    assert "Xu 2015" not in text and "that count characters" in text
+    assert max(len(line) for line in text.split("\n")) <= 100
+    assert "character" not in table.table(full, "flickr8k")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What preprocess.py leaves for the other scripts."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def dataset(captions, image_ids=None, skipped=(), repaired=()) -> Dataset:
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    return Config(data_dir=str(tmp_path), min_word_count=1)
+    return Config(data_dir=str(tmp_path), min_word_count=1, tokeniser="words")
 
 
 def refusal(function, *arguments) -> str:
@@ -60,10 +62,13 @@ def refusal(function, *arguments) -> str:
 # --- the folder -----------------------------------------------------------
 
 
+OTHERS = {"layout": "coco", "tokeniser": "characters"}
+
+
 def another_value(name: str):
     default = getattr(Config(), name)
-    if name == "layout":
-        return "coco"
+    if name in OTHERS:
+        return OTHERS[name]
     return default / 2 if isinstance(default, float) else default + 1
 
 
@@ -93,6 +98,34 @@ def test_features_are_shared_by_all_text_folders():
     assert place.parent == Path("data/cache/sample/features")
     another = {**DESCRIPTION, "layer": "conv4"}
     assert place != prepared.features_folder(one, another)
+
+
+def test_an_open_tokeniser_is_what_was_made_last(config):
+    choice = dataclasses.replace(config, tokeniser="auto")
+    assert prepared.settle_tokeniser(choice) == config  # nothing is there
+    by_characters = dataclasses.replace(config, tokeniser="characters")
+    for made, second in ((by_characters, 1), (config, 2), (by_characters, 3)):
+        prepared.save(made, dataset(PLAIN))
+        path = prepared.folder(made) / "dataset.json"
+        os.utime(path, (second, second))
+        assert prepared.settle_tokeniser(choice) == made
+        assert prepared.settle_tokeniser(config) == config
+
+
+def test_a_folder_that_names_no_tokeniser_has_words(config):
+    """It keeps its name, and a run of characters does not take it."""
+    prepared.save(config, dataset(PLAIN))
+    path = prepared.folder(config) / "dataset.json"
+    fields = json.loads(path.read_text())
+    del fields["tokeniser"]
+    path.write_text(json.dumps(fields))
+    names = {n: fields[n] for n in group("data") if n != "tokeniser"}
+    text = json.dumps(names, sort_keys=True).encode()
+    assert path.parent.name == f"text-{hashlib.sha256(text).hexdigest()[:8]}"
+    assert prepared.load_split(config, "val").images == ["m.png"]
+    other = dataclasses.replace(config, tokeniser="characters")
+    told = refusal(prepared.load_split, other, "val")
+    assert "--tokeniser characters (now it has words)" in told
 
 
 # --- captions -------------------------------------------------------------

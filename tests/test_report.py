@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from captioning.data.vocabulary import tokenise
 from captioning.scoring import errors, figures, results, table
 from config import Config
 from tests.browser import chromium, find, phone, point_at, press, wait
@@ -91,6 +92,7 @@ def write(
     metrics=METRICS,
     side=SIDE,
     epochs=None,
+    tokeniser="words",
 ):
     """Writes report.html; returns its path."""
     history = folder / "history.csv"
@@ -98,7 +100,9 @@ def write(
         epochs.to_csv(history, index=False)
     captioned = {}
     for row in examples.itertuples():
-        words = row.caption.split()
+        words = tokenise(row.caption, tokeniser)
+        if tokeniser == "words":
+            words = row.caption.split()
         n_best = [
             SimpleNamespace(caption=f"{row.caption} {n}") for n in range(9)
         ]
@@ -108,7 +112,8 @@ def write(
             attention=attend(len(words), side),
             probabilities=np.linspace(0.9, 0.5, len(words)),
         )
-    config, place = Config(dataset=dataset), folder / "out"
+    config = Config(dataset=dataset, tokeniser=tokeniser)
+    place = folder / "out"
     results.write_report(
         place, title, config, metrics, examples, captioned, folder, history
     )
@@ -316,6 +321,26 @@ def test_published_rows_stand_beside_the_run(tmp_path):
         assert name not in other
     nothing = "There are no published rows for the test split of holidays."
     assert nothing in other
+
+
+def test_characters_are_called_characters(tmp_path):
+    """And are what is counted among the errors, and lit one by one."""
+    captions = ["一只狗在跑", "一只猫在跑", "一只狗在跑"]
+    examples = examples_in(tmp_path, captions, ["一只猫在跑。", "猫跑"])
+    metrics = {**METRICS, "tokenizer": "characters"}
+    path = write(tmp_path, examples, metrics=metrics, tokeniser="characters")
+    page = Page(path)
+    assert "character BLEU-4" in page.texts and "Characters" in page.texts
+    assert "BLEU-4" not in page.texts and '["character BLEU-4 "' in page.text
+    assert not [x for x in page.texts if "words" in x and "{" not in x]
+    data = json.loads(page.text.split('id="data">')[1].split("</script>")[0])
+    assert data[0]["caption"] == captions[0] and data[0]["words"] == [
+        *"一只狗在跑"
+    ]
+    found = errors.find(examples, "characters")
+    words = {w.word: w for kind in found.words.values() for w in kind}
+    assert words["猫"] == errors.Word("猫", 1, 1.0, 3, 1 / 3)
+    assert found.lengths == [(5, 3, 1.5)]
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
@@ -612,6 +637,20 @@ def test_a_right_to_left_caption_runs_from_right_to_left(browser, tmp_path):
         wait(page, "word === 0")
         press(page, "ARROW_DOWN")
         wait(page, "$('place').textContent.startsWith('2 of')")
+    page.get(before)
+
+
+def test_characters_are_searched_for_wherever_they_stand(browser, tmp_path):
+    examples = examples_in(tmp_path, ["一只白狗在跑", "一只猫"], ["狗。", "猫"])
+    metrics = {**METRICS, "tokenizer": "characters"}
+    page, before = browser, browser.current_url
+    path = write(tmp_path, examples, metrics=metrics, tokeniser="characters")
+    page.get(path.as_uri())
+    find(page, "#search")[0].send_keys("白狗")
+    assert find(page, "#count")[0].text == "1 of 2 images"
+    assert [each.text for each in find(page, "mark")] == ["白狗"]
+    find(page, "#gallery .open")[0].click()
+    wait(page, "$('words').children.length === 7")
     page.get(before)
 
 

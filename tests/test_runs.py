@@ -23,7 +23,9 @@ BEGUN = {
     "shape": (4, 3),
     "images": runs.digest_images(["b.jpg", "a.jpg"], np.eye(2, 16, dtype="B")),
 }
-TRAINED = resolve(Config(learning_rate=0.01, precision="float32", epochs=5))
+TRAINED = resolve(
+    Config(learning_rate=0.01, precision="float32", epochs=5, tokeniser="words")
+)
 LIKE_TRAINED = ["--learning-rate", "0.01", "--precision", "float32"]
 NAME = "sample-resnet50"
 
@@ -96,6 +98,16 @@ def test_a_config_of_another_version_is_not_filled_in(place, changes, decodes):
         decode()
     else:
         assert next(iter(changes)) in refusal(decode)
+
+
+def test_a_run_that_names_no_tokeniser_has_words(place):
+    save(place, tokeniser=None)
+    assert resume().tokeniser == decode().tokeniser == "words"
+    save(place, tokeniser="characters")
+    assert resume().tokeniser == decode().tokeniser == "characters"
+    assert "--tokeniser characters" in refusal(decode, "--tokeniser", "words")
+    save(place, tokeniser="auto")
+    assert "another version" in refusal(resume)
 
 
 @pytest.mark.parametrize(

@@ -414,6 +414,53 @@ def test_an_evaluation_says_what_made_it(home):
         assert low < high or not found["token_accuracy"]
 
 
+def test_a_chinese_dataset_is_captioned_by_characters(home):
+    """In every script, though no flag says so."""
+    source = home / "data" / "tiny"
+    data = home / "data" / "chinese"
+    data.mkdir()
+    shutil.copytree(source / "images", data / "images")
+    table = pd.read_csv(source / "captions.csv").drop_duplicates("image")
+    table["caption"] = [
+        f"{'红蓝绿'[n % 3]}球在房子旁。" for n in range(len(table))
+    ]
+    table.to_csv(data / "captions.csv", index=False)
+    flags = [*FLAGS, "--dataset", "chinese", "--max-caption-length", "6"]
+    assert "each character is a token" in good(
+        "preprocess.py", *flags, folder=home
+    )
+    good("train.py", *flags, *TRAINING, folder=home)
+    run_folder = home / "checkpoints" / "chinese-mobilenetv2"
+    assert runs.load_config(run_folder).tokeniser == "characters"
+    flags = ["--dataset", "chinese", "--encoder", "mobilenetv2"]
+    flags += ["--encoder-weights", "random"]
+    printed = good("evaluate.py", *flags, "--split", "val", folder=home)
+    assert "character BLEU-4" in printed and "by characters" in printed
+    found = evaluation(home, run_folder.name, "val")
+    assert found["tokenizer"] == "characters" and found["meteor"] is None
+    place = run_folder / "evaluation" / "val"
+    entries = json.loads((place / "captions.json").read_text("utf-8"))
+    assert not any(" " in each["caption"] for each in entries)
+    # Spaces between characters mean nothing.
+    for each in entries:
+        each["caption"] = " ".join(each["caption"])
+    path = home / "spaced.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    flags += ["--split", "val"]
+    good("evaluate.py", *flags, "--captions", path, folder=home)
+    (again,) = place.parent.glob("val-captions-spaced-*")
+    again = evaluation(home, run_folder.name, again.name)
+    assert [again[x] for x in ("bleu4", "cider")] == [
+        found[x] for x in ("bleu4", "cider")
+    ]
+    photo = data / "images" / entries[0]["image_id"]
+    line = good("caption.py", *flags, "--json", photo, folder=home)
+    found = json.loads(line)
+    assert found["caption"] == "".join(x["word"] for x in found["words"])
+    line = good("caption.py", *flags, photo, folder=home)
+    assert line == f"{photo}\t{found['caption']}\n"
+
+
 def test_captions_from_a_file_are_taken_as_they_are(
     home, tmp_path, monkeypatch
 ):

@@ -67,6 +67,44 @@ def test_a_caption_is_split_into_words_without_punctuation(caption, words):
     assert tokenise(caption) == words.split()
 
 
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("一只狗\uff0c在跑。", "一 只 狗 在 跑"),
+        ("一只 狗 在 跑", "一 只 狗 在 跑"),
+        (
+            "穿T恤的人用iPhone 15拍3.5米的狗",
+            "穿 t 恤 的 人 用 iphone 15 拍 3.5 米 的 狗",
+        ),
+        ("犬が、DVD\uff0cCDを見る", "犬 が dvd cd を 見 る"),
+        ("สุนัขวิ่ง", "สุ นั ข วิ่ ง"),  # signs stay with their letters
+        ("The dog's ball, well-worn", "the dog 's ball well-worn"),
+        ("Ein MÄDCHEN läuft", "ein mädchen läuft"),
+        ("한 마리 개가", "한 마리 개가"),  # Korean has spaces
+        ("。\uff01", ""),
+    ],
+)
+def test_each_character_of_a_script_without_spaces_is_a_token(caption, tokens):
+    found = tokenise(caption, "characters")
+    assert found == tokens.split()
+    joined = vocabulary.join(found, "characters")
+    assert tokenise(joined, "characters") == found
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        ("一 只 狗 在 跑", "一只狗在跑"),
+        ("穿 t 恤 的 iphone 15 和 狗", "穿t恤的iphone 15和狗"),
+        ("a dog 's ball", "a dog 's ball"),
+        ("", ""),
+    ],
+)
+def test_characters_are_joined_as_their_script_is_written(tokens, text):
+    assert vocabulary.join(tokens.split(), "characters") == text
+    assert vocabulary.join(tokens.split(), "words") == tokens
+
+
 @given(st.text())
 def test_words_of_any_text_can_be_joined_by_spaces_and_split_again(text):
     words = tokenise(text)
@@ -106,8 +144,10 @@ def test_the_share_of_unknown_words_is_one_of_all_words():
     [
         ("一位穿红色外套的老人在唱歌。", True),
         ("一位 穿 红色 外套 的 老人 在 唱歌 。", False),
+        ("两只狗在草地上跑", True),
         ("山羊が丘の上に立っている。", True),
         ("แพะยืนอยู่บนเนินเขา", True),
+        ("ผู้ชาย กำลัง เล่น กับ สุนัข", False),
         ("Donaudampfschifffahrtsgesellschaft", False),
         ("", False),
     ],
@@ -153,6 +193,9 @@ def test_decoding_gives_back_what_was_encoded(captions):
 
 def test_a_vocabulary_comes_back_as_it_was_saved(tmp_path):
     words = build([["\u72ac", '"', "null", "n't", "caf\u00e9", "\\"]], 1)
+    vocabulary.save(words, tmp_path / "vocabulary.json")
+    assert vocabulary.load(tmp_path / "vocabulary.json") == words
+    words = build([["犬"]], 1, "characters")
     vocabulary.save(words, tmp_path / "vocabulary.json")
     assert vocabulary.load(tmp_path / "vocabulary.json") == words
     assert "\u72ac" in (tmp_path / "vocabulary.json").read_text("utf-8")

@@ -1,5 +1,6 @@
 """What preprocess.py says about the words and files of a dataset."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from tests.processes import make_photos, run
 
+GERMAN = "Ein Mädchen mit Regenschirm an der Straßenbahnhaltestelle {}"
 CHINESE = "一位穿红色外套的老人在{}号桥上唱歌。"
 
 
@@ -22,9 +24,47 @@ def preprocess(folder: Path, captions: str, *flags: str) -> tuple:
     return run(folder, *flags)
 
 
+@pytest.mark.parametrize(
+    ("captions", "flags", "tokeniser"),
+    [
+        (CHINESE, [], "characters"),
+        (CHINESE, ["--tokeniser", "characters"], "characters"),
+        (CHINESE, ["--tokeniser", "words", "--min-word-count", "1"], "words"),
+        ("一位 老人 在 {} 号 桥 上 唱歌", [], "words"),
+        (GERMAN, [], "words"),
+    ],
+)
+def test_captions_without_spaces_are_split_into_characters(
+    tmp_path, captions, flags, tokeniser
+):
+    """Unless told otherwise; one line says so, and all that is left does."""
+    code, out, err = preprocess(tmp_path, captions, *flags)
+    assert code == 0, err
+    chosen = tokeniser == "characters" and not flags
+    assert ("each character is a token" in out) == chosen
+    assert re.search(rf"vocabulary of \d+ {tokeniser}; ", out)
+    (text,) = tmp_path.glob("data/cache/photos/text-*")
+    for name in ("dataset.json", "vocabulary.json"):
+        found = json.loads((text / name).read_text(encoding="utf-8"))
+        assert found["tokeniser"] == tokeniser
+    table = (text / "captions.csv").read_text(encoding="utf-8")
+    split = "一 位 穿 红 色 外 套 的 老 人 在 1 号 桥 上 唱 歌"
+    assert (split in table) == (tokeniser == "characters")
+
+
+def test_many_captions_that_are_cut_are_a_reason_to_warn(tmp_path):
+    """Whatever they are cut into."""
+    _, out, _ = preprocess(tmp_path, CHINESE, "--max-caption-length", "16")
+    assert "100.0% of the captions are longer than 16 characters" in out
+    assert "nine in ten have at most 17" in out
+    (text,) = tmp_path.glob("data/cache/photos/text-*")
+    told = (text / "repaired.csv").read_text(encoding="utf-8")
+    assert told.count("caption of 17 characters is cut") == 20
+
+
 @pytest.mark.parametrize("captions", ["word{}", CHINESE])
 def test_no_frequent_word_stops_before_anything_is_encoded(tmp_path, captions):
-    code, out, err = preprocess(tmp_path, captions)
+    code, out, err = preprocess(tmp_path, captions, "--tokeniser", "words")
     assert code == 1 and err.count("\n") == 1
     assert "no word occurs 4 times" in err and "--min-word-count" in err
     assert ("no spaces between words" in err) == (captions == CHINESE)
@@ -45,4 +85,5 @@ def test_the_share_of_unknown_words_is_told_of_each_split(tmp_path):
 
 def test_few_unknown_words_are_no_reason_to_warn(tmp_path):
     _, out, _ = preprocess(tmp_path, "a dog on a big hill in the green sun {}")
-    assert "9.1% of words" in out and "Warning: many words" not in out
+    assert "9.1% of words" in out and "Warning: many" not in out
+    assert "are cut" not in out

@@ -24,7 +24,7 @@ from captioning.data.vocabulary import Vocabulary
 from captioning.features import cache as features
 from captioning.features.joined import Features
 from captioning.files import read_json, write_csv, write_text
-from config import SPLITS, Config, UserError, group
+from config import CHARACTERS, OPEN, SPLITS, WORDS, Config, UserError, group
 
 TABLE = ["image", "split", "caption", "tokens"]
 # A photograph that lies in two splits under two names.
@@ -59,11 +59,31 @@ def folder(config: Config) -> Path:
     """The text folder of a dataset.
 
     It is named by a digest of the values of all data fields, so that neither
-    a quick try nor an edited default overwrites anything.
+    a quick try nor an edited default overwrites anything. The tokeniser is
+    part of it where it is `characters`.
     """
-    text = json.dumps(_fields(config), sort_keys=True)
+    fields = _fields(config)
+    if fields["tokeniser"] != CHARACTERS:
+        del fields["tokeniser"]
+    text = json.dumps(fields, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return root(config) / f"text-{digest}"
+
+
+def settle_tokeniser(config: Config) -> Config:
+    """Settles a tokeniser that is left open: as preprocess.py did last."""
+    if config.tokeniser != OPEN["tokeniser"]:
+        return config
+    choices = [
+        dataclasses.replace(config, tokeniser=name)
+        for name in (WORDS, CHARACTERS)
+    ]
+
+    def when(choice: Config) -> int:
+        path = folder(choice) / "dataset.json"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    return max(choices, key=when)
 
 
 def features_folder(config: Config, description: dict[str, Any]) -> Path:
@@ -122,8 +142,9 @@ def save(
     """
     table = dataset.table
     tokens = [text.split() for text in table["tokens"]]
+    unit = config.tokeniser
     cut = [
-        (image, f"caption of {len(words)} words is cut")
+        (image, f"caption of {len(words)} {unit} is cut")
         for image, words in zip(table["image"], tokens, strict=True)
         if len(words) > config.max_caption_length
     ]
@@ -132,7 +153,7 @@ def save(
         for words, split in zip(tokens, table["split"], strict=True)
         if split == "train"
     ]
-    words = vocabulary.build(training, config.min_word_count)
+    words = vocabulary.build(training, config.min_word_count, unit)
     repaired = [*dataset.repaired, *cut]
     place = folder(config)
     if (table["image_id"] == table["image"]).all():
@@ -294,8 +315,10 @@ def _check_fields(config: Config, place: Path) -> None:
     if not found:
         raise UserError(
             f"there is no preprocessed dataset in {place}: run preprocess.py "
-            "first, with the same flags"
+            f"first, with the same flags{_other_tokeniser(config)}"
         )
+    # A folder that does not say how it was tokenised has words.
+    found = {"tokeniser": WORDS, **found}
     for name, wanted in _fields(config).items():
         if found.get(name) != wanted:
             raise UserError(
@@ -310,3 +333,11 @@ def _check_fields(config: Config, place: Path) -> None:
             f"{place} is of the dataset in {was}, not of that in {now}: run "
             "preprocess.py first, with the same flags"
         )
+
+
+def _other_tokeniser(config: Config) -> str:
+    """What to add where the dataset was tokenised otherwise than a run."""
+    other = WORDS if config.tokeniser == CHARACTERS else CHARACTERS
+    if folder(dataclasses.replace(config, tokeniser=other)).exists():
+        return f" and --tokeniser {config.tokeniser} (now it has {other})"
+    return ""

@@ -1,4 +1,4 @@
-"""Captions as words, and words as numbers."""
+"""Captions as tokens, words or characters, and tokens as numbers."""
 
 import functools
 import itertools
@@ -13,20 +13,31 @@ from pathlib import Path
 import numpy as np
 
 from captioning.files import write_text
-from config import UserError
+from config import CHARACTERS, WORDS, UserError
 
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 
 # What Treebank cuts off with its apostrophe.
 _CLITICS = frozenset(["'s", "'m", "'d", "'ll", "'re", "'ve", "'t"])
-# Letters of scripts that are written without spaces between words: Thai to
-# Burmese, Khmer, Japanese and Chinese.
-_UNSPACED = re.compile(
-    "[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
+# Scripts that are written without spaces between words: Thai to Burmese,
+# Khmer, Japanese and Chinese.
+_SCRIPTS = (
+    "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-# Characters; words of these scripts are shorter on average.
-_LONG_TOKEN = 8
+# Punctuation as wide as their letters, which has no spaces around it either.
+_WIDE = "\u3001-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40"
+# Their vowel signs and tones, which belong to the letter before them.
+_SIGNS = "".join(
+    each
+    for each in map(chr, range(0x0E00, 0x30FF))
+    if unicodedata.category(each)[0] == "M"
+)
+_UNSPACED = re.compile(f"[{_SCRIPTS}]")
+_PIECE = re.compile(f"[{_SCRIPTS}][{_SIGNS}]*|[^{_SCRIPTS}{_WIDE}]+")
+# Letters without signs; words of these scripts are shorter on average.
+_LONG_TOKEN = 5
 
 
 @functools.cache
@@ -38,16 +49,55 @@ def _treebank():
     return TreebankWordTokenizer()
 
 
-def tokenise(caption: str) -> list[str]:
-    """Splits a caption into lower-case words, without punctuation.
+def tokenise(caption: str, tokeniser: str = WORDS) -> list[str]:
+    """Splits a caption into lower-case tokens, without punctuation.
 
     Args:
         caption: the text as written.
+        tokeniser: `words` or `characters`.
 
     Returns:
-        Its words in the manner of the Penn Treebank; a word has at least one
-        letter or digit, of any script.
+        Its words in the manner of the Penn Treebank, or what `characters`
+        makes of these; a token has at least one letter or digit, of any
+        script.
     """
+    words = _words(caption)
+    return characters(words) if tokeniser == CHARACTERS else words
+
+
+def characters(words: Iterable[str]) -> list[str]:
+    """Splits words of scripts without spaces into their characters.
+
+    Args:
+        words: from `tokenise`.
+
+    Returns:
+        Each character of such a script, and what is between them as it is: a
+        run of Latin letters or digits stays one word.
+    """
+    return only_words(piece for word in words for piece in _PIECE.findall(word))
+
+
+def join(tokens: Iterable[str], tokeniser: str) -> str:
+    """The text of a caption, which `tokenise` splits into the same tokens.
+
+    Args:
+        tokens: of the caption.
+        tokeniser: `words` or `characters`. A character of a script without
+            spaces gets none around it.
+    """
+    if tokeniser == WORDS:
+        return " ".join(tokens)
+    text, spaced = "", False
+    for token in tokens:
+        unspaced = bool(_UNSPACED.match(token))
+        text += f" {token}" if spaced and not unspaced else token
+        spaced = not unspaced
+    return text
+
+
+def _words(caption: str) -> list[str]:
+    """Splits a caption into words."""
     chunks = straight(caption).lower().split()
     # Treebank only knows ASCII, and does not split an "it's" in other quotes.
     chunks = [c if c.isascii() else c.strip(_marks(c)) for c in chunks]
@@ -89,9 +139,10 @@ def _marks(text: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that the decoder knows; a word's place is its number."""
+    """The tokens that the decoder knows; a token's place is its number."""
 
     words: tuple[str, ...]
+    tokeniser: str = WORDS
 
     def __len__(self) -> int:
         """How many words, special ones included."""
@@ -108,12 +159,15 @@ class Vocabulary:
         return [self.words[number] for number in caption]
 
 
-def build(captions: Iterable[Sequence[str]], min_count: int) -> Vocabulary:
+def build(
+    captions: Iterable[Sequence[str]], min_count: int, tokeniser: str = WORDS
+) -> Vocabulary:
     """Collects the words of the training captions.
 
     Args:
         captions: tokenised captions of the training split, and of no other.
         min_count: rarer words become `<unk>`.
+        tokeniser: that split the captions.
 
     Returns:
         The special words, then the others, the most frequent first and
@@ -122,7 +176,7 @@ def build(captions: Iterable[Sequence[str]], min_count: int) -> Vocabulary:
     counts = Counter(word for caption in captions for word in caption)
     kept = [word for word, count in counts.items() if count >= min_count]
     kept.sort(key=lambda word: (-counts[word], word))
-    return Vocabulary((*SPECIAL_WORDS, *kept))
+    return Vocabulary((*SPECIAL_WORDS, *kept), tokeniser)
 
 
 def encode(
@@ -138,7 +192,7 @@ def encode(
     Args:
         captions: tokenised captions.
         vocabulary: the words that are known.
-        max_length: in words.
+        max_length: in tokens.
 
     Returns:
         int32 (captions, max_length + 2): `<start>`, the words, `<end>`,
@@ -178,20 +232,20 @@ def lacks_spaces(captions: Iterable[Sequence[str]]) -> bool:
     Chinese, Japanese or Thai that has been segmented into words is not.
 
     Args:
-        captions: tokenised captions.
+        captions: tokenised captions, by words.
     """
     tokens = [token for caption in captions for token in caption]
     text = "".join(tokens)
     return (
-        len(text) > _LONG_TOKEN * len(tokens)
+        sum(map(str.isalnum, text)) > _LONG_TOKEN * len(tokens)
         and len(_UNSPACED.findall(text)) > len(text) / 2
     )
 
 
 def save(vocabulary: Vocabulary, path: Path) -> None:
     """Writes a vocabulary as JSON."""
-    words = {"words": vocabulary.words}
-    write_text(path, json.dumps(words, ensure_ascii=False))
+    fields = {"tokeniser": vocabulary.tokeniser, "words": vocabulary.words}
+    write_text(path, json.dumps(fields, ensure_ascii=False))
 
 
 def load(path: Path) -> Vocabulary:
@@ -201,7 +255,9 @@ def load(path: Path) -> Vocabulary:
         UserError: if the file is not one that `save` wrote.
     """
     try:
-        words = tuple(json.loads(path.read_text(encoding="utf-8"))["words"])
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        words = tuple(fields["words"])
+        tokeniser = fields.get("tokeniser", WORDS)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a vocabulary ({error}): run preprocess.py again"
@@ -210,4 +266,4 @@ def load(path: Path) -> Vocabulary:
         raise UserError(
             f"{path} lacks the special words: run preprocess.py again"
         )
-    return Vocabulary(words)
+    return Vocabulary(words, tokeniser)

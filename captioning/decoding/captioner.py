@@ -26,14 +26,10 @@ class Hypothesis(NamedTuple):
     """One of the captions that a search found for an image."""
 
     words: list[str]
+    caption: str  # the words as one string
     score: float  # normalised log-probability
     log_probability: float
     agreement: float  # with the others, which orders them; 0 if none is asked
-
-    @property
-    def caption(self) -> str:
-        """The words as one string."""
-        return " ".join(self.words)
 
 
 class Captioned(NamedTuple):
@@ -190,7 +186,11 @@ def _captioned(
 ) -> Captioned:
     """What a search gave for one image of a batch."""
     n_best = [
-        Hypothesis(words.decode(each), *map(float, figures))
+        Hypothesis(
+            decoded := words.decode(each),
+            vocabulary.join(decoded, words.tokeniser),
+            *map(float, figures),
+        )
         for each, *figures in zip(
             found["words"][place],
             found["scores"][place],

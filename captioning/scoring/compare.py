@@ -16,7 +16,7 @@ import pandas as pd
 
 from captioning.files import read_json, write_text
 from captioning.scoring import metrics, report, table
-from config import UserError
+from config import CHARACTERS, WORDS, UserError
 
 SHOWN = 24  # images on the page, of each that one captions better
 # Where less is better, and where neither is.
@@ -98,10 +98,12 @@ def pair(first: Evaluation, second: Evaluation) -> list[Evaluation]:
         )
     names = [each.metrics["tokenizer"] for each in (first, second)]
     if names[0] != names[1]:
+        remedy = "evaluate one of them again, both with Java or both without"
+        if CHARACTERS in names:
+            remedy = "scores of characters and of words do not compare"
         raise UserError(
             f"{first.place} was tokenised by {names[0]} and {second.place} by "
-            f"{names[1]}: evaluate one of them again, both with Java or both "
-            "without"
+            f"{names[1]}: {remedy}"
         )
     return [
         each._replace(examples=examples)
@@ -112,10 +114,12 @@ def pair(first: Evaluation, second: Evaluation) -> list[Evaluation]:
 def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
     """Compares every metric of two evaluations from `pair`."""
     pairs = (first, second)
-    sums, others = (_sums(each.examples) for each in pairs)
+    tokenizer = first.metrics["tokenizer"]
+    unit = CHARACTERS if tokenizer == CHARACTERS else WORDS
+    sums, others = (_sums(each.examples, unit) for each in pairs)
     whole = all(len(x.examples) == x.metrics["images"] for x in pairs)
     found = []
-    for name, title, form in table.titles():
+    for name, title, form in table.titles(tokenizer):
         a, b = (each.metrics.get(name) for each in pairs)
         if a is None or b is None or name == "images_per_second":
             continue
@@ -143,7 +147,9 @@ def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 
-def _sums(examples: pd.DataFrame) -> dict[str, tuple[np.ndarray, Statistic]]:
+def _sums(
+    examples: pd.DataFrame, tokeniser: str
+) -> dict[str, tuple[np.ndarray, Statistic]]:
     """What a metric is computed from, summed over images, and how.
 
     METEOR is resampled as the mean over images; its corpus score is another
@@ -151,19 +157,22 @@ def _sums(examples: pd.DataFrame) -> dict[str, tuple[np.ndarray, Statistic]]:
 
     Args:
         examples: of one evaluation, from `pair`.
+        tokeniser: `words` or `characters`.
 
     Returns:
         Metric -> (images, columns), and the statistic of sums of its rows.
     """
     ones = np.ones(len(examples))
-    words = examples["caption"].str.split().map(len)
+    counts = metrics.bleu_counts(
+        examples["caption"], examples["references"], tokeniser
+    )
     columns: dict[str, tuple[Any, Any, Statistic]] = {
         name: (examples.get(name), ones, metrics.ratio)
         for name in ("meteor", "rouge_l", "cider", "spice")
     }
     tokens = examples.get("tokens")
     columns |= {
-        "mean_length": (words, ones, metrics.ratio),
+        "mean_length": (counts[:, 8], ones, metrics.ratio),
         "token_accuracy": (examples.get("right"), tokens, metrics.ratio),
         "token_accuracy_top5": (
             examples.get("right_top5"),
@@ -181,7 +190,6 @@ def _sums(examples: pd.DataFrame) -> dict[str, tuple[np.ndarray, Statistic]]:
         for name, (part, whole, statistic) in columns.items()
         if part is not None
     }
-    counts = metrics.bleu_counts(examples["caption"], examples["references"])
     for order in range(1, 5):
         sums[f"bleu{order}"] = (counts, metrics.corpus_bleu(order))
     return sums
@@ -227,17 +235,18 @@ def as_text(
     first: Evaluation, second: Evaluation, differences: list[Difference]
 ) -> str:
     """The comparison for a terminal."""
+    wide = max([15, *(len(each.title) + 1 for each in differences)])
     lines = [
         f"A: {first.name}",
         f"B: {second.name}",
         f"{len(first.examples):,} images; differences are B minus A, those of "
         "percentages in points",
         "",
-        f"  {'':15}{'A':>8}{'B':>9}{'B - A':>9}  95% interval",
+        f"  {'':{wide}}{'A':>8}{'B':>9}{'B - A':>9}  95% interval",
     ]
     for each in differences:
         lines.append(
-            f"  {each.title:15}{each.first:>8}{each.second:>9}"
+            f"  {each.title:{wide}}{each.first:>8}{each.second:>9}"
             f"{each.difference:>9}  {each.interval:20}{each.verdict}".rstrip()
         )
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from captioning.data.vocabulary import tokenise
+from config import WORDS
 
 _WORDS = {
     "Colours": "black blue brown gray green grey orange pink purple red silver "
@@ -45,18 +46,22 @@ class Errors(NamedTuple):
     lengths: list[tuple[int, int, float]]  # words, captions, mean CIDEr
 
 
-def find(examples: pd.DataFrame) -> Errors:
+def find(examples: pd.DataFrame, tokeniser: str = WORDS) -> Errors:
     """Finds the errors of an evaluation.
 
     Args:
         examples: `caption`, `references` and `cider` of each image.
+        tokeniser: `words` or `characters`, which are then its words.
     """
-    captions = [caption.split() for caption in examples["caption"]]
-    references = [[*map(tokenise, each)] for each in examples["references"]]
+    captions = [tokenise(each, tokeniser) for each in examples["caption"]]
+    references = [
+        [tokenise(text, tokeniser) for text in each]
+        for each in examples["references"]
+    ]
     said = [{*caption} for caption in captions]
     # Of each image, how many references have a word.
     meant = [_count_references(each) for each in references]
-    lengths = examples.groupby(examples["caption"].str.split().map(len))
+    lengths = examples.groupby([len(words) for words in captions])
     return Errors(
         _words(said, meant),
         _confusions(captions, references, meant),

@@ -15,7 +15,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from captioning.data import vocabulary
 from captioning.scoring import java
-from config import UserError
+from config import CHARACTERS, WORDS, UserError
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -43,27 +43,33 @@ class Scores(NamedTuple):
 
 
 def tokenise(
-    captions: Mapping[Key, Sequence[str]],
+    captions: Mapping[Key, Sequence[str]], tokeniser: str = WORDS
 ) -> tuple[dict[Key, list[str]], str]:
-    """Splits captions into lower-case words without punctuation.
+    """Splits captions into lower-case tokens without punctuation.
 
-    Where Java works, this is the tokenizer that papers use. Where it does not,
-    all captions go through nltk's, so that captions and references are always
-    tokenised alike. A caption without a letter or digit has no words.
+    Characters are those of the vocabulary. For words, where Java works, this
+    is the tokenizer that papers use. Where it does not, all captions go
+    through nltk's, so that captions and references are always tokenised alike.
+    A caption without a letter or digit has no words.
 
     Args:
         captions: any key -> captions as written.
+        tokeniser: `words` or `characters`.
 
     Returns:
-        The same keys -> tokenised captions, words separated by single spaces;
-        and the tokenizer's name, with the reason where it is nltk's.
+        The same keys -> tokenised captions, tokens separated by single spaces;
+        and the tokenizer's name: `characters`, or a program's, with the reason
+        where it is nltk's.
     """
     texts = [_clean(text) for group in captions.values() for text in group]
-    try:
-        lines, tokenizer = java.ptb(texts), PTB
-    except ChildProcessError as error:
-        lines = [" ".join(vocabulary.tokenise(text)) for text in texts]
-        tokenizer = f"nltk Treebank ({error})"
+    tokenizer = CHARACTERS
+    if tokeniser == WORDS:
+        try:
+            lines, tokenizer = java.ptb(texts), PTB
+        except ChildProcessError as error:
+            tokenizer = f"nltk Treebank ({error})"
+    if tokenizer != PTB:
+        lines = [" ".join(vocabulary.tokenise(x, tokeniser)) for x in texts]
     line = iter(lines)
     return {
         key: [next(line) for _ in group] for key, group in captions.items()
@@ -84,6 +90,7 @@ def score(
     captions: Mapping[str, str | None],
     references: Mapping[str, Sequence[str]],
     training_captions: Iterable[str],
+    tokeniser: str = WORDS,
 ) -> Scores:
     """Scores captions against references.
 
@@ -95,6 +102,7 @@ def score(
         captions: image -> its caption.
         references: image -> its references, as written.
         training_captions: captions of the training split, as written.
+        tokeniser: `words` or `characters`.
 
     Returns:
         The metrics of metrics.json, except those that need the model; the
@@ -107,7 +115,8 @@ def score(
     tokens, tokenizer = tokenise(
         {("caption", image): [text or ""] for image, text in captions.items()}
         | {("reference", image): list(x) for image, x in references.items()}
-        | {training: list(set(training_captions))}
+        | {training: list(set(training_captions))},
+        tokeniser,
     )
     made, judged = _pair(
         {image: tokens["caption", image][0] for image in captions},
@@ -122,10 +131,13 @@ def score(
     }
     unavailable = {}
     for name, compute in (("meteor", java.meteor), ("spice", java.spice)):
+        metrics[name] = None
+        if tokeniser == CHARACTERS:
+            unavailable[name] = "knows English words, not characters"
+            continue
         try:
             metrics[name], per_image[name] = compute(made, judged)
         except ChildProcessError as error:
-            metrics[name] = None
             unavailable[name] = str(error)
     metrics["unavailable"] = unavailable
     return Scores(metrics, per_image, _notices(made, judged, references))
@@ -249,13 +261,16 @@ def _diversity(captions: list[str], known: set[str]) -> dict[str, Any]:
 
 
 def bleu_counts(
-    captions: Iterable[str], references: Iterable[Sequence[str]]
+    captions: Iterable[str],
+    references: Iterable[Sequence[str]],
+    tokeniser: str = WORDS,
 ) -> np.ndarray:
     """What corpus BLEU is made of, for each image.
 
     Args:
         captions: of each image, as written.
         references: of each image, as written.
+        tokeniser: `words` or `characters`.
 
     Returns:
         As `_bleu_counts`.
@@ -265,7 +280,7 @@ def bleu_counts(
         grouped[number, True] = [text]
     for number, texts in enumerate(references):
         grouped[number, False] = texts
-    tokens, _ = tokenise(grouped)
+    tokens, _ = tokenise(grouped, tokeniser)
     made = [tokens[key][0] for key in tokens if key[1]]
     judged = [[*filter(None, tokens[x, False])] for x in range(len(made))]
     return _bleu_counts(_count_ngrams(made, judged))

@@ -48,6 +48,7 @@ def example(
     maps = figures.as_maps(found.attention)
     return {
         **row,
+        "words": found.words,
         "others": [each.caption for each in found.n_best[1:OTHERS]],
         "probabilities": [
             round(float(each), 3) for each in found.probabilities

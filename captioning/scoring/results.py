@@ -347,7 +347,7 @@ def write_report(
             report.example(row, captioned[row["image"]], images_dir)
             for row in examples[SHOWN].to_dict("records")
         ],
-        errors=errors.find(examples),
+        errors=errors.find(examples, config.tokeniser),
         settings={
             name: {field: getattr(config, field) for field in group(name)}
             for name in ("data", "encoder", "model", "training", "decoding")

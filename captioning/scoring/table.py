@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from captioning.scoring.metrics import PTB
+from config import CHARACTERS
 
 _WIDTH = 100  # columns
 # What each metric is called, how its value is written, and what it means.
 _METRICS = pd.read_csv(Path(__file__).with_name("metrics.csv"))
 _PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"))
+# What characters and words score differently.
+_BY_TOKENS = ["bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider"]
 # Above these rows there is a title.
 _TITLES = {"token_accuracy": "Teacher-forced", "bleu1": "Free-running captions"}
 
@@ -29,9 +32,26 @@ class Row(NamedTuple):
     reason: str  # why it could not be computed
 
 
-def titles() -> list[tuple[str, str, str]]:
-    """The key, the title and the format of each metric, in order."""
-    return [row[:3] for row in _METRICS.itertuples(index=False, name=None)]
+def titles(tokenizer: str) -> list[tuple[str, str, str]]:
+    """The key, the title and the format of each metric, in order.
+
+    Args:
+        tokenizer: as in metrics.json.
+    """
+    named = _named(tokenizer)
+    return [row[:3] for row in named.itertuples(index=False, name=None)]
+
+
+def _named(tokenizer: str) -> pd.DataFrame:
+    """The table of the metrics, which says what they count."""
+    if tokenizer != CHARACTERS:
+        return _METRICS
+    named = _METRICS.copy()
+    named["meaning"] = named["meaning"].str.replace("words", CHARACTERS)
+    named.loc[named["name"].isin(_BY_TOKENS), "title"] = (
+        "character " + named["title"]
+    )
+    return named
 
 
 def rows(metrics: Mapping[str, Any]) -> list[Row]:
@@ -41,7 +61,8 @@ def rows(metrics: Mapping[str, Any]) -> list[Row]:
         metrics: as in metrics.json.
     """
     found = []
-    for name, title, form, meaning in _METRICS.itertuples(index=False):
+    named = _named(metrics["tokenizer"])
+    for name, title, form, meaning in named.itertuples(index=False):
         value, shown, reason = metrics.get(name), "", ""
         if value is None:
             reason = metrics["unavailable"].get(name, "not measured")
@@ -71,10 +92,12 @@ def table(metrics: Mapping[str, Any], dataset: str) -> str:
         f"images{search}; tokenised by {metrics['tokenizer']}"
     )
     lines = textwrap.wrap(heading, _WIDTH)
-    for row in rows(metrics):
+    found = rows(metrics)
+    wide = max(len(row.title) for row in found) + 1
+    for row in found:
         if row.name in _TITLES:
-            lines += ["", f"{_TITLES[row.name]:27}95% interval"]
-        start = f"  {row.title:15}{row.shown or '-':>8}  {row.interval:17}"
+            lines += ["", f"{_TITLES[row.name]:{wide + 12}}95% interval"]
+        start = f"  {row.title:{wide}}{row.shown or '-':>8}  {row.interval:17}"
         lines += textwrap.wrap(
             f"not computed: {row.reason}" if row.reason else row.meaning,
             _WIDTH,
@@ -105,6 +128,9 @@ def comparison(
     split, images = metrics["split"], metrics["images"]
     plain = re.sub("[^a-z0-9]", "", dataset.lower())
     known = [x for x in _PUBLISHED["dataset"].unique() if x.lower() in plain]
+    if metrics["tokenizer"] == CHARACTERS:
+        nothing = "There are no published rows that count characters, as for"
+        return " ".join([*notes, f"{nothing} {dataset}."]), []
     if not known or split != "test":
         nothing = f"There are no published rows for the {split} split of"
         return " ".join([*notes, f"{nothing} {dataset}."]), []

@@ -124,7 +124,7 @@ class ValidationCider:
                 self.search, [self.features], mine, self.words
             )
         self.first = found[:SHOWN]  # process 0 has the first images
-        shares = [[each.caption for each in found]]
+        shares = [[" ".join(each.words) for each in found]]
         if processes > 1:
             shares = job.gather(shares[0])
         images = self.split.images
