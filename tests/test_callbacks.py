@@ -42,6 +42,19 @@ def judge(tmp_path, monkeypatch):
     return judge_epochs
 
 
+def test_characters_are_judged_as_such(monkeypatch):
+    """Though captions have no spaces between them."""
+    tokens = [[[*"红球在跑"]], [[*"蓝猫睡了"]]]
+    found = [
+        SimpleNamespace(words=each, caption="".join(each)) for (each,) in tokens
+    ]
+    monkeypatch.setattr(callbacks.captioner, "build", lambda *_: None)
+    monkeypatch.setattr(callbacks.captioner, "caption_images", lambda *_: found)
+    split = SimpleNamespace(images=["a", "b"], tokens=tokens)
+    measure = callbacks.ValidationCider(None, None, np.ones(2), split, None)
+    assert measure() == pytest.approx(10)
+
+
 def test_the_highest_cider_is_the_best(judge):
     kept, callback = judge([(0.1, 3), (0.3, 4), (0.2, 1), (0.4, 5)])
     assert kept == [1, 2, 4]
