@@ -228,11 +228,11 @@ def check_words(config: Config, table: Any) -> None:
     """
     from captioning.data import vocabulary
 
-    captions = [text.split() for text in table["tokens"]]
-    training = [text.split() for text in tokens_of(table, "train")]
-    words = vocabulary.build(training, config.min_word_count)
+    # Millions of captions, tokenised, would fill the memory.
+    training = tokens_of(table, "train")
+    words = vocabulary.build(map(str.split, training), config.min_word_count)
     remedy = f"lower --min-word-count (now {config.min_word_count})"
-    if vocabulary.lacks_spaces(captions):
+    if vocabulary.lacks_spaces(map(str.split, table["tokens"])):
         remedy = (
             "the captions have no spaces between words; give --tokeniser "
             "characters, insert them with a word segmenter for the language "

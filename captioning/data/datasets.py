@@ -129,8 +129,8 @@ def find_dataset(
         )
     rows.sort(key=lambda row: row.image)
     table = pd.DataFrame(rows)[["image", "split", "caption"]]
-    tokens = [vocabulary.tokenise(row.caption) for row in rows]
-    table["tokens"] = [" ".join(words) for words in tokens]
+    words = map(vocabulary.tokenise, table["caption"])
+    table["tokens"] = [*map(" ".join, words)]
     table["image_id"] = _image_ids(rows)
     paths = [directory / path for path in found.paths]
     return Dataset(

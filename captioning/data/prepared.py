@@ -141,18 +141,14 @@ def save(
         `repaired.csv` has.
     """
     table = dataset.table
-    tokens = [text.split() for text in table["tokens"]]
     unit = config.tokeniser
+    lengths = [len(text.split()) for text in table["tokens"]]
     cut = [
-        (image, f"caption of {len(words)} {unit} is cut")
-        for image, words in zip(table["image"], tokens, strict=True)
-        if len(words) > config.max_caption_length
+        (image, f"caption of {length} {unit} is cut")
+        for image, length in zip(table["image"], lengths, strict=True)
+        if length > config.max_caption_length
     ]
-    training = [
-        words
-        for words, split in zip(tokens, table["split"], strict=True)
-        if split == "train"
-    ]
+    training = map(str.split, table["tokens"][table["split"] == "train"])
     words = vocabulary.build(training, config.min_word_count, unit)
     repaired = [*dataset.repaired, *cut]
     place = folder(config)

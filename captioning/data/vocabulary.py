@@ -234,12 +234,14 @@ def lacks_spaces(captions: Iterable[Sequence[str]]) -> bool:
     Args:
         captions: tokenised captions, by words.
     """
-    tokens = [token for caption in captions for token in caption]
-    text = "".join(tokens)
-    return (
-        sum(map(str.isalnum, text)) > _LONG_TOKEN * len(tokens)
-        and len(_UNSPACED.findall(text)) > len(text) / 2
-    )
+    tokens = length = letters = unspaced = 0
+    for caption in captions:
+        text = "".join(caption)
+        tokens += len(caption)
+        length += len(text)
+        letters += sum(map(str.isalnum, text))
+        unspaced += len(_UNSPACED.findall(text))
+    return letters > _LONG_TOKEN * tokens and unspaced > length / 2
 
 
 def save(vocabulary: Vocabulary, path: Path) -> None:

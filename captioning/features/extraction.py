@@ -271,6 +271,6 @@ def _encode_batch(
 
 def digests(cache: features.Cache, images: Sequence[str]) -> dict[str, str]:
     """Image -> digest of its pixels, of all images that are finished."""
-    table = features.load_digests(cache)
-    found = {image: table[cache.row[image]] for image in images}
-    return {i: d.tobytes().hex() for i, d in found.items() if d.any()}
+    rows = [cache.row[image] for image in images]
+    found = zip(images, features.load_digests(cache)[rows], strict=True)
+    return {image: each.tobytes().hex() for image, each in found if each.any()}
