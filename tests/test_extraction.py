@@ -11,7 +11,7 @@ import pytest
 
 from captioning.features import cache as features
 from captioning.features import extraction
-from tests.processes import end, make_photos, run, start
+from tests.processes import make_photos, run
 
 DESCRIPTION = features.describe("tiny", "pixels", "none", 32)
 SHAPE = (32 * 32, 3)
@@ -113,8 +113,7 @@ def test_a_full_disk_when_the_tables_are_written_is_one_line(
     (whole,) = tmp_path.glob("data/cache/*/*/captions.csv")
     # All but the captions fits.
     flags = ("--data-dir", str(small_disk), "--dataset-dir", "data/photos")
-    worker = start(tmp_path, *flags, "--worker", "0/2")
-    assert end(worker)[0] == 0
+    assert run(tmp_path, *flags, "--worker", "0/2")[0] == 0
     ballast = fill_up(small_disk)
     code, _, err = run(tmp_path, *flags)
     assert code == 1

@@ -38,7 +38,7 @@ def alone(tmp_path_factory) -> dict[str, bytes]:
     """What a single run writes."""
     folder = tmp_path_factory.mktemp("alone")
     make_photos(folder)
-    code, out, _ = end(start(folder))
+    code, out, _ = run(folder)
     assert code == 0 and "1 pairs of images with equal pixels" in out
     return written(folder)
 
@@ -76,7 +76,7 @@ def test_four_workers_one_of_them_killed_write_what_a_single_run_writes(
     assert not list(tmp_path.glob("data/cache/*/*/captions.csv"))
     before = finished_rows(tmp_path)
     assert len(before) < 119
-    code, out, err = end(start(tmp_path, "--worker", "2/4"))
+    code, out, err = run(tmp_path, "--worker", "2/4")
     assert code == 0 and "Next: python train.py" in out, err
     assert written(tmp_path) == alone
 
@@ -96,8 +96,8 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def keep_out(folder: Path, *flags: str) -> None:
-    """Starts a process that another one at work has to keep out."""
-    code, _, err = end(start(folder, *flags))
+    """Runs preprocess.py, which another process at work has to keep out."""
+    code, _, err = run(folder, *flags)
     assert code == 1 and len(err.splitlines()) == 1
     assert "another process is at work" in err
 
@@ -122,7 +122,7 @@ def test_workers_and_a_run_alone_keep_out_of_each_others_way(tmp_path):
     keep_out(tmp_path, "--worker", "0/2")
     keep_out(tmp_path)
     kill(single)
-    code, _, err = end(start(tmp_path))
+    code, _, err = run(tmp_path)
     assert code == 0, err
 
 
