@@ -140,29 +140,6 @@ def test_what_was_skipped_and_repaired_is_told_in_every_run(tmp_path, images):
     assert backwards == first
 
 
-def test_a_full_cache_needs_no_encoder(tmp_path, images):
-    def build():
-        raise AssertionError("the encoder is built for nothing")
-
-    fill(tmp_path / "cache", images, Encoder(), GOOD)
-    before = content(tmp_path / "cache")
-    cache = create(tmp_path / "cache", GOOD, images=images)
-    extraction.fill(cache, images, GOOD, SIZE, build)
-    assert content(tmp_path / "cache") == before
-
-
-def test_only_what_is_missing_is_computed(tmp_path, images, undisturbed):
-    cache = create(undisturbed, images=images)
-    before = content(undisturbed)
-    for name in ("b.png", "i.png"):
-        cache.features[cache.row[name]] = 0
-        cache.finished[cache.row[name]] = 0
-    encoder = Encoder()
-    fill(undisturbed, images, encoder)
-    assert encoder.images == 2
-    assert content(undisturbed) == before
-
-
 def test_images_are_read_in_order_and_only_some_batches_ahead(monkeypatch):
     asked = []
 
