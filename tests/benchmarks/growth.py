@@ -115,17 +115,21 @@ def is_encoded(place: Path, row: int) -> bool:
 
 def measure_one(tars: Path, place: Path, images: int) -> list[float]:
     """Prints the figures of one process; gives seconds to each stage's end."""
-    begun = time.time()
+    begun, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     finish(place, start(tars, place))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     # Of the largest child so far: this one, where they come in order of size.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    peak = used.ru_maxrss / 1024
     ends = [end - begun for end in written(place)]
     for name, first, last in zip(STAGES, [0, *ends], ends, strict=False):
         rate = images / (last - first)
         print(f"  {name:<18}{last - first:>7.1f} s{rate:>9,.0f} images/s")
     parts = [*place.glob("cache/*/[!.]*")]
     disk = ", ".join(f"{size(each):,.1f} MB in {each.name}" for each in parts)
-    print(f"  peak memory {peak:,.0f} MB; disk: {disk}", flush=True)
+    print(
+        f"  {cpu:,.0f} s of CPU; peak memory {peak:,.0f} MB; {disk}", flush=True
+    )
     return ends
 
 
