@@ -97,21 +97,19 @@ def test_the_pipeline_leaves_the_files_of_the_contract(home):
     assert not hidden, "temporary files are left"
 
 
-def test_a_model_that_sees_beats_one_that_does_not(home):
+def test_a_run_looks_at_the_image_that_it_captions(home):
+    """Of other images, what it says is less true."""
     (cache,) = (home / "data" / "cache").glob("[!.]*")
-    blind = home / "blind"
-    exchange_images(cache, blind / "cache" / cache.name)
+    exchange_images(cache, home / "blind" / "cache" / cache.name)
+    shutil.copytree(home / RUN, home / "checkpoints" / "blind")
     flags = ["--data-dir", "blind", "--run-name", "blind"]
-    good("train.py", *FLAGS, *TRAINING, *flags, folder=home)
     good("evaluate.py", *FLAGS, *flags, folder=home)
     sees, blind = (
         json.loads((home / "checkpoints" / name / METRICS).read_text())
         for name in (RUN.name, "blind")
     )
-    # CIDEr of 36 images moves by a third from run to run; what tells the two
-    # apart for certain is how likely they hold the true words of 180 captions.
     assert sees["cider"] > blind["cider"]
-    assert sees["perplexity"] < 0.95 * blind["perplexity"]
+    assert sees["perplexity"] < 0.9 * blind["perplexity"]
 
 
 def test_scores_can_be_had_again_from_the_captions(home):
