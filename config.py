@@ -43,11 +43,13 @@ class Encoder(NamedTuple):
     # trained on drawn scenes: the more random filters an image has passed, the
     # less is left of its shapes, and what is drawn needs few to be told apart.
     early_layer: str = ""
+    # The file of those trained on drawn scenes, in captioning/features/.
+    scenes: str = ""
 
 
 LAST = "output"
 # Weights of the layers up to the early one, trained on drawn scenes that are
-# not in the sample: docs/scenes.py.
+# not in the sample; docs/scenes.py made the file.
 SCENES = "scenes"
 # The name that --encoder takes -> where Keras Applications has it. A new
 # encoder is one line here. VGG's block5_conv3 is the layer that Show, Attend
@@ -61,6 +63,7 @@ ENCODERS = {
         "resnet50",
         "conv5_block3_out",
         early_layer="conv3_block1_out",
+        scenes="scenes.weights.h5",
     ),
     "resnet101": Encoder("ResNet101", "resnet", "conv5_block3_out"),
     "resnet152": Encoder("ResNet152", "resnet", "conv5_block3_out"),
@@ -182,7 +185,7 @@ class Config:
     )
     # Rarer words cannot be learned from 30,000 captions and cost time in the
     # output layer; 4 keeps 97% of Flickr8k's words.
-    min_word_count: int = _data(4, "occurrences in train that a word needs", 1)
+    min_word_count: int = _data(4, "occurrences in train that a token needs", 1)
     # 98% of Flickr8k's captions are shorter, and the decoder's loop takes as
     # many steps as the longest caption has tokens.
     max_caption_length: int = _data(20, "tokens; the rest is cut off", 1, 100)
@@ -235,7 +238,10 @@ class Config:
     # that; more are trained at the average rate of the last scheduled epoch,
     # which fine-tunes and is not the same as a longer schedule.
     epochs: int = _training(
-        0, "passes over the training captions (0: 8, and up to 30 if few)", 0
+        0,
+        "passes over the training captions (0: 8, up to 30 if few, 12 for the "
+        "sample)",
+        0,
     )
     # Counted in measurements of CIDEr, not in epochs. Equal CIDEr is decided
     # by the validation loss and never counts against a run; where fewer than
@@ -465,12 +471,14 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
             f"the dataset in {place} cannot be called like the built-in "
             f"{SAMPLE}: give it another name with --dataset"
         )
-    # Whoever has the sample need not download anything.
     weights = [
-        (_drawn(name) if sample else "imagenet") if each == "auto" else each
+        (_sample_weights(name) if sample else "imagenet")
+        if each == "auto"
+        else each
         for name, each in each_encoder(config)
     ]
-    if len({*weights}) == 1:
+    # One for all stays one for all.
+    if "," not in config.encoder_weights and len({*weights}) == 1:
         weights = weights[:1]
     return dataclasses.replace(
         config,
@@ -482,9 +490,9 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
     )
 
 
-def _drawn(encoder: str) -> str:
-    """The weights with which an encoder sees what is drawn."""
-    return SCENES if ENCODERS[encoder].early_layer else "random"
+def _sample_weights(encoder: str) -> str:
+    """The weights of an encoder for the sample, which needs no download."""
+    return SCENES if ENCODERS[encoder].scenes else "random"
 
 
 def is_named_by_folder(config: Config, given: Collection[str]) -> bool:

@@ -22,12 +22,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from captioning.data import sample  # noqa: E402
-from captioning.features.encoder_weights import DRAWN  # noqa: E402
+from captioning.features.encoder_weights import scenes_file  # noqa: E402
 from captioning.files import atomic_path  # noqa: E402
 from config import ENCODERS  # noqa: E402
 
 SEED = sample.SEED + 1  # of the scenes
-SCENES, EPOCHS, BATCH, RATE = 3000, 2, 64, 2e-3
+NUMBER, EPOCHS, BATCH, RATE = 3000, 2, 64, 2e-3
 REGION = 32  # side in pixels of a region of the feature map
 # Black after Keras's preprocessing for ResNet50: it subtracts these means.
 BORDER = (124, 117, 104)
@@ -45,8 +45,8 @@ def regions(number: int) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
         numbers of kind, colour, size (0: no object) and ground.
     """
     random = np.random.default_rng([SEED, number])
-    scene = sample._scene(random)
-    image = sample._draw(scene, random)[..., ::-1]
+    scene = sample.scene(random)
+    image = sample.draw(scene, random)[..., ::-1]
     edges = [REGION] * 4
     image = cv2.copyMakeBorder(
         np.ascontiguousarray(image), *edges, cv2.BORDER_CONSTANT, value=BORDER
@@ -96,7 +96,7 @@ def build() -> tuple[keras.Model, keras.Model]:
 def main() -> None:
     """Trains the encoder and writes its weights in half precision."""
     keras.utils.set_random_seed(sample.SEED)
-    found = [each for n in tqdm(range(SCENES)) for each in regions(n)]
+    found = [each for n in tqdm(range(NUMBER)) for each in regions(n)]
     images = np.stack([image for image, _ in found])
     labels = np.array([label for _, label in found])  # (regions, 4)
     encoder, model = build()
@@ -120,7 +120,7 @@ def main() -> None:
         validation_data=(images[rest], [*labels[rest].T]),
         verbose=2,
     )
-    place = Path(DRAWN)
+    place = Path(scenes_file("resnet50"))
     with atomic_path(place) as part:
         full = part.with_suffix(".full.weights.h5")
         encoder.save_weights(full)

@@ -225,3 +225,5 @@ def test_photographs_are_not_called_like_the_sample(given):
     assert resolve(own, given).encoder_weights == "scenes"
     own = dataclasses.replace(own, encoder="resnet50+mobilenetv2")
     assert resolve(own, given).encoder_weights == "scenes,random"
+    own = dataclasses.replace(own, encoder_weights="random,random")
+    assert resolve(own, given).encoder_weights == "random,random"

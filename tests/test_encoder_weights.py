@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from captioning.features import encoder_weights
-from config import ENCODERS, UserError
+from config import ENCODERS, Config, UserError
 
 
 @pytest.fixture(scope="module")
@@ -101,5 +101,15 @@ def test_any_other_file_is_named_in_one_line(folder, name, told, monkeypatch):
 
 def test_only_an_encoder_that_was_trained_on_scenes_has_their_weights():
     assert encoder_weights.fingerprint("resnet50", "scenes")[:5] == "half-"
-    with pytest.raises(UserError, match=r"weights scenes: No such file.*of re"):
+    with pytest.raises(UserError, match="vgg16 has no weights") as error:
         encoder_weights.fingerprint("vgg16", "scenes")
+    assert "give --encoder resnet50" in str(error.value)
+
+
+def test_a_run_on_another_layer_has_to_be_trained_again():
+    config = Config(encoder_weights="random", magnification=1)
+    descriptions = encoder_weights.describe_features(config)
+    encoder_weights.check(config, descriptions)
+    descriptions[0]["layer"] = "conv2_block1_out"
+    with pytest.raises(UserError, match=r"layer conv2_block1_out.*--fresh"):
+        encoder_weights.check(config, descriptions)

@@ -24,8 +24,8 @@ def drawn() -> list[tuple[sample.Scene, np.ndarray, list[str]]]:
     made = []
     for number in range(200):
         random = np.random.default_rng([7, number])
-        scene = sample._scene(random)
-        image = sample._draw(scene, random)
+        scene = sample.scene(random)
+        image = sample.draw(scene, random)
         made.append((scene, image, sample._captions(scene, random)))
     return made
 

@@ -150,7 +150,7 @@ def _object(group: Group, random: np.random.Generator) -> np.ndarray:
     return cv2.resize(turned, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def _draw(scene: Scene, random: np.random.Generator) -> np.ndarray:
+def draw(scene: Scene, random: np.random.Generator) -> np.ndarray:
     """Draws a ground and objects on it, uint8 BGR (SIDE, SIDE, 3)."""
     ground = _ground(GROUNDS[scene.ground], random).astype(np.float32)
     image = np.pad(ground, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
@@ -192,7 +192,7 @@ LAYOUTS = {
 }
 
 
-def _scene(random: np.random.Generator) -> Scene:
+def scene(random: np.random.Generator) -> Scene:
     """Samples a scene."""
     shares = [share for share, _, _ in LAYOUTS.values()]
     counts = list(LAYOUTS)[random.choice(len(LAYOUTS), p=shares)]
@@ -390,11 +390,11 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     splits = np.repeat(SPLITS, sizes)
     for number, (name, split) in enumerate(zip(progress, splits, strict=True)):
         random = np.random.default_rng([SEED, number])
-        scene = _scene(random)
+        found = scene(random)
         quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
-        content = cv2.imencode(".jpg", _draw(scene, random), quality)[1]
+        content = cv2.imencode(".jpg", draw(found, random), quality)[1]
         _write(folder / "images" / name, content.tobytes())
-        rows += [(name, text, split) for text in _captions(scene, random)]
+        rows += [(name, text, split) for text in _captions(found, random)]
     for path in folder.glob("images/scene_*.jpg"):
         if path.name not in names:
             path.unlink()

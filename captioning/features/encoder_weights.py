@@ -25,7 +25,6 @@ from config import (
 # A seed of its own: --seed changes the training, and neither the encoder nor,
 # with it, the feature cache.
 RANDOM_SEED = 0
-DRAWN = str(Path(__file__).with_name("scenes.weights.h5"))
 
 # How often each shape of a weight occurs. It identifies a network, whichever
 # format the file has: Keras 3 does not store the names of layers.
@@ -70,15 +69,25 @@ def fingerprint(encoder: str, weights: str) -> str:
         return f"random-{RANDOM_SEED}"
     if weights == "imagenet":
         return ENCODERS[encoder].imagenet
-    path = DRAWN if is_drawn(encoder, weights) else weights
     arrays: list[np.ndarray] = []
+    path = scenes_file(encoder) if weights == SCENES else weights
     _visit_weights(path, lambda weight: arrays.append(weight[()]))
     return digest(arrays)
 
 
-def is_drawn(encoder: str, weights: str) -> bool:
-    """Whether weights are those of an encoder trained on drawn scenes."""
-    return weights == SCENES and bool(ENCODERS[encoder].early_layer)
+def scenes_file(encoder: str) -> str:
+    """The file of an encoder's weights that were trained on drawn scenes.
+
+    Raises:
+        UserError: if it has none.
+    """
+    if not (file := ENCODERS[encoder].scenes):
+        others = [name for name, each in ENCODERS.items() if each.scenes]
+        raise UserError(
+            f"{encoder} has no weights that were trained on drawn scenes: give "
+            f"--encoder {' or '.join(others)}, or other --encoder-weights"
+        )
+    return str(Path(__file__).with_name(file))
 
 
 def digest(weights: Iterable[np.ndarray]) -> str:
@@ -108,18 +117,27 @@ def check(
             features are cached.
 
     Raises:
-        UserError: if they differ.
+        UserError: if they differ, or another layer was cached.
     """
     pairs = zip(each_encoder(config), descriptions, strict=True)
     for (name, weights), description in pairs:
+        layer = feature_layer(name, weights)
+        if layer != description["layer"]:
+            raise UserError(
+                f"the run was trained on {name}'s layer "
+                f"{description['layer']}, and this version caches {layer}: "
+                "train it again with train.py --fresh"
+            )
         if not needed and not os.path.exists(weights):
             continue
         found, wanted = fingerprint(name, weights), description["weights"]
         if found != wanted:
+            remedy = "give the same file as --encoder-weights"
+            if weights in (SCENES, "random"):
+                remedy = "train it again with train.py --fresh"
             raise UserError(
                 f"the run was trained with the {name} weights {wanted}, and "
-                f"{weights} is {found}: give the same file as "
-                "--encoder-weights"
+                f"{weights} is {found}: {remedy}"
             )
 
 
@@ -140,9 +158,10 @@ def load(network: keras.Model, weights: str, encoder: str) -> None:
         network.set_weights(_random_weights(network))
     elif weights == "imagenet":
         network.set_weights(_imagenet_weights(network, encoder))
-    elif is_drawn(encoder, weights):
+    elif weights == SCENES:
         last = network.get_layer(ENCODERS[encoder].early_layer)
-        keras.Model(network.input, last.output).load_weights(DRAWN)
+        early = keras.Model(network.input, last.output)
+        early.load_weights(scenes_file(encoder))
     else:
         _load_file(network, weights, encoder)
 
@@ -232,8 +251,7 @@ def _visit_weights(path: str, visit: Callable[[h5py.Dataset], None]) -> None:
     except OSError as error:
         raise UserError(
             f"encoder weights {path}: {error.strerror}; --encoder-weights "
-            "takes imagenet, scenes (of resnet50), random or the path of a "
-            "weights file"
+            "takes imagenet, scenes, random or the path of a weights file"
         ) from None
     try:
         with h5py.File(path) as file:
@@ -241,8 +259,8 @@ def _visit_weights(path: str, visit: Callable[[h5py.Dataset], None]) -> None:
     except (OSError, RuntimeError, KeyError, ValueError):
         raise UserError(
             f"{path} is not a weights file, or is incomplete: "
-            "--encoder-weights takes imagenet, scenes (of resnet50), random or "
-            "an HDF5 file written by Keras"
+            "--encoder-weights takes imagenet, scenes, random or an HDF5 file "
+            "written by Keras"
         ) from None
 
 

@@ -45,7 +45,7 @@ def main(arguments: command.Arguments) -> None:
     for each in captions:
         number = int(re.sub(r"\D", "", each["image_id"]))
         random = np.random.default_rng([sample.SEED, number])
-        faults.append(wrong(each["caption"], sample._scene(random)))
+        faults.append(wrong(each["caption"], sample.scene(random)))
     right = faults.count("") / len(faults)
     print(f"{right:.1%} of {len(faults)} captions name only what is there")
     for fault in sorted({*faults} - {""}):
