@@ -148,9 +148,9 @@ def fit(
         print(f"This run is trained: {ending(config, points)}")
         return
     print(
-        f"Training {place}: {len(features):,} images, {len(words):,} words, "
-        f"{decoder.count_params():,} weights, {config.epochs} epochs, "
-        f"{config.precision}, "
+        f"Training {place}: {len(features):,} images, {len(words):,} "
+        f"{words.tokeniser}, {decoder.count_params():,} weights, "
+        f"{config.epochs} epochs, {config.precision}, "
         f"{devices.number} device{'s' if devices.number > 1 else ''}"
     )
     if len(features) < FEW_IMAGES and not start:

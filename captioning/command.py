@@ -20,7 +20,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from captioning import job, streams
-from config import SPLIT_SYNONYMS, Config, UserError, flag, group, resolve
+from config import (
+    SPLIT_SYNONYMS,
+    WORDS,
+    Config,
+    UserError,
+    flag,
+    group,
+    resolve,
+)
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 BACKENDS = ("tensorflow", "jax")
@@ -209,6 +217,8 @@ def _read_config(path: str) -> dict[str, Any]:
             f"--config {path} is from another version, which has "
             f"{' and '.join(unknown)}: take these out"
         )
+    # Before there were others, tokens were words.
+    fields.setdefault("tokeniser", WORDS)
     places = {*group("place")}
     return {name: x for name, x in fields.items() if name not in places}
 

@@ -170,7 +170,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(evaluation, tmp_path):
     with pytest.raises(UserError, match="both with Java or both without"):
         compare.pair(one, java)
     other = one._replace(metrics={**one.metrics, "tokenizer": "characters"})
-    with pytest.raises(UserError, match="of characters and of words"):
+    with pytest.raises(UserError, match="characters cannot be compared"):
         compare.pair(one, other)
     (one.place / "captions.csv").write_text("nothing")
     with pytest.raises(UserError, match="evaluate again") as error:

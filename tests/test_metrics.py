@@ -489,7 +489,7 @@ def test_the_table_calls_scores_of_characters_by_their_name(full):
     for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"):
         assert f"  character {name}" in text
     assert "... and runs of four characters" in text and "words" not in text
-    assert "Xu 2015" not in text and "that count characters" in text
+    assert "Xu 2015" not in text and "row counts characters" in text
     assert max(len(line) for line in text.split("\n")) <= 100
     assert "character" not in table.table(full, "flickr8k")
 

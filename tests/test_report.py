@@ -332,6 +332,7 @@ def test_characters_are_called_characters(tmp_path):
     page = Page(path)
     assert "character BLEU-4" in page.texts and "Characters" in page.texts
     assert "BLEU-4" not in page.texts and '["character BLEU-4 "' in page.text
+    assert '"character ROUGE-L "' in page.text
     assert not [x for x in page.texts if "words" in x and "{" not in x]
     data = json.loads(page.text.split('id="data">')[1].split("</script>")[0])
     assert data[0]["caption"] == captions[0] and data[0]["words"] == [

@@ -59,7 +59,7 @@ def test_table_names_every_image_with_five_different_captions(folder: Path):
 )
 def test_splits_have_their_shares(images, sizes, tmp_path, monkeypatch):
     dot = np.zeros((1, 1, 3), np.uint8)
-    monkeypatch.setattr(sample, "_draw", lambda scene, random: dot)
+    monkeypatch.setattr(sample, "draw", lambda scene, random: dot)
     sample.write_sample(tmp_path, images=images)
     table = pd.read_csv(tmp_path / "captions.csv")
     splits = table.drop_duplicates("image")["split"].value_counts()

@@ -59,8 +59,8 @@ def folder(config: Config) -> Path:
     """The text folder of a dataset.
 
     It is named by a digest of the values of all data fields, so that neither
-    a quick try nor an edited default overwrites anything. The tokeniser is
-    part of it where it is `characters`.
+    a quick try nor an edited default overwrites anything. Of the tokeniser only
+    `characters` counts, so that folders that name none stay those of words.
     """
     fields = _fields(config)
     if fields["tokeniser"] != CHARACTERS:

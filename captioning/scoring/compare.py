@@ -100,7 +100,10 @@ def pair(first: Evaluation, second: Evaluation) -> list[Evaluation]:
     if names[0] != names[1]:
         remedy = "evaluate one of them again, both with Java or both without"
         if CHARACTERS in names:
-            remedy = "scores of characters and of words do not compare"
+            remedy = (
+                "scores of characters cannot be compared with those of words; "
+                "compare two runs with the same --tokeniser"
+            )
         raise UserError(
             f"{first.place} was tokenised by {names[0]} and {second.place} by "
             f"{names[1]}: {remedy}"

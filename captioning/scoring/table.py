@@ -129,7 +129,7 @@ def comparison(
     plain = re.sub("[^a-z0-9]", "", dataset.lower())
     known = [x for x in _PUBLISHED["dataset"].unique() if x.lower() in plain]
     if metrics["tokenizer"] == CHARACTERS:
-        nothing = "There are no published rows that count characters, as for"
+        nothing = "No published row counts characters: nothing compares with"
         return " ".join([*notes, f"{nothing} {dataset}."]), []
     if not known or split != "test":
         nothing = f"There are no published rows for the {split} split of"

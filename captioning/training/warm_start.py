@@ -82,5 +82,5 @@ def start_from(decoder: CaptioningModel, words: Vocabulary, run: Path) -> None:
         weight.assign(value)
     print(
         f"Starting from {run}, which knows {len(both):,} of {len(words):,} "
-        "words"
+        f"{words.tokeniser}"
     )
