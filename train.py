@@ -7,7 +7,8 @@
 Trains the decoder on what preprocess.py left in data/cache/. A run that was
 stopped, by whatever means, resumes where it was when the same command is given
 again; --fresh starts over and keeps the old folder under another name.
---start-from begins with the weights of another run.
+--start-from begins with the weights of another run; a lower --learning-rate
+keeps more of them.
 """
 
 import dataclasses
