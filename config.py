@@ -95,6 +95,8 @@ LAYOUTS = (
 # What a token is: a word, or in a script without spaces each character.
 WORDS, CHARACTERS = "words", "characters"
 TOKENISERS = ("auto", WORDS, CHARACTERS)
+# What saved fields mean by leaving out one that they are older than.
+LEFT_OUT = {"tokeniser": WORDS}
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")
 SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}

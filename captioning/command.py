@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from captioning import job, streams
 from config import (
+    LEFT_OUT,
     SPLIT_SYNONYMS,
-    WORDS,
     Config,
     UserError,
     flag,
@@ -217,9 +217,8 @@ def _read_config(path: str) -> dict[str, Any]:
             f"--config {path} is from another version, which has "
             f"{' and '.join(unknown)}: take these out"
         )
-    # Before there were others, tokens were words.
-    fields.setdefault("tokeniser", WORDS)
     places = {*group("place")}
+    fields = {**LEFT_OUT, **fields}
     return {name: x for name, x in fields.items() if name not in places}
 
 

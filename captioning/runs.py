@@ -16,7 +16,7 @@ import pandas as pd
 
 from captioning.data import vocabulary
 from captioning.files import atomic_path, read_json, write_csv, write_text
-from config import OPEN, SAMPLE, WORDS, Config, UserError, flag, group
+from config import LEFT_OUT, OPEN, SAMPLE, Config, UserError, flag, group
 
 # What may change when a run is resumed; its result depends on all other fields
 # of these groups.
@@ -128,9 +128,8 @@ def load_config(place: Path, training: bool = False) -> Config:
     if not path.exists():
         raise UserError(_no_run(place))
     with _reading(path):
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        # A run that does not say how it was tokenised has words.
-        fields.setdefault("tokeniser", WORDS)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        fields = {**LEFT_OUT, **saved}
         known = {each.name for each in dataclasses.fields(Config)}
         config = Config(**{k: v for k, v in fields.items() if k in known})
     needed = [*group("model"), *group("data"), *group("encoder")]

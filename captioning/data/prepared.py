@@ -24,7 +24,16 @@ from captioning.data.vocabulary import Vocabulary
 from captioning.features import cache as features
 from captioning.features.joined import Features
 from captioning.files import read_json, write_csv, write_text
-from config import CHARACTERS, OPEN, SPLITS, WORDS, Config, UserError, group
+from config import (
+    CHARACTERS,
+    LEFT_OUT,
+    OPEN,
+    SPLITS,
+    WORDS,
+    Config,
+    UserError,
+    group,
+)
 
 TABLE = ["image", "split", "caption", "tokens"]
 # A photograph that lies in two splits under two names.
@@ -313,8 +322,7 @@ def _check_fields(config: Config, place: Path) -> None:
             f"there is no preprocessed dataset in {place}: run preprocess.py "
             f"first, with the same flags{_other_tokeniser(config)}"
         )
-    # A folder that does not say how it was tokenised has words.
-    found = {"tokeniser": WORDS, **found}
+    found = {**LEFT_OUT, **found}
     for name, wanted in _fields(config).items():
         if found.get(name) != wanted:
             raise UserError(
