@@ -231,6 +231,14 @@ def check_words(config: Config, table: Any) -> None:
     # Millions of captions, tokenised, would fill the memory.
     training = tokens_of(table, "train")
     words = vocabulary.build(map(str.split, training), config.min_word_count)
+    is_empty = len(words) == len(vocabulary.SPECIAL_WORDS)
+    shares = {
+        split: share
+        for split, share in unknown_shares(table, words).items()
+        if share > MANY_UNKNOWN
+    }
+    if not is_empty and not shares:
+        return
     remedy = f"lower --min-word-count (now {config.min_word_count})"
     if vocabulary.lacks_spaces(map(str.split, table["tokens"])):
         remedy = (
@@ -239,23 +247,17 @@ def check_words(config: Config, table: Any) -> None:
             f"(Chinese, Japanese, Thai, ...), or {remedy}"
         )
     word = config.tokeniser.removesuffix("s")
-    if len(words) == len(vocabulary.SPECIAL_WORDS):
+    if is_empty:
         raise UserError(
             f"no {word} occurs {config.min_word_count} times in the "
             f"{len(training):,} training captions, so the vocabulary would "
             f"be empty: {remedy}"
         )
-    shares = {
-        split: share
-        for split, share in unknown_shares(table, words).items()
-        if share > MANY_UNKNOWN
-    }
-    if shares:
-        listed = ", ".join(f"{share:.1%} in {s}" for s, share in shares.items())
-        print(
-            f"Warning: many {word}s are outside the vocabulary ({listed}), and "
-            f"no caption will ever contain them: {remedy}"
-        )
+    listed = ", ".join(f"{share:.1%} in {s}" for s, share in shares.items())
+    print(
+        f"Warning: many {word}s are outside the vocabulary ({listed}), and "
+        f"no caption will ever contain them: {remedy}"
+    )
 
 
 def tokens_of(table: Any, split: str) -> Any:
