@@ -107,7 +107,7 @@ SAMPLE = "sample"  # the dataset that is drawn on the spot
 # `resolve`.
 OPEN: dict[str, Any] = {
     **{"run_name": "", "encoder_weights": "auto", "precision": "auto"},
-    **{"magnification": 0, "epochs": 0, "tokeniser": "auto"},
+    **{"epochs": 0, "tokeniser": "auto"},
 }
 
 # Names that a folder can have on every platform and that lead nowhere else:
@@ -133,9 +133,10 @@ def _group(name: str) -> Callable[..., Any]:
         most: float | None = None,
         choices: Sequence[str] | None = None,
         joined: bool | None = None,  # whether `+` joins several of them
+        sample: Any = None,  # the default for the sample, if another
     ) -> Any:
         limits: dict[str, Any] = {"least": least, "most": most}
-        limits |= {"choices": choices, "joined": joined}
+        limits |= {"choices": choices, "joined": joined, "sample": sample}
         limits = {k: v for k, v in limits.items() if v is not None}
         metadata = {"group": name, "help": text, **limits}
         return field(default=default, metadata=metadata)
@@ -154,6 +155,10 @@ _decoding = _group("decoding")
 @dataclass(frozen=True)
 class Config:
     """The hyperparameters of one run.
+
+    Where a field says `sample=`, that is its default for the sample: drawn
+    scenes are simpler than photographs, and a small decoder with little
+    dropout learns to describe them in minutes.
 
     Raises:
         UserError: if a value is outside the limits of its field.
@@ -221,16 +226,23 @@ class Config:
     )
     # The encoder sees more in a photograph that is enlarged. Its regions are
     # averaged back to those of image_size, so that nothing after it is slower.
+    # What the sample draws is large already.
     magnification: int = _encoder(
-        0, "enlarge images this many times (0: 2, and 1 for the sample)", 0, 8
+        2, "enlarge images this many times", 1, 8, sample=1
     )
 
     # --- model: the shape of the decoder; fixed once a run is trained
     # 512 is what the yardsticks of the field use; the word embeddings are as
     # wide, so that the deep output adds all three without another projection.
-    embedding_units: int = _model(512, "width of a word embedding", 1)
-    attention_units: int = _model(512, "width of attention keys and queries", 1)
-    decoder_units: int = _model(512, "width of LSTM and annotation vectors", 1)
+    embedding_units: int = _model(
+        512, "width of a word embedding", 1, sample=128
+    )
+    attention_units: int = _model(
+        512, "width of attention keys and queries", 1, sample=128
+    )
+    decoder_units: int = _model(
+        512, "width of LSTM and annotation vectors", 1, sample=128
+    )
 
     # --- training: fixed once a run has begun, but for epochs and patience
     # On Flickr8k the validation loss is lowest after seven epochs of a
@@ -251,13 +263,15 @@ class Config:
     patience: int = _training(4, "stop after N CIDEr values below the best", 1)
     # Every image brings all of its captions, so that its keys are computed
     # once: 32 images are 160 captions per step.
-    batch_images: int = _training(32, "images per training step", 1)
+    batch_images: int = _training(32, "images per training step", 1, sample=16)
     captions_per_image: int = _training(
         5, "captions of each image per step; the rest wait an epoch", 1
     )
     # Higher rates raise the token accuracy a little further, and lower the
     # scores of the captions: docs/experiments.md.
-    learning_rate: float = _training(1e-3, "peak rate, after the warm-up", 0)
+    learning_rate: float = _training(
+        1e-3, "peak rate, after the warm-up", 0, sample=3e-3
+    )
     # A word's embedding begins near zero, and most words are too rare to move
     # it far at the rate of the other weights: docs/experiments.md.
     embedding_rate: float = _training(
@@ -279,10 +293,14 @@ class Config:
     )
     # With less, the model overfits Flickr8k's 30,000 captions.
     word_dropout: float = _training(
-        0.4, "dropout on word embeddings and annotation vectors", 0, 0.95
+        0.4,
+        "dropout on word embeddings and annotation vectors",
+        0,
+        0.95,
+        sample=0.1,
     )
     output_dropout: float = _training(
-        0.5, "dropout before the output layer", 0, 0.95
+        0.5, "dropout before the output layer", 0, 0.95, sample=0.1
     )
     # Averaged weights caption better than the last ones; counted in epochs so
     # that it suits any dataset.
@@ -487,9 +505,21 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
         dataset=dataset,
         run_name=config.run_name or f"{dataset}-{config.encoder}",
         encoder_weights=",".join(weights),
-        # Drawn shapes are large as they are.
-        magnification=config.magnification or (1 if sample else 2),
+        **(sample_defaults(given) if sample else {}),
     )
+
+
+def sample_defaults(given: Collection[str] = ()) -> dict[str, Any]:
+    """Fields that have another default for the sample -> that default.
+
+    Args:
+        given: fields to leave out.
+    """
+    return {
+        each.name: each.metadata["sample"]
+        for each in dataclasses.fields(Config)
+        if "sample" in each.metadata and each.name not in given
+    }
 
 
 def _sample_weights(encoder: str) -> str:

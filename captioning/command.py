@@ -194,7 +194,9 @@ def _help(field: dataclasses.Field) -> str:
     if choices and len(choices) < 10:
         text += f": {', '.join(choices)}"
     if field.default not in ("", None):
-        text += f" (default: {field.default})"
+        drawn = field.metadata.get("sample")
+        other = f"; {drawn} for the sample" if drawn is not None else ""
+        text += f" (default: {field.default}{other})"
     return text.replace("%", "%%")
 
 

@@ -16,7 +16,16 @@ import pandas as pd
 
 from captioning.data import vocabulary
 from captioning.files import atomic_path, read_json, write_csv, write_text
-from config import LEFT_OUT, OPEN, SAMPLE, Config, UserError, flag, group
+from config import (
+    LEFT_OUT,
+    OPEN,
+    SAMPLE,
+    Config,
+    UserError,
+    flag,
+    group,
+    sample_defaults,
+)
 
 # What may change when a run is resumed; its result depends on all other fields
 # of these groups.
@@ -239,8 +248,11 @@ def _keep(
 
 def _note_defaults(config: Config) -> None:
     """Tells which defaults of the model have been edited since."""
+    now = Config()
+    if config.dataset == SAMPLE:
+        now = dataclasses.replace(now, **sample_defaults())
     for name in group("model"):
-        value, default = getattr(config, name), getattr(Config(), name)
+        value, default = getattr(config, name), getattr(now, name)
         if value != default:
             print(
                 f"Note: {name} is {value!r} in this run and {default!r} in "

@@ -96,7 +96,9 @@ def test_every_field_is_a_flag(each):
     if each.name == "dataset_dir":  # given alone, it names the dataset
         assert arguments.config.dataset == value
         return
-    assert arguments.config == resolve(Config(**{each.name: value}))
+    assert arguments.config == resolve(
+        Config(**{each.name: value}), [each.name]
+    )
     assert arguments.given == {each.name: value}
     assert type(arguments.given[each.name]) is each.type
 

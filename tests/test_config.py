@@ -159,18 +159,19 @@ def test_a_resolved_config_leaves_the_machine_and_the_data_a_choice():
         ("magnification", 1, 2, 3),
         ("input_size", 224, 448, None),
         ("encoder_weights", "scenes", "imagenet", "w.h5"),
+        ("decoder_units", 128, 512, 512),
     ],
 )
 def test_the_sample_is_quick_unless_told_otherwise(
     name, sample, photographs, own
 ):
-    """It is not enlarged, and needs no weights."""
+    """It is not enlarged, needs no weights, and has a small decoder."""
     for dataset, value in (("sample", sample), ("flickr8k", photographs)):
         config = Config(dataset=dataset)
         assert getattr(resolve(config), name) == value
         if own:
             config = dataclasses.replace(config, **{name: own})
-            assert getattr(resolve(config), name) == own
+            assert getattr(resolve(config, [name]), name) == own
 
 
 # --- dataset_dir ----------------------------------------------------------
