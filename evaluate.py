@@ -149,8 +149,8 @@ def compare_evaluations(config: Config, *names: str) -> None:
     )
     differences = compare.compare(first, second)
     print(compare.as_text(first, second, differences))
-    run = second.metrics["run"]["run"].partition("+")[0]
-    trained = runs.load_config(Path(config.checkpoints_dir) / run)
+    run = runs.first_of(second.place.resolve().parents[1])
+    trained = runs.load_config(run)
     trained = dataclasses.replace(trained, data_dir=config.data_dir)
     page = compare.write_page(
         first, second, differences, prepared.images_dir(trained)

@@ -324,6 +324,21 @@ def together(runs: Sequence[tuple[Config, Path]]) -> Path:
     return place
 
 
+def first_of(place: Path) -> Path:
+    """The run that a folder is of; of averaged runs the first.
+
+    The name of a run may have a + of its own, as those with several encoders
+    do.
+
+    Args:
+        place: from `together`.
+    """
+    names = place.name.split("+")
+    names = ["+".join(names[:number]) for number in range(len(names), 0, -1)]
+    found = [place.with_name(name) for name in names]
+    return next((x for x in found if (x / CONFIG).exists()), place)
+
+
 # --- what a run was trained on -----------------------------------------------
 
 
