@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
@@ -83,7 +84,7 @@ def draw_model(path: Path) -> None:
 
 
 def draw_scenes(path: Path, examples: pd.DataFrame, images: Path) -> None:
-    """Some scenes with their captions, as they come."""
+    """Some scenes with their captions."""
     figure, all_axes = plt.subplots(1, SCENES, figsize=(9.6, 2.9))
     for axes, row in zip(all_axes, examples.itertuples(), strict=False):
         with Image.open(images / str(row.image)) as scene:
@@ -118,13 +119,19 @@ def main(arguments: command.Arguments) -> None:
     """Draws all pictures."""
     run = runs.folder(arguments.config)
     place = run / "evaluation" / arguments.config.split
-    examples = pd.read_csv(place / "captions.csv").head(SCENES)
+    examples = pd.read_csv(place / "captions.csv")
+    examples = examples.sort_values("cider", ascending=False)
+    # Of each quarter, from the best to the worst, the one in its middle.
+    middles = (np.arange(SCENES) + 0.5) / SCENES * len(examples)
     PLACE.mkdir(exist_ok=True)
     draw_model(PLACE / "model.png")
     images = Path(arguments.config.data_dir) / "sample" / "images"
-    draw_scenes(PLACE / "scenes.png", examples, images)
-    name = figures.figure_name(examples["image"][0])
-    shutil.copy(place / "attention" / name, PLACE / "attention.png")
+    draw_scenes(
+        PLACE / "scenes.png", examples.iloc[middles.astype(int)], images
+    )
+    names = map(figures.figure_name, examples["image"])
+    drawn = (place / "attention" / name for name in names)
+    shutil.copy(next(filter(Path.exists, drawn)), PLACE / "attention.png")
     shutil.copy(run / "curves.png", PLACE / "curves.png")
     if shutil.which("chromium"):
         photograph_report(PLACE / "report.png", place / "report.html")
