@@ -10,6 +10,7 @@ import difflib
 import errno
 import functools
 import json
+import logging
 import os
 import platform
 import shlex
@@ -275,13 +276,14 @@ def import_keras() -> None:
     """Imports Keras without TensorFlow's messages about its build.
 
     It reports instruction sets and missing GPUs on standard error, from C++
-    and before its own switch for that (TF_CPP_MIN_LOG_LEVEL) takes effect; a
-    user can do nothing about either.
+    and before its own switch for that (TF_CPP_MIN_LOG_LEVEL) takes effect, and
+    later what it traces more than once; a user can do nothing about any of it.
 
     Raises:
         UserError: if the backend cannot be imported, or is not supported.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     # TensorFlow and JAX take GPU memory as they need it, and not all of it.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
