@@ -505,16 +505,12 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
         dataset=dataset,
         run_name=config.run_name or f"{dataset}-{config.encoder}",
         encoder_weights=",".join(weights),
-        **(sample_defaults(given) if sample else {}),
+        **(_sample_defaults(given) if sample else {}),
     )
 
 
-def sample_defaults(given: Collection[str] = ()) -> dict[str, Any]:
-    """Fields that have another default for the sample -> that default.
-
-    Args:
-        given: fields to leave out.
-    """
+def _sample_defaults(given: Collection[str]) -> dict[str, Any]:
+    """Fields that have another default for the sample, and are not given."""
     return {
         each.name: each.metadata["sample"]
         for each in dataclasses.fields(Config)

@@ -24,7 +24,7 @@ from config import (
     UserError,
     flag,
     group,
-    sample_defaults,
+    resolve,
 )
 
 # What may change when a run is resumed; its result depends on all other fields
@@ -248,9 +248,7 @@ def _keep(
 
 def _note_defaults(config: Config) -> None:
     """Tells which defaults of the model have been edited since."""
-    now = Config()
-    if config.dataset == SAMPLE:
-        now = dataclasses.replace(now, **sample_defaults())
+    now = resolve(Config(dataset=config.dataset, dataset_dir=""))
     for name in group("model"):
         value, default = getattr(config, name), getattr(now, name)
         if value != default:
