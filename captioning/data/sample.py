@@ -7,6 +7,8 @@ part of a caption can be guessed from the rest.
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from config import SPLITS, UserError
 SEED = 0  # of everything random
 SIDE = 224  # of the square images, in pixels
 MARGIN = 48  # pixels that objects may extend beyond the edge
+NAME = "scene_{:05d}.jpg"
 DRAWING = 1  # increment it when what is drawn or written changes
 
 
@@ -352,6 +355,17 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
+def _draw_to(folder: Path, number: int) -> tuple[str, list[str]]:
+    """Draws a scene into a folder; returns the file's name and its captions."""
+    random = np.random.default_rng([SEED, number])
+    found = scene(random)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
+    content = cv2.imencode(".jpg", draw(found, random), quality)[1]
+    name = NAME.format(number)
+    _write(folder / name, content.tobytes())
+    return name, _captions(found, random)
+
+
 def write_sample(folder: Path, images: int = 2400) -> None:
     """Draws the sample dataset, unless the folder already has it.
 
@@ -371,7 +385,7 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     """
     table, note = folder / "captions.csv", folder / "sample.json"
     drawn = json.dumps({"drawing": DRAWING, "seed": SEED, "images": images})
-    names = [f"scene_{number:05d}.jpg" for number in range(images)]
+    names = [NAME.format(number) for number in range(images)]
     if table.exists():
         if not note.exists():
             raise UserError(
@@ -386,15 +400,19 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     held_out = max(1, round(images / 12))
     sizes = images - 2 * held_out, held_out, held_out
     rows = []
-    progress = tqdm(names, "drawing the sample", unit="image", delay=15)
     splits = np.repeat(SPLITS, sizes)
-    for number, (name, split) in enumerate(zip(progress, splits, strict=True)):
-        random = np.random.default_rng([SEED, number])
-        found = scene(random)
-        quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
-        content = cv2.imencode(".jpg", draw(found, random), quality)[1]
-        _write(folder / "images" / name, content.tobytes())
-        rows += [(name, text, split) for text in _captions(found, random)]
+    draw_to = partial(_draw_to, folder / "images")
+    # OpenCV and NumPy draw without the interpreter's lock.
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        drawings = pool.map(draw_to, range(images))
+        progress = tqdm(
+            drawings, "drawing the sample", images, unit="image", delay=15
+        )
+        for (name, captions), split in zip(progress, splits, strict=True):
+            rows += [(name, caption, split) for caption in captions]
+    finally:
+        pool.shutdown(cancel_futures=True)
     for path in folder.glob("images/scene_*.jpg"):
         if path.name not in names:
             path.unlink()
