@@ -15,8 +15,9 @@ writes the rest.
 import argparse
 import dataclasses
 import functools
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 from captioning import command
 from config import (
@@ -289,12 +290,37 @@ def describe_features(config: Config) -> list[dict[str, Any]]:
     return encoder_weights.describe_features(config)
 
 
-def each_alone(config: Config) -> list[Config]:
-    """A config for each of the encoders that one joins."""
-    return [
-        dataclasses.replace(config, encoder=name, encoder_weights=weights)
-        for name, weights in each_encoder(config)
-    ]
+class OneEncoder(NamedTuple):
+    """One of the encoders that a config joins."""
+
+    config: Config  # with this encoder alone
+    description: dict[str, Any]  # of its features
+    build: Callable[[], Any]  # the model, built once
+
+
+def each_alone(
+    config: Config, described: list[dict[str, Any]]
+) -> list[OneEncoder]:
+    """The encoders that a config joins, each for itself.
+
+    Those whose features are not cached are built at once: weights that cannot
+    be loaded are told before the first image is encoded, and leave no folder
+    behind.
+    """
+    import model
+    from captioning.data import prepared
+
+    found = []
+    pairs = zip(each_encoder(config), described, strict=True)
+    for (name, weights), description in pairs:
+        alone = dataclasses.replace(
+            config, encoder=name, encoder_weights=weights
+        )
+        build = functools.cache(functools.partial(model.build_encoder, alone))
+        if not prepared.features_folder(config, description).exists():
+            build()
+        found.append(OneEncoder(alone, description, build))
+    return found
 
 
 def encode_part(
@@ -323,16 +349,14 @@ def encode_part(
     from captioning.features import workers
 
     place = prepared.folder(config)
-    for alone, description in zip(each_alone(config), described, strict=True):
+    for encoder in each_alone(config, described):
         # Whoever is the last with the last encoder is the last with all.
         others = workers.do_part(
-            prepared.features_folder(config, description),
+            prepared.features_folder(config, encoder.description),
             place.name,
             number,
             of,
-            functools.partial(
-                fill_cache, alone, dataset, description, (number, of)
-            ),
+            functools.partial(fill_cache, encoder, dataset, (number, of)),
         )
     if others:
         print(
@@ -359,9 +383,9 @@ def encode_images(
     from captioning.data import datasets
     from captioning.features import extraction
 
-    for alone, description in zip(each_alone(config), described, strict=True):
-        # Each encoder gets the same pixels, and has the same to say of them.
-        cache, notes = fill_cache(alone, dataset, description)
+    for encoder in each_alone(config, described):
+        # Each gets the same pixels, and has the same to say of them.
+        cache, notes = fill_cache(encoder, dataset)
     table = without(dataset.table, [image for image, _ in notes.skipped])
     skipped = dataset.skipped + notes.skipped
     # What the captions lost is a share of the whole dataset, not of the few
@@ -380,17 +404,13 @@ def encode_images(
 
 
 def fill_cache(
-    config: Config,
-    dataset: Any,
-    description: dict[str, Any],
-    worker: tuple[int, int] = (0, 1),
+    encoder: OneEncoder, dataset: Any, worker: tuple[int, int] = (0, 1)
 ) -> tuple[Any, Any]:
     """Fills the cache of one encoder, or the part of one worker.
 
     Args:
-        config: one of `each_alone`.
+        encoder: one of `each_alone`.
         dataset: the whole of it.
-        description: of the features.
         worker: the number of the worker, and how many there are.
 
     Returns:
@@ -403,6 +423,7 @@ def fill_cache(
     from captioning.data import prepared
     from captioning.features import cache, extraction
 
+    config, description, build = encoder
     precision = keras.config.dtype_policy().name
     versions = {
         "keras": keras.version(),
@@ -412,19 +433,16 @@ def fill_cache(
     }
 
     @functools.cache
-    def build() -> Any:
+    def start() -> Any:
         print(
             f"Encoding with {config.encoder} ({config.encoder_weights} "
             f"weights, {precision})"
         )
-        return model.build_encoder(config).predict_on_batch
+        return build().predict_on_batch
 
     names = dataset.table["image"].drop_duplicates().tolist()
-    folder = prepared.features_folder(config, description)
-    if not folder.exists():
-        build()  # weights that cannot be loaded leave no folder behind
     opened = cache.create(
-        folder,
+        prepared.features_folder(config, description),
         description,
         versions,
         dataset.images_dir,
@@ -433,7 +451,7 @@ def fill_cache(
     )
     part = extraction.share(names, *worker)
     notes = extraction.fill(
-        opened, dataset.images_dir, part, config.input_size, build
+        opened, dataset.images_dir, part, config.input_size, start
     )
     if notes.changed:
         print(

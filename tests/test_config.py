@@ -158,6 +158,7 @@ def test_a_resolved_config_leaves_the_machine_and_the_data_a_choice():
     [
         ("magnification", 1, 2, 3),
         ("input_size", 224, 448, None),
+        ("encoder", "resnet50", "resnet50+xception", "vgg16"),
         ("encoder_weights", "scenes", "imagenet", "w.h5"),
         ("decoder_units", 128, 512, 512),
     ],
@@ -182,7 +183,9 @@ def test_dataset_dir_alone_names_the_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "farm")
     for folder in (".", "../farm", "inner/..", str(tmp_path / "farm") + "/"):
         config = resolve(Config(dataset_dir=folder), ["dataset_dir"])
-        assert (config.dataset, config.run_name) == ("farm", "farm-resnet50")
+        assert config.dataset == "farm"
+        assert config.encoder == "resnet50+xception"
+        assert config.run_name == "farm-resnet50+xception"
         assert config.encoder_weights == "imagenet"
         assert config.magnification == 2
         # The same if it stands in config.py.
@@ -225,6 +228,7 @@ def test_photographs_are_not_called_like_the_sample(given):
     own = Config(dataset_dir=str(Path("data") / "sample"))
     assert resolve(own, given).encoder_weights == "scenes"
     own = dataclasses.replace(own, encoder="resnet50+mobilenetv2")
+    given = [*given, "encoder"]
     assert resolve(own, given).encoder_weights == "scenes,random"
     own = dataclasses.replace(own, encoder_weights="random,random")
     assert resolve(own, given).encoder_weights == "random,random"

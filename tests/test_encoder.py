@@ -20,9 +20,9 @@ def float32():
 
 
 def random(**fields) -> Config:
-    """An encoder with random weights."""
+    """A ResNet50, or another encoder, with random weights."""
     fields = {"encoder_weights": "random", "magnification": 1, **fields}
-    return Config(**fields)
+    return Config(**{"encoder": "resnet50", **fields})
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_magnification_makes_other_features_of_one_shape():
 def test_early_features_have_as_many_regions_as_others():
     for size, magnification in ((32, 1), (96, 1), (48, 2), (150, 2)):
         sizes = {"image_size": size, "magnification": magnification}
-        shape = feature_shape(Config(encoder_weights="imagenet", **sizes))
+        shape = feature_shape(random(encoder_weights="imagenet", **sizes))
         assert feature_shape(random(**sizes)) == (shape[0], 512)
 
 

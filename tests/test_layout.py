@@ -57,7 +57,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def config(**fields) -> Config:
-    return Config(dataset="photos", tokeniser="words", **fields)
+    fields = {"encoder": "resnet50", "tokeniser": "words", **fields}
+    return Config(dataset="photos", **fields)
 
 
 def features_of(wanted: Config, split: str) -> dict[str, np.ndarray]:

@@ -528,12 +528,15 @@ def test_a_split_or_file_that_is_missing_is_told_in_one_line(home, tmp_path):
 def test_weights_that_cannot_be_downloaded_are_told_in_one_line(
     tmp_path, monkeypatch
 ):
+    """Before the other encoder has encoded anything."""
     write_sample(tmp_path / "data" / "few", images=10)
     # A cache of Keras that is empty, and no way out to the network.
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     flags = ["--dataset", "few", "--image-size", "32"]
+    flags += ["--encoder", "mobilenetv2+vgg16"]
+    flags += ["--encoder-weights", "random,imagenet"]
     started = process("preprocess.py", *flags, folder=tmp_path)
     _, told = started.communicate()
     assert started.returncode == 1 and "Traceback" not in told
@@ -551,7 +554,9 @@ def test_the_real_encoder_tells_photographs_apart(real_data, tmp_path):
 
     weights = real_data / "weights" / "resnet50_notop.weights.h5"
     encoder = build_encoder(
-        Config(magnification=1, encoder_weights=str(weights))
+        Config(
+            encoder="resnet50", magnification=1, encoder_weights=str(weights)
+        )
     )
     folder = real_data / "data" / "flickr8k" / "Images"
     paths = sorted(folder.iterdir())[:4]

@@ -63,8 +63,9 @@ def use_tiny_encoder(patch: pytest.MonkeyPatch) -> None:
     if "AS_IT_IS" not in os.environ:
         patch.setattr(extraction, "BATCH", 4)
         patch.setattr(extraction, "COMMIT_SECONDS", 0.0)
-    sizes = ["--image-size", "32", "--magnification", "1"]
-    patch.setattr(sys, "argv", [*sys.argv, *sizes])
+    flags = ["--encoder", "resnet50", "--image-size", "32"]
+    flags += ["--magnification", "1"]
+    patch.setattr(sys, "argv", [*sys.argv, *flags])
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from captioning import command  # noqa: E402
 from captioning.features import cache as features  # noqa: E402
 from captioning.features import extraction  # noqa: E402
-from config import Config, resolve  # noqa: E402
+from config import Config  # noqa: E402
 
 SIZES = {"224x224": (224, 224), "500x375": (500, 375)}  # width, height
 ROWS = (1_000, 100_000)
@@ -71,8 +71,9 @@ def build(encoder: str, precision: str, weights: Path) -> Encode:
     keras.config.set_dtype_policy(policy)
     path = weights / f"{encoder}_notop.weights.h5"
     known = str(path) if path.exists() else "random"
-    config = resolve(Config(encoder=encoder, encoder_weights=known))
-    built = model.build_encoder(config)
+    built = model.build_encoder(
+        Config(encoder=encoder, encoder_weights=known, magnification=1)
+    )
     encode = built.predict_on_batch
     for _ in range(2):
         encode(np.zeros((extraction.BATCH, 224, 224, 3), np.uint8))
