@@ -75,15 +75,6 @@ def good(*arguments, **options) -> str:
     return done.stdout
 
 
-def good_process(*arguments, **options) -> str:
-    """The same as a process."""
-    started = process(*arguments, **options)
-    out, err = started.communicate()
-    assert started.returncode == 0, err[-3000:]
-    assert "Traceback" not in err
-    return out
-
-
 def bad(*arguments, **options) -> str:
     """Runs a script that has to fail in one line; gives that line."""
     done = run(*arguments, **options)
