@@ -1,14 +1,8 @@
 """One run on several devices, and in several processes: the same run."""
 
-import contextlib
-import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,84 +10,21 @@ import pandas as pd
 import pytest
 
 from captioning import job
-from captioning.backend import TENSORFLOW
-from captioning.data.sample import write_sample
 from config import UserError
-from tests.scripts import ROOT, good
+from tests.jobs import end, make_home, on_jax, start, start_job
 
 pytestmark = pytest.mark.skipif(
     os.name == "nt", reason="needs fork, and signals"
 )
-on_jax = pytest.mark.skipif(TENSORFLOW, reason="processes join on JAX alone")
-DATA = [
-    *("--dataset", "tiny", "--image-size", "64", "--encoder", "mobilenetv2"),
-    *("--encoder-weights", "random", "--max-caption-length", "4"),
-    *("--precision", "float32"),
-]
-# Five images a batch, of 37: three devices get two, two and one of them, and of
-# the two of the last batch two and none. Every gradient is clipped.
-TRAINING = [
-    *("--epochs", "2", "--cider-every", "1", "--batch-images", "5"),
-    *("--decoder-units", "16", "--attention-units", "16"),
-    *("--embedding-units", "16", "--learning-rate", "0.01"),
-    *("--clip-norm", "0.1", "--scst-learning-rate", "0.01"),
-    # Several devices have captions in another order: others would drop out.
-    *("--word-dropout", "0", "--output-dropout", "0"),
-]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A folder with a run on one device, by the name of `one`."""
     folder = tmp_path_factory.mktemp("home")
-    data = folder / "data" / "tiny"
-    write_sample(data, images=45)
-    table = pd.read_csv(data / "captions.csv")
-    # Devices with as many images shall differ in how many words they have.
-    short = table.groupby("image").ngroup() % 3 == 0
-    table.loc[short, "caption"] = "a scene"
-    table.to_csv(data / "captions.csv", index=False)
-    good("preprocess.py", *DATA, folder=folder)
+    make_home(folder)
     end(start(folder, "one"))
     return folder
-
-
-def start(folder: Path, run: str, *flags: str, **environment) -> subprocess:
-    """Starts train.py, with variables in its environment."""
-    words = [*DATA, *TRAINING, "--run-name", run, *flags]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words],
-        cwd=folder,
-        env={**os.environ, **{k: str(v) for k, v in environment.items()}},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def end(*processes: subprocess.Popen) -> list[str]:
-    """Waits for processes that have to succeed; gives what they printed."""
-    printed = []
-    for each in processes:
-        out, err = each.communicate(timeout=600)
-        assert each.returncode == 0, err[-3000:]
-        printed.append(out)
-    return printed
-
-
-def start_job(folder: Path, run: str, processes: int, *flags: str) -> list:
-    """Starts so many processes that train one run."""
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [
-        start(
-            *(folder, run, *flags),
-            **{job.ADDRESSES: f"127.0.0.1:{port}"},
-            **{job.PROCESSES: processes, job.PROCESS: process},
-        )
-        for process in range(processes)
-    ]
 
 
 def assert_same(home: Path, run: str) -> None:
@@ -148,39 +79,6 @@ def test_self_critical_training_of_two_processes_is_that_of_one(home):
         if states[0][name].dtype.kind == "f":  # dropout, off, has its seeds
             one, other = (each[name] for each in states)
             np.testing.assert_allclose(one, other, atol=1e-3)
-
-
-@on_jax
-def test_a_job_that_loses_a_process_ends_and_goes_on(home):
-    """The others end too; all started again, they end the run."""
-    state = home / "checkpoints" / "lost" / "last" / "state.npz"
-    done = 0
-    for lost in (0, 1):
-        started = start_job(home, "lost", 2, "--epochs", "900")
-        while epochs_of(state) == done:
-            assert all(each.poll() is None for each in started)
-            time.sleep(0.1)
-        started[lost].kill()
-        _, told = started[1 - lost].communicate(timeout=120)
-        # By an error of its own step, or by JAX, from a thread and at length.
-        assert started[1 - lost].returncode not in (0, None)
-        if started[1 - lost].returncode == 1:
-            assert f"train.py: {job.LOST}\n" in told
-        started[lost].communicate()
-        done = epochs_of(state)
-    flags = ["--epochs", str(done + 1)]
-    printed, _ = end(*start_job(home, "lost", 2, *flags))
-    assert f"Resuming after {done} epochs" in printed
-    history = pd.read_csv(home / "checkpoints" / "lost" / "history.csv")
-    assert len(history) == done + 1
-    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
-
-
-def epochs_of(state: Path) -> int:
-    """How many epochs a saved state has."""
-    if not state.exists():
-        return 0
-    return json.loads(str(np.load(state)["progress"]))["epoch"]
 
 
 @pytest.mark.parametrize(
