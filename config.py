@@ -5,9 +5,9 @@ Change a default here, or give any field as a flag to any of the scripts:
 
 What the defaults give: on Flickr8k's validation split, with the flags that
 docs/results.md names, CIDEr 0.600, BLEU-4 22.9 and 42.0% token accuracy
-(2026-11-30). On two CPU cores with bfloat16 that is about twenty minutes of
-preprocess.py, a quarter of an hour of train.py, and a minute of evaluate.py; on
-two without, an hour and a half, three quarters of an hour, and three minutes.
+(2026-11-30, float32). On two CPU cores with AVX2 that took an hour and a half
+of preprocess.py, three quarters of an hour of train.py, and three minutes of
+evaluate.py; cores that multiply bfloat16 need about a quarter of that.
 Training takes 2 GB of memory, and reads 2.8 GB of features that are best cached
 in memory too.
 docs/experiments.md has what was tried and what each change brought.
@@ -204,9 +204,9 @@ class Config:
     test_share: float = _data(0.05, "test's share if there is no split", 0, 1)
 
     # --- encoder: which image features; another feature folder in the cache
-    # Two networks see more than either of them: CIDEr 0.600 instead of 0.562
-    # with Xception or 0.578 with ResNet50 alone. It takes twice as long to
-    # encode, once, and twice as much disk. What is drawn needs no second one.
+    # Two networks see more than one: CIDEr is 0.600 instead of 0.562 with
+    # Xception or 0.578 with ResNet50 alone. Encoding, done once, takes twice as
+    # long and twice the disk. Drawn scenes don't need the second network.
     encoder: str = _encoder(
         "resnet50+xception",
         "frozen encoder, or several joined by +",
@@ -415,7 +415,8 @@ def each_encoder(config: Config) -> list[tuple[str, str]]:
     if len(weights) != len(names):
         raise UserError(
             f"encoder_weights {config.encoder_weights!r} names {len(weights)} "
-            f"for {len(names)} encoders: give one for each of {config.encoder}"
+            f"for {len(names)} encoders: give one for each of "
+            f"{config.encoder}, or the --encoder that they belong to"
         )
     return [*zip(names, weights, strict=True)]
 

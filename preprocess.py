@@ -5,7 +5,7 @@
     python preprocess.py --dataset flickr30k --worker 0/4
 
 Reads the dataset in data/<dataset>/ (the default one, `sample`, is drawn on
-the spot), runs every image once through the frozen encoder, and leaves the
+the spot), runs every image once through each frozen encoder, and leaves the
 result in data/cache/<dataset>/. If it is killed, the same command resumes where
 it stopped. Several workers (0/4, 1/4, 2/4 and 3/4) encode a part of the images
 each, on one machine or on several that share the disk; the last one to finish
@@ -303,8 +303,8 @@ def each_alone(
 ) -> list[OneEncoder]:
     """The encoders that a config joins, each for itself.
 
-    Those whose features are not cached are built at once: weights that cannot
-    be loaded are told before the first image is encoded, and leave no folder
+    Those that have no features yet are built at once: weights that cannot be
+    loaded are told before the first image is encoded, and leave no folder
     behind.
     """
     import model
@@ -348,6 +348,10 @@ def encode_part(
     from captioning.data import prepared
     from captioning.features import workers
 
+    def encode(encoder: OneEncoder) -> None:
+        cache = open_cache(encoder, dataset)
+        fill_cache(encoder, cache, dataset, (number, of))
+
     place = prepared.folder(config)
     for encoder in each_alone(config, described):
         # Whoever is the last with the last encoder is the last with all.
@@ -356,7 +360,7 @@ def encode_part(
             place.name,
             number,
             of,
-            functools.partial(fill_cache, encoder, dataset, (number, of)),
+            functools.partial(encode, encoder),
         )
     if others:
         print(
@@ -383,9 +387,12 @@ def encode_images(
     from captioning.data import datasets
     from captioning.features import extraction
 
-    for encoder in each_alone(config, described):
+    encoders = each_alone(config, described)
+    # All of them first: this reserves the disk that they need.
+    caches = [open_cache(each, dataset) for each in encoders]
+    for encoder, cache in zip(encoders, caches, strict=True):
         # Each gets the same pixels, and has the same to say of them.
-        cache, notes = fill_cache(encoder, dataset)
+        notes = fill_cache(encoder, cache, dataset)
     table = without(dataset.table, [image for image, _ in notes.skipped])
     skipped = dataset.skipped + notes.skipped
     # What the captions lost is a share of the whole dataset, not of the few
@@ -403,62 +410,83 @@ def encode_images(
     return dataset, duplicates
 
 
-def fill_cache(
-    encoder: OneEncoder, dataset: Any, worker: tuple[int, int] = (0, 1)
-) -> tuple[Any, Any]:
-    """Fills the cache of one encoder, or the part of one worker.
+def open_cache(encoder: OneEncoder, dataset: Any) -> Any:
+    """Opens the cache of one encoder, with room for all images.
 
     Args:
         encoder: one of `each_alone`.
         dataset: the whole of it.
-        worker: the number of the worker, and how many there are.
 
-    Returns:
-        The cache, and what was skipped and repaired.
+    Raises:
+        UserError: if the disk is too small.
     """
     import cv2
     import keras
 
     import model
     from captioning.data import prepared
-    from captioning.features import cache, extraction
+    from captioning.features import cache
 
-    config, description, build = encoder
-    precision = keras.config.dtype_policy().name
     versions = {
         "keras": keras.version(),
         "backend": keras.backend.backend(),
         "opencv": cv2.__version__,
-        "precision": precision,
+        "precision": keras.config.dtype_policy().name,
     }
+    return cache.create(
+        prepared.features_folder(encoder.config, encoder.description),
+        encoder.description,
+        versions,
+        dataset.images_dir,
+        dataset.table["image"].drop_duplicates().tolist(),
+        model.feature_shape(encoder.config),
+    )
+
+
+def fill_cache(
+    encoder: OneEncoder,
+    cache: Any,
+    dataset: Any,
+    worker: tuple[int, int] = (0, 1),
+) -> Any:
+    """Fills the cache of one encoder, or the part of one worker.
+
+    Args:
+        encoder: one of `each_alone`.
+        cache: from `open_cache`.
+        dataset: the whole of it.
+        worker: the number of the worker, and how many there are.
+
+    Returns:
+        What was skipped and repaired.
+    """
+    import keras
+
+    from captioning.features import extraction
 
     @functools.cache
     def start() -> Any:
         print(
-            f"Encoding with {config.encoder} ({config.encoder_weights} "
-            f"weights, {precision})"
+            f"Encoding with {encoder.config.encoder} "
+            f"({encoder.config.encoder_weights} weights, "
+            f"{keras.config.dtype_policy().name})"
         )
-        return build().predict_on_batch
+        return encoder.build().predict_on_batch
 
     names = dataset.table["image"].drop_duplicates().tolist()
-    opened = cache.create(
-        prepared.features_folder(config, description),
-        description,
-        versions,
-        dataset.images_dir,
-        names,
-        model.feature_shape(config),
-    )
-    part = extraction.share(names, *worker)
     notes = extraction.fill(
-        opened, dataset.images_dir, part, config.input_size, start
+        cache,
+        dataset.images_dir,
+        extraction.share(names, *worker),
+        encoder.config.input_size,
+        start,
     )
     if notes.changed:
         print(
             f"{notes.changed:,} images changed after they had been encoded, "
             "and were encoded again"
         )
-    return opened, notes
+    return notes
 
 
 def warn_of_few(table: Any) -> None:

@@ -2,7 +2,7 @@
 
     python train.py
     python train.py --dataset flickr30k --epochs 15
-    python train.py --dataset holidays --start-from pretrained
+    python train.py --dataset holidays --start-from RUN
 
 Trains the decoder on what preprocess.py left in data/cache/. A run that was
 stopped, by whatever means, resumes where it was when the same command is given
@@ -36,7 +36,7 @@ ACTIONS = [
             "metavar": "RUN",
             "default": None,
             "help": "begin with the weights of another run with the same "
-            "encoder, such as 'pretrained'",
+            "encoder, such as 'pretrained' with --encoder xception",
         },
     ),
     command.Action(
@@ -68,8 +68,6 @@ def main(arguments: command.Arguments) -> None:
         train = prepared.load_split(config, "train")
         val = prepared.load_split(config, "val")
         words = prepared.load_vocabulary(config)
-        if fresh and not process:
-            print(f"Kept the old run as {runs.set_aside(place)}")
         command.import_keras()
         from captioning import backend
 
@@ -114,8 +112,9 @@ def fit(
         epochs=config.epochs or epochs,
     )
     start = place.with_name(actions.start_from) if actions.start_from else None
+    fresh = actions.fresh and place.exists()
     features, val_features = open_features(
-        config, place, train, val, words, devices, start
+        config, place, train, val, words, devices, start, fresh
     )
     batches, val_batches = loop.make_batches(
         config, (features, val_features), (train, val), words, devices
@@ -157,7 +156,8 @@ def fit(
     if len(features) < FEW_IMAGES and not start:
         print(
             "These are few images to learn from: a run that starts from "
-            "another one (--start-from pretrained) needs fewer."
+            "another one needs fewer, like --encoder xception --start-from "
+            "pretrained."
         )
     if judge.by_loss:
         print(
@@ -193,6 +193,7 @@ def open_features(
     words: Any,
     devices: Any,
     start: Path | None,
+    fresh: bool,
 ) -> tuple[Any, Any]:
     """Opens the features, and begins the run on them or checks that it did.
 
@@ -204,6 +205,7 @@ def open_features(
         words: the vocabulary.
         devices: that train.
         start: the folder of the run to start from.
+        fresh: whether an old run is set aside first, once nothing is missing.
 
     Returns:
         Those of the training and of the validation images.
@@ -224,6 +226,8 @@ def open_features(
     if start:
         warm_start.check(config, start, described, features.shape[1:])
     if devices.process == 0:
+        if fresh:
+            print(f"Kept the old run as {runs.set_aside(place)}")
         pixels = prepared.pixel_digests(config, described, train.images)
         images = runs.digest_images(train.images, pixels)
         shape = features.shape[1:]

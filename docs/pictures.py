@@ -2,8 +2,8 @@
 
     python docs/pictures.py
 
-Needs the evaluated run of README's first command, and for the picture of the
-report a Chromium on the path. All photographs in them are drawn scenes.
+Needs the evaluated run of README's commands for the sample, and for the picture
+of the report a Chromium on the path. All photographs in them are drawn scenes.
 """
 
 import shutil

@@ -192,3 +192,7 @@ def test_what_shapes_a_run_cannot_change(home):
     assert "--fresh" in line and "--run-name" in line
     line = bad("evaluate.py", *FLAGS, "--decoder-units", "99", folder=home)
     assert "decoder_units is 64" in line
+    # An old run is set aside when nothing is missing for the new one.
+    flags = [*FLAGS, *TRAINING, "--fresh", "--magnification", "1"]
+    assert "no features" in bad("train.py", *flags, folder=home)
+    assert (home / RUN / "config.json").exists()

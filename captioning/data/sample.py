@@ -351,8 +351,11 @@ def _captions(scene: Scene, random: np.random.Generator) -> list[str]:
 def _write(path: Path, content: bytes) -> None:
     """Writes a file atomically; several processes may do so at once."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _draw_to(folder: Path, number: int) -> tuple[str, list[str]]:
@@ -402,8 +405,8 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     rows = []
     splits = np.repeat(SPLITS, sizes)
     draw_to = partial(_draw_to, folder / "images")
-    # OpenCV and NumPy draw without the interpreter's lock.
-    pool = ThreadPoolExecutor(os.cpu_count())
+    # OpenCV and NumPy release the interpreter while they draw.
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
     try:
         drawings = pool.map(draw_to, range(images))
         progress = tqdm(
@@ -414,7 +417,7 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     for path in folder.glob("images/scene_*.jpg"):
-        if path.name not in names:
+        if path.name not in {*names}:
             path.unlink()
     _write(note, drawn.encode())
     frame = pd.DataFrame(rows, columns=["image", "caption", "split"])

@@ -26,6 +26,9 @@ from config import (
 # with it, the feature cache.
 RANDOM_SEED = 0
 
+# The end of an error about a file.
+ONE_EACH = " (with several encoders one for each, separated by commas)"
+
 # How often each shape of a weight occurs. It identifies a network, whichever
 # format the file has: Keras 3 does not store the names of layers.
 Shapes = Counter[tuple[int, ...]]
@@ -132,7 +135,7 @@ def check(
             continue
         found, wanted = fingerprint(name, weights), description["weights"]
         if found != wanted:
-            remedy = "give the same file as --encoder-weights"
+            remedy = f"give the same file as --encoder-weights{ONE_EACH}"
             if weights in (SCENES, "random"):
                 remedy = "train it again with train.py --fresh"
             raise UserError(
@@ -198,7 +201,7 @@ def _imagenet_weights(network: keras.Model, encoder: str) -> list[np.ndarray]:
         raise UserError(
             f"the ImageNet weights of {encoder} could not be downloaded "
             f"({reason}): download the file elsewhere and give its path as "
-            "--encoder-weights"
+            f"--encoder-weights{ONE_EACH}"
         ) from None
     weights, known = trained.get_weights(), ENCODERS[encoder].imagenet
     if known not in ("imagenet", found := digest(weights)):
@@ -278,7 +281,10 @@ def _what_it_holds(found: Shapes, encoder: str) -> str:
     for name in (encoder, *ENCODERS):
         shapes = _shapes_of_encoder(name)
         if shapes == found:
-            return f" but those of {name}: give --encoder {name}, or its file"
+            return (
+                f" but those of {name}: give --encoder {name}, or the right "
+                f"file{ONE_EACH}"
+            )
         if shapes <= found and _is_classifier(found - shapes):
             return (
                 f" without its classifier: it has all layers of {name} and "

@@ -1,8 +1,9 @@
 """The features of some images, of one encoder or of several joined.
 
 Each encoder has its own cache. Their annotation vectors are joined by channel
-when an image is read, so a step of the decoder costs no more than with a single
-encoder. A finer feature map is averaged over the regions of the coarsest one.
+when an image is read, so a step of the decoder costs hardly more than with a
+single encoder. A finer feature map is averaged over the regions of the coarsest
+one.
 """
 
 import math

@@ -261,7 +261,8 @@ def main(arguments: command.Arguments) -> None:
     from captioning import backend
 
     # As photographs are encoded, and not the drawn sample.
-    fields = {"encoder_weights": "random", **arguments.given}
+    fields = {"encoder": "resnet50", "encoder_weights": "random"}
+    fields |= arguments.given
     fields["dataset"] = "flickr30k"
     config = resolve(Config(**fields), fields)
     actions = arguments.actions
