@@ -14,7 +14,7 @@ that they come from the system's cache and not from the disk.
 What bfloat16 does to captions is seen by one run on two caches; the last two
 lines of these print CIDEr:
 
-    FLAGS="--dataset flickr8k --encoder resnet50"
+    FLAGS="--dataset-dir data/flickr8k --encoder resnet50"
     python preprocess.py $FLAGS --data-dir a --precision float32
     python preprocess.py $FLAGS --data-dir b --precision mixed_bfloat16
     python train.py $FLAGS --data-dir a
