@@ -36,7 +36,7 @@ ACTIONS = [
             "metavar": "RUN",
             "default": None,
             "help": "begin with the weights of another run with the same "
-            "encoder, such as 'pretrained' with --encoder xception",
+            "encoder, such as 'pretrained'",
         },
     ),
     command.Action(
