@@ -72,7 +72,16 @@ def main(arguments: command.Arguments) -> None:
         from captioning import backend
 
         with backend.all_devices() as devices:
-            fit(config, place, train, val, words, devices, arguments.actions)
+            fit(
+                config,
+                place,
+                train,
+                val,
+                words,
+                devices,
+                arguments.actions,
+                fresh,
+            )
     following = command.next_line("evaluate.py", arguments)
     if "test" not in prepared.splits(config):
         following += " --split val"
@@ -87,6 +96,7 @@ def fit(
     words: Any,
     devices: Any,
     actions: Any,
+    fresh: bool,
 ) -> None:
     """Trains on the training split, and judges by the validation split."""
     from captioning import backend, runs
@@ -112,7 +122,6 @@ def fit(
         epochs=config.epochs or epochs,
     )
     start = place.with_name(actions.start_from) if actions.start_from else None
-    fresh = actions.fresh and place.exists()
     features, val_features = open_features(
         config, place, train, val, words, devices, start, fresh
     )
@@ -155,8 +164,8 @@ def fit(
     )
     if len(features) < FEW_IMAGES and not start:
         print(
-            "These are few images to learn from: a run that starts from "
-            "another one needs fewer, like --encoder xception --start-from "
+            "These are few images to learn from. A run that starts from "
+            "another one needs fewer: give --encoder xception --start-from "
             "pretrained."
         )
     if judge.by_loss:

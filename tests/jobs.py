@@ -38,7 +38,7 @@ def make_home(folder: Path) -> None:
     data = folder / "data" / "tiny"
     write_sample(data, images=45)
     table = pd.read_csv(data / "captions.csv")
-    # Devices with as many images shall differ in how many words they have.
+    # Devices with equally many images get different numbers of words.
     short = table.groupby("image").ngroup() % 3 == 0
     table.loc[short, "caption"] = "a scene"
     table.to_csv(data / "captions.csv", index=False)
@@ -69,7 +69,7 @@ def end(*processes: subprocess.Popen) -> list[str]:
 
 
 def start_job(folder: Path, run: str, processes: int, *flags: str) -> list:
-    """Starts so many processes that train one run."""
+    """Starts several processes that train one run together."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -8,7 +8,6 @@ part of a caption can be guessed from the rest.
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ from config import SPLITS, UserError
 SEED = 0  # of everything random
 SIDE = 224  # of the square images, in pixels
 MARGIN = 48  # pixels that objects may extend beyond the edge
-NAME = "scene_{:05d}.jpg"
 DRAWING = 1  # increment it when what is drawn or written changes
 
 
@@ -358,15 +356,14 @@ def _write(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _draw_to(folder: Path, number: int) -> tuple[str, list[str]]:
-    """Draws a scene into a folder; returns the file's name and its captions."""
+def _draw_to(path: Path, number: int) -> list[str]:
+    """Draws a scene of its own random numbers; returns its captions."""
     random = np.random.default_rng([SEED, number])
     found = scene(random)
     quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
     content = cv2.imencode(".jpg", draw(found, random), quality)[1]
-    name = NAME.format(number)
-    _write(folder / name, content.tobytes())
-    return name, _captions(found, random)
+    _write(path, content.tobytes())
+    return _captions(found, random)
 
 
 def write_sample(folder: Path, images: int = 2400) -> None:
@@ -388,7 +385,7 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     """
     table, note = folder / "captions.csv", folder / "sample.json"
     drawn = json.dumps({"drawing": DRAWING, "seed": SEED, "images": images})
-    names = [NAME.format(number) for number in range(images)]
+    names = [f"scene_{number:05d}.jpg" for number in range(images)]
     if table.exists():
         if not note.exists():
             raise UserError(
@@ -404,21 +401,20 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     sizes = images - 2 * held_out, held_out, held_out
     rows = []
     splits = np.repeat(SPLITS, sizes)
-    draw_to = partial(_draw_to, folder / "images")
+    paths = [folder / "images" / name for name in names]
     # OpenCV and NumPy release the interpreter while they draw.
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
     try:
-        drawings = pool.map(draw_to, range(images))
+        drawings = pool.map(_draw_to, paths, range(images))
         progress = tqdm(
             drawings, "drawing the sample", images, unit="image", delay=15
         )
-        for (name, captions), split in zip(progress, splits, strict=True):
+        for name, split, captions in zip(names, splits, progress, strict=True):
             rows += [(name, caption, split) for caption in captions]
     finally:
         pool.shutdown(cancel_futures=True)
-    for path in folder.glob("images/scene_*.jpg"):
-        if path.name not in {*names}:
-            path.unlink()
+    for path in {*folder.glob("images/scene_*.jpg")} - {*paths}:
+        path.unlink()
     _write(note, drawn.encode())
     frame = pd.DataFrame(rows, columns=["image", "caption", "split"])
     _write(table, frame.to_csv(index=False, lineterminator="\n").encode())
