@@ -313,8 +313,12 @@ def count_tokens(
 
 
 def show(examples: Any) -> None:
-    """Prints some captions beside what people wrote."""
-    for row in examples.head(SHOWN).itertuples():
+    """Prints some captions, from the best to the worst, with a reference."""
+    ordered = examples.sort_values("cider", ascending=False)
+    # The one in the middle of each fifth.
+    places = {(2 * n + 1) * len(ordered) // (2 * SHOWN) for n in range(SHOWN)}
+    print("From the best to the worst by CIDEr:")
+    for row in ordered.iloc[sorted(places)].itertuples():
         print(f"  {row.image}: {row.caption}")
         print(f"      a reference: {row.references[0]}")
 
