@@ -41,17 +41,11 @@ class Encoder(NamedTuple):
     # Identifies the ImageNet weights of Keras, where they were at hand to take
     # the digest of: a local file of the same weights is known by it.
     imagenet: str = "imagenet"
-    # The layer that is cached instead with random weights, or with those
-    # trained on drawn scenes: the more random filters an image has passed, the
-    # less is left of its shapes, and what is drawn needs few to be told apart.
-    early_layer: str = ""
-    # The file of those trained on drawn scenes, in captioning/features/.
-    scenes: str = ""
 
 
 LAST = "output"
-# Weights of the layers up to the early one, trained on drawn scenes that are
-# not in the sample; docs/scenes.py made the file.
+# The encoder of drawn scenes, and the name of its weights: a small network
+# that was trained on scenes which are not in the sample (docs/scenes.py).
 SCENES = "scenes"
 # The name that --encoder takes -> where Keras Applications has it. A new
 # encoder is one line here. VGG's block5_conv3 is the layer that Show, Attend
@@ -60,13 +54,7 @@ SCENES = "scenes"
 ENCODERS = {
     "vgg16": Encoder("VGG16", "vgg16", "block5_conv3", "half-5a8b16138f31d63e"),
     "vgg19": Encoder("VGG19", "vgg19", "block5_conv4"),
-    "resnet50": Encoder(
-        "ResNet50",
-        "resnet50",
-        "conv5_block3_out",
-        early_layer="conv3_block1_out",
-        scenes="scenes.weights.h5",
-    ),
+    "resnet50": Encoder("ResNet50", "resnet50", "conv5_block3_out"),
     "resnet101": Encoder("ResNet101", "resnet", "conv5_block3_out"),
     "resnet152": Encoder("ResNet152", "resnet", "conv5_block3_out"),
     "resnet50v2": Encoder("ResNet50V2", "resnet_v2", "post_relu"),
@@ -89,6 +77,8 @@ ENCODERS = {
         f"convnext{size.lower()}": Encoder(f"ConvNeXt{size}", "convnext", LAST)
         for size in ("Tiny", "Small", "Base", "Large", "XLarge")
     },
+    # Ours, in captioning/features/networks.py; takes pixels from -1 to 1.
+    SCENES: Encoder("", "mobilenet_v2", LAST),
 }
 LAYOUTS = (
     *("auto", "karpathy", "huggingface", "coco", "plain", "kaggle30k"),
@@ -206,20 +196,19 @@ class Config:
     # --- encoder: which image features; another feature folder in the cache
     # Two networks see more than one: CIDEr is 0.600 instead of 0.562 with
     # Xception or 0.578 with ResNet50 alone. Encoding, done once, takes twice as
-    # long and twice the disk. Drawn scenes don't need the second network.
+    # long and twice the disk. Drawn scenes need a small one.
     encoder: str = _encoder(
         "resnet50+xception",
         "frozen encoder, or several joined by +",
         choices=(*ENCODERS,),
         joined=True,
-        sample="resnet50",
+        sample=SCENES,
     )
     encoder_weights: str = _encoder(
         "auto",
-        "'imagenet', 'scenes', 'random' or a weights file ('auto': scenes for "
-        "the sample, or random where the encoder has none, and imagenet "
-        "otherwise); of several encoders one for all, or one each, separated "
-        "by commas",
+        "'imagenet', 'scenes', 'random' or a weights file ('auto': imagenet, "
+        "or random for the sample, and scenes for the encoder of that name); "
+        "of several encoders one for all, or one each, separated by commas",
     )
     # What the encoders were trained at.
     image_size: int = _encoder(
@@ -257,8 +246,7 @@ class Config:
     # which fine-tunes and is not the same as a longer schedule.
     epochs: int = _training(
         0,
-        "passes over the training captions (0: 8, up to 30 if few, 12 for the "
-        "sample)",
+        "passes over the training captions (0: 8, or up to 30 if few)",
         0,
     )
     # Counted in measurements of CIDEr, not in epochs. Equal CIDEr is decided
@@ -390,13 +378,6 @@ def _check(each: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{each.name} {value!r} names one of them twice")
 
 
-def feature_layer(encoder: str, weights: str) -> str:
-    """The layer whose output is cached, for one of `each_encoder`."""
-    entry = ENCODERS[encoder]
-    early = weights in ("random", SCENES)
-    return (early and entry.early_layer) or entry.layer
-
-
 def each_encoder(config: Config) -> list[tuple[str, str]]:
     """The encoders that a config joins, and the weights of each.
 
@@ -405,7 +386,8 @@ def each_encoder(config: Config) -> list[tuple[str, str]]:
         or the path of a weights file.
 
     Raises:
-        UserError: if there are more or fewer weights than encoders.
+        UserError: if there are more or fewer weights than encoders, or those
+            of another one.
     """
     names, weights = config.encoder.split("+"), [config.encoder_weights]
     if len(names) > 1:
@@ -418,6 +400,13 @@ def each_encoder(config: Config) -> list[tuple[str, str]]:
             f"for {len(names)} encoders: give one for each of "
             f"{config.encoder}, or the --encoder that they belong to"
         )
+    for name, each in zip(names, weights, strict=True):
+        other = "imagenet" if name == SCENES else SCENES
+        if each == other:
+            raise UserError(
+                f"encoder_weights {each!r} are not for encoder {name}: leave "
+                "--encoder-weights out to get those that are"
+            )
     return [*zip(names, weights, strict=True)]
 
 
@@ -490,6 +479,7 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
                 "it another name with --dataset"
             )
     sample = dataset == SAMPLE
+    auto = "random" if sample else "imagenet"
     home = os.path.realpath(os.path.join(config.data_dir, SAMPLE))
     if sample and config.dataset_dir and place != home:
         raise UserError(
@@ -499,9 +489,7 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
     if sample:
         config = dataclasses.replace(config, **_sample_defaults(given))
     weights = [
-        (_sample_weights(name) if sample else "imagenet")
-        if each == "auto"
-        else each
+        (SCENES if name == SCENES else auto) if each == "auto" else each
         for name, each in each_encoder(config)
     ]
     # One for all stays one for all.
@@ -522,11 +510,6 @@ def _sample_defaults(given: Collection[str]) -> dict[str, Any]:
         for each in dataclasses.fields(Config)
         if "sample" in each.metadata and each.name not in given
     }
-
-
-def _sample_weights(encoder: str) -> str:
-    """The weights of an encoder for the sample, which needs no download."""
-    return SCENES if ENCODERS[encoder].scenes else "random"
 
 
 def is_named_by_folder(config: Config, given: Collection[str]) -> bool:

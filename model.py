@@ -16,16 +16,9 @@ from keras import ops
 
 from captioning.backend import scan, use_xla
 from captioning.data.vocabulary import PAD
-from captioning.features import encoder_weights
+from captioning.features import encoder_weights, networks
 from captioning.features.joined import averages
-from config import (
-    ENCODERS,
-    LAST,
-    Config,
-    UserError,
-    each_encoder,
-    feature_layer,
-)
+from config import ENCODERS, LAST, Config, UserError, each_encoder
 
 # --- encoder ---------------------------------------------------------------
 
@@ -75,9 +68,7 @@ def _annotate(images: Any, name: str, weights: str, magnification: int) -> Any:
     Returns:
         Float16 (batch, regions, channels).
     """
-    network, truncated = _networks(
-        name, weights, images.shape[1], magnification
-    )
+    network, truncated = _networks(name, images.shape[1], magnification)
     network.trainable = False
     encoder_weights.load(network, weights, name)
 
@@ -96,52 +87,37 @@ def _annotate(images: Any, name: str, weights: str, magnification: int) -> Any:
 
 def feature_shape(config: Config) -> tuple[int, int]:
     """(regions, channels) of an encoder, from its networks without weights."""
+    size, magnification = config.input_size, config.magnification
     shapes = [
-        _networks(*each, config.input_size, config.magnification)[
-            1
-        ].output_shape
-        for each in each_encoder(config)
+        _networks(name, size, magnification)[1].output_shape
+        for name, _ in each_encoder(config)
     ]
     regions = min(height * width for _, height, width, _ in shapes)
     return regions, sum(shape[-1] for shape in shapes)
 
 
 def _networks(
-    name: str, weights: str, size: int, magnification: int
+    name: str, size: int, magnification: int
 ) -> tuple[keras.Model, keras.Model]:
-    """A network of Keras Applications without trained weights.
+    """An encoder's network without trained weights.
 
     Returns:
         The network, and the part of it that ends in the feature map (batch,
         height, width, channels). The map of an enlarged image is averaged in
         squares, so that it has no more regions than that of a plain one; where
-        it does not divide, the last squares are what remains. Of an early
-        layer, the greatest in each square is taken: how strongly a filter
-        responds anywhere tells more than the mean.
+        it does not divide, the last squares are what remains.
 
     Raises:
         UserError: if the network does not take images as small as these.
     """
-    entry = ENCODERS[name]
-    application = getattr(keras.applications, entry.application)
     try:
-        network = application(
-            include_top=False, weights=None, input_shape=(size, size, 3)
-        )
+        network = networks.build(name, (size, size, 3))
     except ValueError as error:  # each network has a least size of its own
         raise UserError(f"{name} with --image-size: {error}") from None
-    feature_map = network.output
-    if entry.layer != LAST:
-        feature_map = network.get_layer(entry.layer).output
-    layer = feature_layer(name, weights)
-    if layer != entry.layer:
-        regions = -(-feature_map.shape[1] // magnification)  # to a side
+    feature_map, layer = network.output, ENCODERS[name].layer
+    if layer != LAST:
         feature_map = network.get_layer(layer).output
-        pooling = keras.layers.MaxPooling2D(
-            -(-feature_map.shape[1] // regions), padding="same"
-        )
-        feature_map = pooling(feature_map)
-    elif magnification > 1:
+    if magnification > 1:
         pooling = keras.layers.AveragePooling2D(magnification, padding="same")
         feature_map = pooling(feature_map)
     return network, keras.Model(network.input, feature_map)

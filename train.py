@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning import command, job
-from config import SAMPLE, Config, check_name
+from config import Config, check_name
 
 ACTIONS = [
     command.Action(
@@ -113,8 +113,6 @@ def fit(
 
     backend.set_seed(config.seed)
     epochs = schedule.choose_epochs(len(train.images), config.batch_images)
-    if config.dataset == SAMPLE:
-        epochs = schedule.SAMPLE_EPOCHS
     # Saved as what they are, so that the run means the same elsewhere.
     config = dataclasses.replace(
         config,

@@ -17,7 +17,7 @@ from tests.scripts import ROOT, good
 
 on_jax = pytest.mark.skipif(TENSORFLOW, reason="processes join on JAX alone")
 DATA = [
-    *("--dataset", "tiny", "--image-size", "64", "--encoder", "mobilenetv2"),
+    *("--dataset", "tiny", "--image-size", "64", "--encoder", "scenes"),
     *("--encoder-weights", "random", "--max-caption-length", "4"),
     *("--precision", "float32"),
 ]

@@ -21,7 +21,7 @@ from tests.scripts import ROOT, good
 HERE = keras.backend.backend()
 OTHER = "jax" if HERE == "tensorflow" else "tensorflow"
 FLAGS = [
-    *("--dataset", "tiny", "--image-size", "64", "--encoder", "mobilenetv2"),
+    *("--dataset", "tiny", "--image-size", "64", "--encoder", "scenes"),
     *("--encoder-weights", "random", "--max-caption-length", "6"),
     *("--precision", "float32"),
 ]
@@ -30,7 +30,7 @@ TRAINING = [
     *("--decoder-units", "16", "--attention-units", "16"),
     *("--embedding-units", "16", "--learning-rate", "0.01"),
 ]
-RUN = "tiny-mobilenetv2"
+RUN = "tiny-scenes"
 # Runs scripts one after the other; none of them may import TensorFlow.
 MANY = """
 import sys

@@ -100,7 +100,7 @@ def test_fields_that_contradict_each_other_are_refused(fields, told):
     Config(min_caption_length=7, max_caption_length=7)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", [x for x in ENCODERS if x != "scenes"])
 def test_each_encoder_is_one_of_keras_applications(name):
     from keras import applications
 
@@ -158,7 +158,7 @@ def test_a_resolved_config_leaves_the_machine_and_the_data_a_choice():
     [
         ("magnification", 1, 2, 3),
         ("input_size", 224, 448, None),
-        ("encoder", "resnet50", "resnet50+xception", "vgg16"),
+        ("encoder", "scenes", "resnet50+xception", "vgg16"),
         ("encoder_weights", "scenes", "imagenet", "w.h5"),
         ("decoder_units", 128, 512, 512),
     ],
@@ -173,6 +173,20 @@ def test_the_sample_is_quick_unless_told_otherwise(
         if own:
             config = dataclasses.replace(config, **{name: own})
             assert getattr(resolve(config, [name]), name) == own
+
+
+@pytest.mark.parametrize(
+    ("encoder", "weights"),
+    [("scenes", "imagenet"), ("vgg16", "scenes"), ("vgg16+scenes", "scenes")],
+)
+def test_weights_of_another_encoder_are_refused(encoder, weights):
+    with pytest.raises(UserError, match=f"'{weights}' are not for encoder"):
+        Config(encoder=encoder, encoder_weights=weights)
+
+
+def test_the_encoder_of_scenes_has_its_weights_on_every_dataset():
+    config = Config(dataset="farm", encoder="vgg16+scenes")
+    assert resolve(config).encoder_weights == "imagenet,scenes"
 
 
 # --- dataset_dir ----------------------------------------------------------
@@ -227,7 +241,7 @@ def test_photographs_are_not_called_like_the_sample(given):
         resolve(Config(dataset_dir="elsewhere/sample"), given)
     own = Config(dataset_dir=str(Path("data") / "sample"))
     assert resolve(own, given).encoder_weights == "scenes"
-    own = dataclasses.replace(own, encoder="resnet50+mobilenetv2")
+    own = dataclasses.replace(own, encoder="scenes+mobilenetv2")
     given = [*given, "encoder"]
     assert resolve(own, given).encoder_weights == "scenes,random"
     own = dataclasses.replace(own, encoder_weights="random,random")

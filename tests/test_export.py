@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     config = Config(
         checkpoints_dir=str(home),
         run_name="run",
-        encoder="mobilenetv2",
+        encoder="scenes",
         encoder_weights="random",
         image_size=64,
         magnification=1,

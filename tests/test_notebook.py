@@ -14,7 +14,7 @@ from tests.scripts import ROOT
 
 NAME = Path("docs") / "captioning.ipynb"
 TINY = (
-    "--run-name quick --dataset tiny --encoder mobilenetv2 --image-size 64 "
+    "--run-name quick --dataset tiny --encoder scenes --image-size 64 "
     "--encoder-weights random --epochs 1 --batch-images 4 --beam-size 2 "
     "--max-caption-length 5 --decoder-units 8 --attention-units 8 "
     "--embedding-units 8 --limit-images 8"

@@ -16,7 +16,7 @@ from tests.scripts import bad, good, run
 
 # Small and quick, and still enough to see the image.
 SMALL = [
-    *("--encoder", "resnet50", "--image-size", "96"),
+    *("--encoder", "scenes", "--magnification", "1"),
     *("--min-word-count", "2", "--max-caption-length", "12"),
 ]
 TRAINING = [
@@ -41,8 +41,8 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-FLAGS = ["--dataset", "small", "--encoder-weights", "scenes", *SMALL]
-RUN = Path("checkpoints") / "small-resnet50"
+FLAGS = ["--dataset", "small", *SMALL]
+RUN = Path("checkpoints") / "small-scenes"
 METRICS = Path("evaluation") / "test" / "metrics.json"
 
 
@@ -54,7 +54,7 @@ def test_the_pipeline_leaves_the_files_of_the_contract(home):
         assert (text / name).stat().st_size
     (features,) = cache.glob("features/*/features.npy")
     array = np.load(features, mmap_mode="r")
-    assert array.dtype == np.float16 and array.shape == (360, 9, 512)
+    assert array.dtype == np.float16 and array.shape == (360, 49, 256)
     assert json.loads((features.parent / "meta.json").read_text())["weights"]
     table = pd.read_csv(features.parent / "images.csv")
     assert list(table) == ["image", "size", "modified"] and len(table) == 360
@@ -149,10 +149,8 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
         ending = Path(name).suffix
         (photos / name).write_bytes(cv2.imencode(ending, pixels)[1].tobytes())
     (photos / "broken.jpg").write_bytes(b"no image")
-    flags = [
-        *("--checkpoints-dir", home / "checkpoints"),
-        *("--run-name", RUN.name, "--encoder-weights", "scenes"),
-    ]
+    flags = ["--checkpoints-dir", home / "checkpoints"]
+    flags += ["--run-name", RUN.name]
     done = run(
         *("caption.py", photos, *flags, "--attention", tmp_path / "maps"),
         folder=tmp_path,
@@ -180,8 +178,8 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     assert n_best[0]["log_probability"] == entry["log_probability"] < 0
     agreement = [each["agreement"] for each in n_best]
     assert agreement == sorted(agreement, reverse=True)
-    assert entry["attention_grid"] == [3, 3]
-    assert {len(each["attention"]) for each in entry["words"]} == {9}
+    assert entry["attention_grid"] == [7, 7]
+    assert {len(each["attention"]) for each in entry["words"]} == {49}
     assert all(0 < each["probability"] <= 1 for each in entry["words"])
 
 
@@ -193,6 +191,6 @@ def test_what_shapes_a_run_cannot_change(home):
     line = bad("evaluate.py", *FLAGS, "--decoder-units", "99", folder=home)
     assert "decoder_units is 64" in line
     # An old run is set aside when nothing is missing for the new one.
-    flags = [*FLAGS, *TRAINING, "--fresh", "--magnification", "1"]
+    flags = [*FLAGS, *TRAINING, "--fresh", "--magnification", "2"]
     assert "no features" in bad("train.py", *flags, folder=home)
     assert (home / RUN / "config.json").exists()

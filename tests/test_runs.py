@@ -30,7 +30,7 @@ TRAINED = resolve(
     ["learning_rate"],
 )
 LIKE_TRAINED = ["--learning-rate", "0.01", "--precision", "float32"]
-NAME = "sample-resnet50"
+NAME = "sample-scenes"
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_an_unknown_run_is_reported_with_those_there_are(checkpoints):
     save(checkpoints / "a run"), save(checkpoints / NAME)
     message = refusal(decode, "--run-name", "none")
     assert str(checkpoints / "none") in message
-    assert "(there are a run, sample-resnet50)" in message
+    assert "(there are a run, sample-scenes)" in message
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_without_a_name_the_newest_run_of_photographs_captions(checkpoints):
 def test_a_run_without_a_state_is_not_trained_over(place):
     """Such as the pretrained one."""
     (place / "model.weights.h5").write_bytes(b"weights")
-    assert "--start-from sample-resnet50" in refusal(resume)
+    assert "--start-from sample-scenes" in refusal(resume)
     assert (place / "model.weights.h5").read_bytes() == b"weights"
 
 
@@ -295,7 +295,7 @@ def test_a_run_that_is_set_aside_keeps_its_files(place):
     before = (place / "config.json").read_bytes()
     aside = runs.set_aside(place)
     assert not place.exists() and aside.parent == place.parent
-    assert aside.name.startswith("sample-resnet50-before-")
+    assert aside.name.startswith("sample-scenes-before-")
     assert (aside / "config.json").read_bytes() == before
 
 

@@ -21,11 +21,11 @@ from tests.scripts import bad, good, process, run
 
 DATA = ["--dataset", "tiny", "--image-size", "64"]
 DATA += ["--encoder-weights", "random", "--max-caption-length", "5"]
-FLAGS = [*DATA, "--encoder", "mobilenetv2"]
+FLAGS = [*DATA, "--encoder", "scenes"]
 TRAINING = ["--epochs", "2", "--cider-every", "2", "--batch-images", "4"]
 for name in ("decoder", "attention", "embedding"):
     TRAINING += [f"--{name}-units", "8"]
-RUN = "tiny-mobilenetv2"
+RUN = "tiny-scenes"
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_runs_are_averaged(home):
         metrics = evaluation(home, "+".join(names), "val")
         found.append((captions, metrics["perplexity"]))
     assert metrics["run"]["run"] == f"{RUN}+other"
-    assert metrics["run"]["encoder"] == ["mobilenetv2", "vgg16"]
+    assert metrics["run"]["encoder"] == ["scenes", "vgg16"]
     assert metrics["run"]["epoch"] == [2, 2]
     alone, twice, both = found
     assert alone[0] == twice[0]
@@ -384,7 +384,7 @@ def test_an_evaluation_says_what_made_it(home):
         expected = {
             "run": RUN,
             "dataset": "tiny",
-            "encoder": "mobilenetv2",
+            "encoder": "scenes",
             "epoch": 2,
             "seed": 0,
             "started_from": "",
@@ -412,9 +412,9 @@ def test_a_chinese_dataset_is_captioned_by_characters(home):
         "preprocess.py", *flags, folder=home
     )
     good("train.py", *flags, *TRAINING, folder=home)
-    run_folder = home / "checkpoints" / "chinese-mobilenetv2"
+    run_folder = home / "checkpoints" / "chinese-scenes"
     assert runs.load_config(run_folder).tokeniser == "characters"
-    flags = ["--dataset", "chinese", "--encoder", "mobilenetv2"]
+    flags = ["--dataset", "chinese", "--encoder", "scenes"]
     flags += ["--encoder-weights", "random"]
     printed = good("evaluate.py", *flags, "--split", "val", folder=home)
     assert "character BLEU-4" in printed and "by characters" in printed
@@ -535,7 +535,7 @@ def test_weights_that_cannot_be_downloaded_are_told_in_one_line(
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     flags = ["--dataset", "few", "--image-size", "32"]
-    flags += ["--encoder", "mobilenetv2+vgg16"]
+    flags += ["--encoder", "scenes+vgg16"]
     flags += ["--encoder-weights", "random,imagenet"]
     started = process("preprocess.py", *flags, folder=tmp_path)
     _, told = started.communicate()

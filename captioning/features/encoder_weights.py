@@ -12,15 +12,8 @@ import h5py
 import keras
 import numpy as np
 
-from captioning.features import cache
-from config import (
-    ENCODERS,
-    SCENES,
-    Config,
-    UserError,
-    each_encoder,
-    feature_layer,
-)
+from captioning.features import cache, networks
+from config import ENCODERS, SCENES, Config, UserError, each_encoder
 
 # A seed of its own: --seed changes the training, and neither the encoder nor,
 # with it, the feature cache.
@@ -28,6 +21,9 @@ RANDOM_SEED = 0
 
 # The end of an error about a file.
 ONE_EACH = " (with several encoders one for each, separated by commas)"
+
+# Trained on drawn scenes by docs/scenes.py.
+SCENES_FILE = str(Path(__file__).with_name("scenes.weights.h5"))
 
 # How often each shape of a weight occurs. It identifies a network, whichever
 # format the file has: Keras 3 does not store the names of layers.
@@ -49,7 +45,7 @@ def describe_features(config: Config) -> list[dict[str, Any]]:
     return [
         cache.describe(
             name,
-            feature_layer(name, weights),
+            ENCODERS[name].layer,
             fingerprint(name, weights),
             config.image_size,
             config.magnification,
@@ -73,24 +69,9 @@ def fingerprint(encoder: str, weights: str) -> str:
     if weights == "imagenet":
         return ENCODERS[encoder].imagenet
     arrays: list[np.ndarray] = []
-    path = scenes_file(encoder) if weights == SCENES else weights
+    path = SCENES_FILE if weights == SCENES else weights
     _visit_weights(path, lambda weight: arrays.append(weight[()]))
     return digest(arrays)
-
-
-def scenes_file(encoder: str) -> str:
-    """The file of an encoder's weights that were trained on drawn scenes.
-
-    Raises:
-        UserError: if it has none.
-    """
-    if not (file := ENCODERS[encoder].scenes):
-        others = [name for name, each in ENCODERS.items() if each.scenes]
-        raise UserError(
-            f"{encoder} has no weights that were trained on drawn scenes: give "
-            f"--encoder {' or '.join(others)}, or other --encoder-weights"
-        )
-    return str(Path(__file__).with_name(file))
 
 
 def digest(weights: Iterable[np.ndarray]) -> str:
@@ -124,7 +105,7 @@ def check(
     """
     pairs = zip(each_encoder(config), descriptions, strict=True)
     for (name, weights), description in pairs:
-        layer = feature_layer(name, weights)
+        layer = ENCODERS[name].layer
         if layer != description["layer"]:
             raise UserError(
                 f"the run was trained on {name}'s layer "
@@ -161,12 +142,9 @@ def load(network: keras.Model, weights: str, encoder: str) -> None:
         network.set_weights(_random_weights(network))
     elif weights == "imagenet":
         network.set_weights(_imagenet_weights(network, encoder))
-    elif weights == SCENES:
-        last = network.get_layer(ENCODERS[encoder].early_layer)
-        early = keras.Model(network.input, last.output)
-        early.load_weights(scenes_file(encoder))
     else:
-        _load_file(network, weights, encoder)
+        path = SCENES_FILE if weights == SCENES else weights
+        _load_file(network, path, encoder)
 
 
 def _random_weights(network: keras.Model) -> list[np.ndarray]:
@@ -269,8 +247,7 @@ def _visit_weights(path: str, visit: Callable[[h5py.Dataset], None]) -> None:
 
 @functools.cache
 def _shapes_of_encoder(name: str) -> Shapes:
-    application = getattr(keras.applications, ENCODERS[name].application)
-    return _shapes_of(application(include_top=False, weights=None))
+    return _shapes_of(networks.build(name))
 
 
 def _what_it_holds(found: Shapes, encoder: str) -> str:

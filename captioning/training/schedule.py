@@ -9,7 +9,6 @@ from keras import ops
 # Flickr8k's 6,000 images take 1,500 steps in EPOCHS epochs. A dataset of fewer
 # images gets as many steps, but no image is seen more than MOST_EPOCHS times.
 EPOCHS, STEPS, MOST_EPOCHS = 8, 1500, 30
-SAMPLE_EPOCHS = 12  # enough for drawn scenes, and quick
 
 
 def choose_epochs(images: int, batch_images: int) -> int:
