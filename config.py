@@ -81,8 +81,16 @@ ENCODERS = {
     SCENES: Encoder("", "mobilenet_v2", LAST),
 }
 LAYOUTS = (
-    *("auto", "karpathy", "huggingface", "coco", "plain", "kaggle30k"),
-    *("kaggle8k", "token", "imagefolder", "sidecar"),
+    "auto",
+    "karpathy",
+    "huggingface",
+    "coco",
+    "plain",
+    "kaggle30k",
+    "kaggle8k",
+    "token",
+    "imagefolder",
+    "sidecar",
 )
 # What a token is: a word, or in a script without spaces each character.
 WORDS, CHARACTERS = "words", "characters"

@@ -143,7 +143,11 @@ def fit(
         config, decoder, val_features, val, words, devices
     )
     judge = callbacks.Judge(
-        *(measure, place, config.cider_every, config.patience, config.epochs),
+        measure,
+        place,
+        config.cider_every,
+        config.patience,
+        config.epochs,
         by_loss=len(val.images) < CIDER_IMAGES,
         writes=devices.process == 0,
     )

@@ -39,9 +39,15 @@ BOXES = {
     "word": (86, 14, 16, "last word $y_{t-1}$"),
 }
 ARROWS = (
-    *(("image", "encoder"), ("encoder", "regions"), ("regions", "attention")),
-    *(("attention", "context"), ("context", "lstm"), ("lstm", "output")),
-    *(("output", "word"), ("word", "lstm"), ("lstm", "attention")),
+    ("image", "encoder"),
+    ("encoder", "regions"),
+    ("regions", "attention"),
+    ("attention", "context"),
+    ("context", "lstm"),
+    ("lstm", "output"),
+    ("output", "word"),
+    ("word", "lstm"),
+    ("lstm", "attention"),
 )
 
 
@@ -104,9 +110,13 @@ def photograph_report(path: Path, report: Path) -> None:
         subprocess.run(
             [
                 "chromium",
-                *("--headless", "--no-sandbox", "--hide-scrollbars"),
-                *("--window-size=1280,1100", f"--user-data-dir={profile}"),
-                *(f"--screenshot={path}", report.resolve().as_uri()),
+                "--headless",
+                "--no-sandbox",
+                "--hide-scrollbars",
+                "--window-size=1280,1100",
+                f"--user-data-dir={profile}",
+                f"--screenshot={path}",
+                report.resolve().as_uri(),
             ],
             check=True,
             capture_output=True,

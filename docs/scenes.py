@@ -115,7 +115,10 @@ def main() -> None:
     )
     seen, answers, counts = part(training)
     model.fit(
-        *(seen, answers, BATCH, EPOCHS),
+        seen,
+        answers,
+        BATCH,
+        EPOCHS,
         sample_weight=counts,
         validation_data=part(rest),
         verbose=2,

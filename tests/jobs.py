@@ -16,21 +16,21 @@ from captioning.data.sample import write_sample
 from tests.scripts import ROOT, good
 
 on_jax = pytest.mark.skipif(TENSORFLOW, reason="processes join on JAX alone")
-DATA = [
-    *("--dataset", "tiny", "--image-size", "64", "--encoder", "scenes"),
-    *("--encoder-weights", "random", "--max-caption-length", "4"),
-    *("--precision", "float32"),
-]
+DATA = (
+    "--dataset tiny --image-size 64 --encoder scenes "
+    "--encoder-weights random --max-caption-length 4 "
+    "--precision float32"
+).split()
 # Five images a batch, of 37: three devices get two, two and one of them, and of
 # the two of the last batch two and none. Every gradient is clipped.
-TRAINING = [
-    *("--epochs", "2", "--cider-every", "1", "--batch-images", "5"),
-    *("--decoder-units", "16", "--attention-units", "16"),
-    *("--embedding-units", "16", "--learning-rate", "0.01"),
-    *("--clip-norm", "0.1", "--scst-learning-rate", "0.01"),
+TRAINING = (
+    "--epochs 2 --cider-every 1 --batch-images 5 "
+    "--decoder-units 16 --attention-units 16 "
+    "--embedding-units 16 --learning-rate 0.01 "
+    "--clip-norm 0.1 --scst-learning-rate 0.01 "
     # Several devices have captions in another order: others would drop out.
-    *("--word-dropout", "0", "--output-dropout", "0"),
-]
+    "--word-dropout 0 --output-dropout 0"
+).split()
 
 
 def make_home(folder: Path) -> None:
@@ -75,7 +75,9 @@ def start_job(folder: Path, run: str, processes: int, *flags: str) -> list:
         port = free.getsockname()[1]
     return [
         start(
-            *(folder, run, *flags),
+            folder,
+            run,
+            *flags,
             **{job.ADDRESSES: f"127.0.0.1:{port}"},
             **{job.PROCESSES: processes, job.PROCESS: process},
         )

@@ -20,16 +20,16 @@ from tests.scripts import ROOT, good
 
 HERE = keras.backend.backend()
 OTHER = "jax" if HERE == "tensorflow" else "tensorflow"
-FLAGS = [
-    *("--dataset", "tiny", "--image-size", "64", "--encoder", "scenes"),
-    *("--encoder-weights", "random", "--max-caption-length", "6"),
-    *("--precision", "float32"),
-]
-TRAINING = [
-    *("--epochs", "1", "--batch-images", "4", "--captions-per-image", "3"),
-    *("--decoder-units", "16", "--attention-units", "16"),
-    *("--embedding-units", "16", "--learning-rate", "0.01"),
-]
+FLAGS = (
+    "--dataset tiny --image-size 64 --encoder scenes "
+    "--encoder-weights random --max-caption-length 6 "
+    "--precision float32"
+).split()
+TRAINING = (
+    "--epochs 1 --batch-images 4 --captions-per-image 3 "
+    "--decoder-units 16 --attention-units 16 "
+    "--embedding-units 16 --learning-rate 0.01"
+).split()
 RUN = "tiny-scenes"
 # Runs scripts one after the other; none of them may import TensorFlow.
 MANY = """

@@ -26,7 +26,11 @@ def judge(tmp_path, monkeypatch):
         )
         ciders = iter([cider for cider, _ in epochs])
         callback = callbacks.Judge(
-            *(lambda: next(ciders), tmp_path, 1, patience, len(epochs)),
+            lambda: next(ciders),
+            tmp_path,
+            1,
+            patience,
+            len(epochs),
             by_loss=by_loss,
         )
         callback.averaged = contextlib.nullcontext()

@@ -675,8 +675,13 @@ def test_json_of_captions_is_a_table(tmp_path, document):
 @pytest.mark.parametrize(
     "cell",
     [
-        *("['a dog', 'a c", "['it's a dog']", r"['\x']", "[['a dog'], a]"),
-        *("[{'raw': 'a dog'}]", "{'raw': 'a dog'}", '[{""raw"": ""a dog""}]'),
+        "['a dog', 'a c",
+        "['it's a dog']",
+        r"['\x']",
+        "[['a dog'], a]",
+        "[{'raw': 'a dog'}]",
+        "{'raw': 'a dog'}",
+        '[{""raw"": ""a dog""}]',
     ],
 )
 def test_a_list_that_cannot_be_read_is_not_taken_for_a_caption(tmp_path, cell):

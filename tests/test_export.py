@@ -94,8 +94,11 @@ def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
     np.save(tmp_path / "pixels.npy", pixels)
     done = subprocess.run(
         [
-            *(sys.executable, "-c", PROGRAM),
-            *(tmp_path / "program", tmp_path / "pixels.npy"),
+            sys.executable,
+            "-c",
+            PROGRAM,
+            tmp_path / "program",
+            tmp_path / "pixels.npy",
         ],
         cwd=tmp_path,
         capture_output=True,

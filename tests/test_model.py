@@ -123,7 +123,11 @@ def test_the_step_is_an_lstm_over_the_word_and_the_context():
     annotations = normal(size=(3, REGIONS, 8)).astype("float32")
     word = decoder.embed(np.array([5, 6, 7]))  # (3, 6)
     *found, context, _ = run_step(
-        *(decoder.step, hidden, cell, keys, annotations),
+        decoder.step,
+        hidden,
+        cell,
+        keys,
+        annotations,
         decoder.word_gates(word),
     )
     weights = {each.name: each for each in decoder.step.step_weights}

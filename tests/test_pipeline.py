@@ -15,16 +15,16 @@ from tests.benchmarks.blind import exchange_images
 from tests.scripts import bad, good, run
 
 # Small and quick, and still enough to see the image.
-SMALL = [
-    *("--encoder", "scenes", "--magnification", "1"),
-    *("--min-word-count", "2", "--max-caption-length", "12"),
-]
-TRAINING = [
+SMALL = (
+    "--encoder scenes --magnification 1 "
+    "--min-word-count 2 --max-caption-length 12"
+).split()
+TRAINING = (
     # One measurement: CIDEr of 30 validation images would choose by chance.
-    *("--epochs", "8", "--cider-every", "8", "--batch-images", "8"),
-    *("--decoder-units", "64", "--attention-units", "64"),
-    *("--embedding-units", "64", "--learning-rate", "0.004"),
-]
+    "--epochs 8 --cider-every 8 --batch-images 8 "
+    "--decoder-units 64 --attention-units 64 "
+    "--embedding-units 64 --learning-rate 0.004"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,13 @@ def test_the_pipeline_leaves_the_files_of_the_contract(home):
     captions = json.loads((place / "captions.json").read_text())
     assert metrics["split"] == "test" and metrics["images"] == len(captions)
     assert all(entry["caption"] for entry in captions)
-    for name in (
-        *("beam_size", "tokenizer", "token_accuracy", "token_accuracy_top5"),
-        *("perplexity", "bleu1", "bleu2", "bleu3", "bleu4", "meteor"),
-        *("rouge_l", "cider", "spice", "distinct_captions"),
-        *("novel_captions", "vocabulary_used", "mean_length"),
-        *("images_per_second", "intervals", "unavailable", "run"),
-    ):
+    names = (
+        "beam_size tokenizer token_accuracy token_accuracy_top5 perplexity "
+        "bleu1 bleu2 bleu3 bleu4 meteor rouge_l cider spice distinct_captions "
+        "novel_captions vocabulary_used mean_length images_per_second "
+        "intervals unavailable run"
+    )
+    for name in names.split():
         assert name in metrics
         if metrics[name] is None:
             assert metrics["unavailable"][name]
@@ -151,10 +151,8 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     (photos / "broken.jpg").write_bytes(b"no image")
     flags = ["--checkpoints-dir", home / "checkpoints"]
     flags += ["--run-name", RUN.name]
-    done = run(
-        *("caption.py", photos, *flags, "--attention", tmp_path / "maps"),
-        folder=tmp_path,
-    )
+    attention = ["--attention", tmp_path / "maps"]
+    done = run("caption.py", photos, *flags, *attention, folder=tmp_path)
     assert done.returncode == 1
     lines = dict(line.split("\t") for line in done.stdout.splitlines())
     names = {"a b.jpg", "a b.png", "é.png"}
@@ -163,10 +161,9 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     assert "broken.jpg: not an image" in done.stderr
     # Two photographs that differ in their ending alone have a figure each.
     assert len(list((tmp_path / "maps").glob("*.png"))) == 3
+    listed = f"{photos / 'a b.jpg'}\n"
     done = run(
-        *("caption.py", "-", "--json", *flags),
-        folder=tmp_path,
-        stdin=f"{photos / 'a b.jpg'}\n",
+        "caption.py", "-", "--json", *flags, folder=tmp_path, stdin=listed
     )
     entry = json.loads(done.stdout)
     assert done.returncode == 0

@@ -49,8 +49,11 @@ def test_it_captions_photographs_where_no_other_run_does(
     done = run(
         "caption.py",
         *photos,
-        *("--checkpoints-dir", ROOT / "checkpoints"),
-        *("--encoder-weights", weights, "--json"),
+        "--checkpoints-dir",
+        ROOT / "checkpoints",
+        "--encoder-weights",
+        weights,
+        "--json",
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr

@@ -122,7 +122,9 @@ def test_what_is_rewarded_becomes_likelier(monkeypatch):
     found, *_ = decoder.next_word(
         np.array([[START]]),
         *(each[:, None] for each in state),
-        *(decoder.step.cast_weights(), keys, annotations),
+        decoder.step.cast_weights(),
+        keys,
+        annotations,
     )
     assert np.exp(found)[0, 0, [PAD, START, UNKNOWN]].sum() < 0.4
     assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:5])

@@ -149,14 +149,22 @@ def write_images_zip(folder: Path) -> None:
 
 SOURCES = {
     "nlphuji/flickr30k": lambda folder: write_parquet(
-        *(folder, "TEST/test/0000.parquet", "image", "caption", "sentids"),
-        *("split", "filename"),
+        folder,
+        "TEST/test/0000.parquet",
+        "image",
+        "caption",
+        "sentids",
+        "split",
+        "filename",
     ),
     "jxie/flickr8k": lambda folder: write_splits(
         folder, "image", "caption_0", "caption_1"
     ),
     "lmms-lab/flickr30k": lambda folder: write_parquet(
-        *(folder, "data/test-00000-of-00001.parquet", "image", "caption"),
+        folder,
+        "data/test-00000-of-00001.parquet",
+        "image",
+        "caption",
         "filename",
     ),
     "raw bytes": lambda folder: write_splits(folder, "raw_image", "caption"),

@@ -55,8 +55,14 @@ _BATCH = 64  # rows of a table in memory at a time
 _NOTES = ".notes"  # what is done, in the folder that is unpacked into
 # What is raised for damaged files; pyarrow's errors are among them.
 _DAMAGE = (
-    *(OSError, EOFError, ValueError, RuntimeError, zlib.error),
-    *(zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError),
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    zlib.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    lzma.LZMAError,
 )
 # A file name that every platform can have.
 _PLAIN = re.compile(r'[^\s./\\:*?"<>|\0-\x1f][^/\\:*?"<>|\0-\x1f]{0,150}')

@@ -176,7 +176,13 @@ class BeamSearch(_Search):
         nothing = ops.full((images, beam), IMPOSSIBLE, "float32")
         state = (
             ops.convert_to_tensor(0, "int32"),
-            *(places, scores, states, attention, totals, places, nothing),
+            places,
+            scores,
+            states,
+            attention,
+            totals,
+            places,
+            nothing,
         )
 
         def unfinished(step: Any, *state: Any) -> Any:
@@ -299,7 +305,10 @@ class BeamSearch(_Search):
             keras.tree.map_structure(
                 lambda each: _gather(each, parent), states
             ),
-            *(attention, totals, final, ended),
+            attention,
+            totals,
+            final,
+            ended,
         )
 
     def _repeated(self, step: Any, words: Any) -> Any:

@@ -7,8 +7,13 @@ from config import ENCODERS, SCENES
 # Of the network for drawn scenes: the filters of each convolution, the side of
 # a filter and the stride. A region of the last map is 32 pixels wide.
 CONVOLUTIONS = (
-    *((24, 5, 2), (48, 3, 2), (96, 3, 2), (96, 3, 1)),
-    *((192, 3, 2), (192, 3, 1), (256, 3, 2)),
+    (24, 5, 2),
+    (48, 3, 2),
+    (96, 3, 2),
+    (96, 3, 1),
+    (192, 3, 2),
+    (192, 3, 1),
+    (256, 3, 2),
 )
 
 
@@ -32,7 +37,8 @@ def _scenes(shape: tuple[int | None, int | None, int]) -> keras.Model:
     """A small network: drawn scenes need no more, and it takes seconds."""
     pixels = x = keras.Input(shape)
     for filters, side, stride in CONVOLUTIONS:
-        x = keras.layers.Conv2D(
-            *(filters, side, stride), padding="same", activation="relu"
-        )(x)
+        convolution = keras.layers.Conv2D(
+            filters, side, stride, padding="same", activation="relu"
+        )
+        x = convolution(x)
     return keras.Model(pixels, x)  # (batch, height / 32, width / 32, 256)

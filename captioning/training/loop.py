@@ -37,13 +37,15 @@ def make_batches(
         for s in splits
     ]
     train = CaptionBatches(
-        *(features[0], encoded[0], config.batch_images),
+        features[0],
+        encoded[0],
+        config.batch_images,
         captions_per_image=config.captions_per_image,
         seed=config.seed,
         devices=devices,
     )
     val = CaptionBatches(
-        *(features[1], encoded[1], config.batch_images), devices=devices
+        features[1], encoded[1], config.batch_images, devices=devices
     )
     return train, val
 

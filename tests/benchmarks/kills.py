@@ -27,13 +27,11 @@ sys.path.insert(0, str(ROOT))
 from captioning.data.sample import write_sample  # noqa: E402
 
 EPOCHS, SCST_EPOCHS = 24, 12
-FLAGS = [
-    *("--dataset", "tiny", "--image-size", "64", "--encoder", "mobilenetv2"),
-    *("--encoder-weights", "random", "--batch-images", "4"),
-    *("--decoder-units", "64", "--epochs", str(EPOCHS)),
-    *("--scst-epochs", str(SCST_EPOCHS)),
-    *("--patience", "100"),
-]
+FLAGS = (
+    "--dataset tiny --image-size 64 --encoder scenes --encoder-weights random "
+    "--batch-images 4 --decoder-units 64 --patience 100 "
+    f"--epochs {EPOCHS} --scst-epochs {SCST_EPOCHS}"
+).split()
 TIMINGS = ["seconds"]
 
 
