@@ -594,6 +594,9 @@ def test_the_flags_of_features_that_exist_are_named(undisturbed):
     edit_meta(undisturbed, weights="half-34cd")
     with pytest.raises(UserError, match=r"FILE \(the one of half-34cd\)$"):
         features.load(undisturbed.parent / "none", DESCRIPTION)
+    edit_meta(undisturbed, encoder="scenes")
+    with pytest.raises(UserError, match=r"--encoder-weights scenes$"):
+        features.load(undisturbed.parent / "none", DESCRIPTION)
 
 
 def test_other_versions_are_recorded_and_not_compared(undisturbed):

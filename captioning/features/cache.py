@@ -37,7 +37,7 @@ from captioning.files import (
     write_csv,
     write_text,
 )
-from config import ENCODERS, UserError, flag
+from config import ENCODERS, SCENES, UserError, flag
 
 # Changes when images are read or resized differently, so that old features
 # are not mixed with new ones.
@@ -179,6 +179,8 @@ def _that_fit(folder: Path, description: dict[str, Any]) -> str:
             kind = weights.partition("-")[0]
             if weights == ENCODERS[meta["encoder"]].imagenet:
                 kind = "imagenet"
+            elif kind == "half" and meta["encoder"] == SCENES:
+                kind = SCENES
             elif kind == "half":
                 kind = f"FILE (the one of {weights})"
             flags.append(f"--encoder-weights {kind}")
