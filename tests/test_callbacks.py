@@ -161,5 +161,8 @@ def test_tensorboard_shows_captions_with_their_photographs(tmp_path):
     logs = event_accumulator.EventAccumulator(str(tmp_path / "logs/captions"))
     logs.Reload()
     tags = logs.Tags()["tensors"]
-    assert {tag.partition("_")[0] for tag in tags} == {"a.png"}
+    plugins = {
+        tag: logs.SummaryMetadata(tag).plugin_data.plugin_name for tag in tags
+    }
+    assert plugins == {"a.png/attention": "images", "a.png/caption": "text"}
     assert {each.step for tag in tags for each in logs.Tensors(tag)} == {2}

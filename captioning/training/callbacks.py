@@ -422,8 +422,9 @@ class ShownCaptions(keras.callbacks.Callback):
                 except UnusableImage:  # it was still there a while ago
                     continue
                 picture = draw_attention(photo, found.words, found.attention)
-                tf.summary.image(name, picture[None], step=epoch + 1)
-                tf.summary.text(name, found.caption, step=epoch + 1)
+                step = epoch + 1  # a tag holds one kind of summary
+                tf.summary.image(f"{name}/attention", picture[None], step=step)
+                tf.summary.text(f"{name}/caption", found.caption, step=step)
         writer.close()
 
 
