@@ -20,7 +20,8 @@ from config import CHARACTERS, WORDS, UserError
 
 SHOWN = 24  # images on the page, of each that one captions better
 # Where less is better, and where neither is.
-LESS_IS_BETTER, NEUTRAL = "perplexity", "mean_length"
+LESS_IS_BETTER, NEUTRAL = "perplexity", ("mean_length", "novel_captions")
+NO_INTERVAL = "no interval: counted over all images"
 
 
 class Evaluation(NamedTuple):
@@ -130,7 +131,10 @@ def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
         if name in sums and name in others:
             (counts, statistic), (other, _) = sums[name], others[name]
             ends = _interval(counts, other, statistic)
-            if not whole:
+            # METEOR over a corpus is not the mean over its images.
+            if name == "meteor":
+                title = "METEOR (mean)"
+            if name == "meteor" or not whole:
                 a, b = (
                     float(statistic(x.sum(axis=0))) for x in (counts, other)
                 )
@@ -155,8 +159,8 @@ def _sums(
 ) -> dict[str, tuple[np.ndarray, Statistic]]:
     """What a metric is computed from, summed over images, and how.
 
-    METEOR is resampled as the mean over images; its corpus score is another
-    mean. Metrics that an evaluation does not have per image are left out.
+    Metrics that an evaluation does not have per image are left out: the number
+    of different captions or words is not that of its images added up.
 
     Args:
         examples: of one evaluation, from `pair`.
@@ -173,6 +177,7 @@ def _sums(
         name: (examples.get(name), ones, metrics.ratio)
         for name in ("meteor", "rouge_l", "cider", "spice")
     }
+    columns["novel_captions"] = (examples.get("novel"), ones, metrics.ratio)
     tokens = examples.get("tokens")
     columns |= {
         "mean_length": (counts[:, 8], ones, metrics.ratio),
@@ -225,10 +230,10 @@ def _signed(value: float, form: str) -> str:
 
 def _verdict(name: str, ends: list[float]) -> str:
     if not ends:
-        return ""
+        return NO_INTERVAL
     if ends[0] <= 0 <= ends[1]:
         return "within chance"
-    if name == NEUTRAL:
+    if name in NEUTRAL:
         return "differs"
     better = (ends[0] > 0) != (name == LESS_IS_BETTER)
     return "better" if better else "worse"
@@ -242,8 +247,8 @@ def as_text(
     lines = [
         f"A: {first.name}",
         f"B: {second.name}",
-        f"{len(first.examples):,} images; differences are B minus A, those of "
-        "percentages in points",
+        f"{len(first.examples):,} images; differences are B minus A, "
+        "percentages differ in points",
         "",
         f"  {'':{wide}}{'A':>8}{'B':>9}{'B - A':>9}  95% interval",
     ]

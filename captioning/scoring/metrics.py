@@ -123,11 +123,14 @@ def score(
         {image: tokens["reference", image] for image in references},
     )
     overlap, per_image = _overlap(made, judged)
+    said, known = [x for (x,) in made.values()], {*tokens[training], ""}
+    per_image["novel"] = [caption not in known for caption in said]
     metrics = {
         "images": len(judged),
         "tokenizer": tokenizer,
         **overlap,
-        **_diversity([x for (x,) in made.values()], {*tokens[training]}),
+        **_diversity(said),
+        "novel_captions": float(per_image["novel"].mean()),
     }
     unavailable = {}
     for name, compute in (("meteor", java.meteor), ("spice", java.spice)):
@@ -245,13 +248,11 @@ def _notices(
     return notices
 
 
-def _diversity(captions: list[str], known: set[str]) -> dict[str, Any]:
-    """How different the captions are, also from those known from training."""
+def _diversity(captions: list[str]) -> dict[str, Any]:
+    """How different the captions are from each other, and how long."""
     words = [word for caption in captions for word in caption.split()]
-    distinct, novel = {*captions} - {""}, {*captions} - known - {""}
     return {
-        "distinct_captions": len(distinct) / len(captions),
-        "novel_captions": sum(x in novel for x in captions) / len(captions),
+        "distinct_captions": len({*captions} - {""}) / len(captions),
         "vocabulary_used": len(set(words)),
         "mean_length": len(words) / len(captions),
     }
