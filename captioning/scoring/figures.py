@@ -133,7 +133,7 @@ def _epochs(
                 point = (row["epoch"], row[column])
                 x, y = axes.transData.transform(point)
                 y = round(float(height - y), 1)
-                values.append((name, f"{row[column]:.4g}", y))
+                values.append((name, f"{row[column]:.3f}", y))
         if values:
             values.sort(key=lambda each: each[2])
             found.append(Epoch(int(row["epoch"]), round(float(x), 1), values))
@@ -273,19 +273,36 @@ def lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
         weights: (side, side).
 
     Returns:
-        uint8 RGB (height, width, 3).
+        uint8 RGB (height, width, 3), as the report draws it in the browser.
     """
     height, width = photo.shape[:2]
-    share = scaled(weights[None])[0].astype(np.float32) / 255
-    share = cv2.resize(share, (width, height), interpolation=cv2.INTER_CUBIC)
-    sigma = max(height, width) / len(weights) / 2
-    share = cv2.GaussianBlur(
-        share, (0, 0), sigma, borderType=cv2.BORDER_REFLECT
-    )
-    share = share / max(share.max(), 1e-6)
-    share = share.clip(0, 1)[..., None]  # (height, width, 1)
+    share = scaled(weights[None])[0] / 255
+    down, across = (_spline(len(share), size) for size in (height, width))
+    share = down @ share @ across.T  # (height, width)
+    share = (share / max(share.max(), 1e-6))[..., None]
     grey = photo.mean(axis=2, keepdims=True) * _UNLIT
     return (share * photo + (1 - share) * grey).round().astype(np.uint8)
+
+
+def _spline(side: int, size: int) -> np.ndarray:
+    """Cubic B-splines that make a curve of `size` pixels of `side` regions.
+
+    Returns:
+        The weight of each region in each pixel (size, side).
+    """
+    x = (np.arange(size) + 0.5) * side / size - 0.5
+    place = np.floor(x).astype(int)
+    f = x - place
+    weights = np.zeros((size, side))
+    for offset, weight in (
+        (-1, (1 - f) ** 3),
+        (0, 3 * f**3 - 6 * f**2 + 4),
+        (1, -3 * f**3 + 3 * f**2 + 3 * f + 1),
+        (2, f**3),
+    ):
+        region = np.clip(place + offset, 0, side - 1)
+        np.add.at(weights, (np.arange(size), region), weight / 6)
+    return weights
 
 
 def scaled(attention: np.ndarray) -> np.ndarray:
