@@ -34,13 +34,17 @@ from config import (
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 BACKENDS = ("tensorflow", "jax")
 VERSION = "1.0"
-# The groups of fields that `--help` shows; `--help-all` shows the others too.
+# The groups of fields that `--help` shows, and fields of other groups that name
+# a run; `--help-all` shows the others too.
 FIELDS_OF = {
     "preprocess.py": ("place", "data", "encoder"),
     "train.py": ("place", "model", "training"),
     "evaluate.py": ("place", "decoding"),
     "caption.py": ("place", "decoding"),
 }
+NAMING = ("dataset", "encoder", "encoder_weights")
+# Of a group that is shown, what only one script makes use of.
+OF_ONE = {"max_skipped_share": "preprocess.py", "split": "evaluate.py"}
 # Flags that people bring from elsewhere, and what there is instead.
 ELSEWHERE = {
     "--lr": "--learning-rate",
@@ -55,11 +59,11 @@ ELSEWHERE = {
         ("--workers", "--num-workers"),
         "--worker of preprocess.py; reading ahead needs no flag",
     ),
-    "--resume": "nothing: the same command resumes",
+    "--resume": "not needed: the same command resumes",
     **dict.fromkeys(
         ("--device", "--gpu", "--gpus", "--cuda"),
-        "nothing: the backend finds the GPUs, and CUDA_VISIBLE_DEVICES hides "
-        "them",
+        "not needed: the backend finds the GPUs, and CUDA_VISIBLE_DEVICES "
+        "hides them",
     ),
 }
 
@@ -170,7 +174,8 @@ def _parser(
     groups: dict[str, Any] = {}
     for each in dataclasses.fields(Config):
         name = each.metadata["group"]
-        hidden = shown and name not in shown and each.name != "dataset"
+        hidden = shown and name not in shown and each.name not in NAMING
+        hidden = hidden or OF_ONE.get(each.name, script) != script
         if name not in groups:
             title = None if hidden else f"{name} fields"
             groups[name] = parser.add_argument_group(title)
@@ -192,7 +197,7 @@ def _parser(
 def _help(field: dataclasses.Field) -> str:
     """What --help says of a field."""
     text, choices = field.metadata["help"], field.metadata.get("choices", ())
-    if choices and len(choices) < 10:
+    if choices:
         text += f": {', '.join(choices)}"
     if field.default not in ("", None):
         drawn = field.metadata.get("sample")
@@ -259,7 +264,7 @@ def parse(
         kind = "flag" if word.startswith("-") else "argument"
         hint = _nearest(word, flags) if kind == "flag" else "; see --help"
         if here := ELSEWHERE.get(word.replace("_", "-")):
-            hint = f"; here it is {here}"
+            hint = f"; {here}" if "not needed" in here else f"; use {here}"
         parser.error(f"unknown {kind} {word}{hint}")
     names = {each.name for each in dataclasses.fields(Config)}
     given = {k: v for k, v in vars(known).items() if k in names}
@@ -410,7 +415,12 @@ def next_line(script: str, arguments: Arguments) -> str:
     words = ["python", script]
     # Photographs need no more of the data than the name of the run.
     data = ["dataset"] if script == "caption.py" else group("data")
+    saved: dict[str, Any] = {}
+    if path := arguments.actions.config:
+        saved = _read_config(path)
+        words += ["--config", shlex.quote(path)]
     for name in [*group("place"), *data, *group("encoder")]:
-        if name in arguments.given:
-            words += [flag(name), shlex.quote(str(arguments.given[name]))]
+        value = arguments.given.get(name)
+        if name in arguments.given and saved.get(name) != value:
+            words += [flag(name), shlex.quote(str(value))]
     return " ".join(words)

@@ -147,8 +147,8 @@ def test_what_stands_behind_two_dashes_is_no_flag():
         ("--beam 3", "unknown flag --beam; did you mean --beam-size?"),
         ("--frech", "unknown flag --frech; did you mean --fresh?"),
         ("--zzqq", "unknown flag --zzqq\n"),
-        ("--lr 0.1", "unknown flag --lr; here it is --learning-rate\n"),
-        ("--batch_size=3", "--batch_size; here it is --batch-images\n"),
+        ("--lr 0.1", "unknown flag --lr; use --learning-rate\n"),
+        ("--batch_size=3", "--batch_size; use --batch-images\n"),
         ("--device cuda", "CUDA_VISIBLE_DEVICES"),
         ("--epochs many", "--epochs: invalid int value: 'many'"),
         ("--epochs 1.5", "--epochs: invalid int value: '1.5'"),
@@ -219,10 +219,12 @@ def test_help_shows_the_fields_that_matter_to_a_script(
     shown = {*command.FIELDS_OF[script]}
     for each in FIELDS:
         flag = f"--{each.name.replace('_', '-')} "
-        matters = each.metadata["group"] in shown or each.name == "dataset"
+        matters = each.metadata["group"] in shown
+        matters = matters or each.name in command.NAMING
+        matters = matters and command.OF_ONE.get(each.name, script) == script
         assert (flag in text) == matters
-    for name in {each.metadata["group"] for each in FIELDS} - shown - {"data"}:
-        assert f"{name} fields" not in text
+    for name in {each.metadata["group"] for each in FIELDS} - shown:
+        assert (f"{name} fields" in text) == (name in ("data", "encoder"))
 
 
 def test_a_saved_config_is_read_back_but_for_its_places(tmp_path, refused):
@@ -252,6 +254,15 @@ def commands_in_docstrings() -> list[str]:
 def test_the_commands_that_docstrings_show_are_valid(line):
     script, *words = line.split()
     parse(*words, actions=SCRIPTS[script].ACTIONS)
+
+
+def test_the_next_line_names_a_saved_config_instead_of_its_fields(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"dataset": "mine", "encoder": "vgg16"}))
+    arguments = parse("--config", str(path), "--encoder", "xception")
+    assert command.next_line("train.py", arguments) == (
+        f"python train.py --config {path} --encoder xception"
+    )
 
 
 def test_the_next_command_keeps_the_flags_that_it_needs():
