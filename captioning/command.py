@@ -174,8 +174,10 @@ def _parser(
     groups: dict[str, Any] = {}
     for each in dataclasses.fields(Config):
         name = each.metadata["group"]
-        hidden = shown and name not in shown and each.name not in NAMING
-        hidden = hidden or OF_ONE.get(each.name, script) != script
+        hidden = shown and (
+            (name not in shown and each.name not in NAMING)
+            or OF_ONE.get(each.name, script) != script
+        )
         if name not in groups:
             title = None if hidden else f"{name} fields"
             groups[name] = parser.add_argument_group(title)
