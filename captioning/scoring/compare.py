@@ -21,7 +21,7 @@ from config import CHARACTERS, WORDS, UserError
 SHOWN = 24  # images on the page, of each that one captions better
 # Where less is better, and where neither is.
 LESS_IS_BETTER, NEUTRAL = "perplexity", ("mean_length", "novel_captions")
-NO_INTERVAL = "no interval: counted over all images"
+NO_INTERVAL = "no interval"
 
 
 class Evaluation(NamedTuple):
