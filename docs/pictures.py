@@ -27,36 +27,38 @@ from captioning.scoring import figures  # noqa: E402
 PLACE = Path(__file__).parent / "pictures"
 SCENES = 4
 INK, ACCENT, PAPER = "#1d1c1a", "#b3540a", "#faf9f6"
-# Of the diagram: name -> centre, width and text. Units are tenths of an inch.
-BOXES = {
-    "image": (8, 30, 13, "image"),
-    "encoder": (26, 30, 16, "frozen encoder\nVGG16, ResNet, ..."),
-    "regions": (46, 30, 17, "annotation vectors\n$a_1$ to $a_{49}$"),
-    "attention": (46, 14, 17, "attention\n$v\\cdot\\tanh(W_h h + W_a a_i)$"),
-    "context": (66, 14, 14, "context $z_t$\ngated by $\\beta$"),
-    "lstm": (66, 30, 14, "LSTM\nstate $h_t$"),
-    "output": (86, 30, 16, "deep output\nnext word"),
-    "word": (86, 14, 16, "last word $y_{t-1}$"),
-}
+# Of the diagram: centre, width and text of each box. Units are tenths of an
+# inch; a box is 8 high.
+BOXES = (
+    (7, 30, 11, "image"),
+    (25, 30, 18, "frozen encoder\nVGG16, ResNet, ..."),
+    (47, 30, 20, "annotation vectors\n$a_1$ to $a_{49}$"),
+    (47, 14, 20, "attention\n$v\\cdot\\tanh(W_h h + W_a a_i)$"),
+    (69, 14, 14, "context $z_t$\ngated by $\\beta$"),
+    (69, 30, 14, "LSTM\nstate $h_t$"),
+    (89, 30, 15, "deep output\nnext word"),
+    (89, 14, 15, "last word $y_{t-1}$"),
+)
+# The corners of each arrow.
 ARROWS = (
-    ("image", "encoder"),
-    ("encoder", "regions"),
-    ("regions", "attention"),
-    ("attention", "context"),
-    ("context", "lstm"),
-    ("lstm", "output"),
-    ("output", "word"),
-    ("word", "lstm"),
-    ("lstm", "attention"),
+    ((12.5, 30), (16, 30)),
+    ((34, 30), (37, 30)),
+    ((47, 26), (47, 18)),
+    ((57, 13), (62, 13)),
+    ((69, 18), (69, 26)),
+    ((76, 31), (81.5, 31)),
+    ((89, 26), (89, 18)),
+    ((81.5, 14), (78.75, 14), (78.75, 28.5), (76, 28.5)),
+    ((62, 28.5), (59.5, 28.5), (59.5, 15.5), (57, 15.5)),
 )
 
 
 def draw_model(path: Path) -> None:
     """A diagram of the model."""
-    figure, axes = plt.subplots(figsize=(9.6, 4))
-    axes.set(xlim=(0, 96), ylim=(6, 38))
+    figure, axes = plt.subplots(figsize=(9.6, 2.5))
+    axes.set(xlim=(0, 98), ylim=(9, 35))
     axes.axis("off")
-    for x, y, width, text in BOXES.values():
+    for x, y, width, text in BOXES:
         axes.add_patch(
             FancyBboxPatch(
                 (x - width / 2, y - 4),
@@ -68,23 +70,10 @@ def draw_model(path: Path) -> None:
             )
         )
         axes.text(x, y, text, ha="center", va="center", fontsize=9, color=INK)
-    for start, end in ARROWS:
-        (x, y, width, _), (to_x, to_y, to_width, _) = BOXES[start], BOXES[end]
-        if abs(to_x - x) < 1:  # straight up or down
-            side = 4 if to_y > y else -4
-            points = (x, y + side), (to_x, to_y - side)
-        else:
-            side = 1 if to_x > x else -1
-            points = (
-                (x + side * width / 2, y),
-                (to_x - side * to_width / 2, to_y),
-            )
-        axes.annotate(
-            "",
-            points[1],
-            points[0],
-            arrowprops={"arrowstyle": "-|>", "color": ACCENT},
-        )
+    style = {"arrowstyle": "-|>", "color": ACCENT, "shrinkA": 0, "shrinkB": 0}
+    for *corners, end in ARROWS:
+        axes.plot(*zip(*corners, strict=True), color=ACCENT, linewidth=1)
+        axes.annotate("", end, corners[-1], arrowprops=style)
     figure.savefig(path, bbox_inches="tight", dpi=150, facecolor="white")
     plt.close(figure)
 
