@@ -33,7 +33,7 @@ class UserError(Exception):
 class Encoder(NamedTuple):
     """One line of the table of encoders."""
 
-    application: str  # class in keras.applications
+    application: str  # class in keras.applications; empty: ours
     module: str  # module in keras.applications with its preprocess_input
     # The layer whose output is cached as annotation vectors; LAST is the last
     # one, where Keras gives it another name every time.
@@ -106,8 +106,11 @@ SAMPLE = "sample"  # the dataset that is drawn on the spot
 # precision to the machine, tokeniser to the training captions, all others to
 # `resolve`.
 OPEN: dict[str, Any] = {
-    **{"run_name": "", "encoder_weights": "auto", "precision": "auto"},
-    **{"epochs": 0, "tokeniser": "auto"},
+    "run_name": "",
+    "encoder_weights": "auto",
+    "precision": "auto",
+    "epochs": 0,
+    "tokeniser": "auto",
 }
 
 # Names that a folder can have on every platform and that lead nowhere else:
@@ -204,7 +207,8 @@ class Config:
     # --- encoder: which image features; another feature folder in the cache
     # Two networks see more than one: CIDEr is 0.600 instead of 0.562 with
     # Xception or 0.578 with ResNet50 alone. Encoding, done once, takes twice as
-    # long and twice the disk. Drawn scenes need a small one.
+    # long and twice the disk. The sample's drawn scenes need only a small
+    # network.
     encoder: str = _encoder(
         "resnet50+xception",
         "frozen encoder, or several joined by +",
@@ -214,9 +218,9 @@ class Config:
     )
     encoder_weights: str = _encoder(
         "auto",
-        "'imagenet', 'scenes', 'random' or a weights file ('auto': imagenet, "
-        "or random for the sample, and scenes for the encoder of that name); "
-        "of several encoders one for all, or one each, separated by commas",
+        "'imagenet', 'scenes', 'random' or a weights file ('auto': scenes for "
+        "the encoder scenes; for others imagenet, or random on the sample); of "
+        "several encoders one for all, or one each, separated by commas",
     )
     # What the encoders were trained at.
     image_size: int = _encoder(
@@ -394,8 +398,7 @@ def each_encoder(config: Config) -> list[tuple[str, str]]:
         or the path of a weights file.
 
     Raises:
-        UserError: if there are more or fewer weights than encoders, or those
-            of another one.
+        UserError: if there are more or fewer weights than encoders.
     """
     names, weights = config.encoder.split("+"), [config.encoder_weights]
     if len(names) > 1:
@@ -408,13 +411,6 @@ def each_encoder(config: Config) -> list[tuple[str, str]]:
             f"for {len(names)} encoders: give one for each of "
             f"{config.encoder}, or the --encoder that they belong to"
         )
-    for name, each in zip(names, weights, strict=True):
-        other = "imagenet" if name == SCENES else SCENES
-        if each == other:
-            raise UserError(
-                f"encoder_weights {each!r} are not for encoder {name}: leave "
-                "--encoder-weights out to get those that are"
-            )
     return [*zip(names, weights, strict=True)]
 
 

@@ -84,6 +84,7 @@ class Arguments(NamedTuple):
     config: Config
     given: dict[str, Any]  # the fields of Config that were given as flags
     actions: argparse.Namespace
+    saved: dict[str, Any]  # the fields of --config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -266,17 +267,17 @@ def parse(
         kind = "flag" if word.startswith("-") else "argument"
         hint = _nearest(word, flags) if kind == "flag" else "; see --help"
         if here := ELSEWHERE.get(word.replace("_", "-")):
-            hint = f"; {here}" if "not needed" in here else f"; use {here}"
+            hint = f"; use {here}" if here.startswith("--") else f"; {here}"
         parser.error(f"unknown {kind} {word}{hint}")
     names = {each.name for each in dataclasses.fields(Config)}
     given = {k: v for k, v in vars(known).items() if k in names}
     try:
-        if known.config:
-            given = _read_config(known.config) | given
+        saved = _read_config(known.config) if known.config else {}
+        given = saved | given
         config = resolve(Config(**given), given)
     except UserError as error:
         parser.error(str(error))
-    return Arguments(config, given, known)
+    return Arguments(config, given, known, saved)
 
 
 def import_keras() -> None:
@@ -417,12 +418,12 @@ def next_line(script: str, arguments: Arguments) -> str:
     words = ["python", script]
     # Photographs need no more of the data than the name of the run.
     data = ["dataset"] if script == "caption.py" else group("data")
-    saved: dict[str, Any] = {}
-    if path := arguments.actions.config:
-        saved = _read_config(path)
-        words += ["--config", shlex.quote(path)]
-    for name in [*group("place"), *data, *group("encoder")]:
+    names = [*group("place"), *data, *group("encoder")]
+    if arguments.saved:  # all of it counts as given
+        words += ["--config", shlex.quote(arguments.actions.config)]
+        names = [*dict.fromkeys([*names, *group("data"), *group("model")])]
+    for name in names:
         value = arguments.given.get(name)
-        if name in arguments.given and saved.get(name) != value:
+        if value != arguments.saved.get(name):
             words += [flag(name), shlex.quote(str(value))]
     return " ".join(words)

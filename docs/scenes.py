@@ -29,17 +29,21 @@ from config import SCENES  # noqa: E402
 
 SEED = sample.SEED + 1  # of the scenes
 NUMBER, EPOCHS, BATCH, RATE = 8000, 5, 32, 2e-3
-SIDE = sample.SIDE // 32  # of the map, in regions
+REGION = 32  # side in pixels of a region of the map
+SIDE = sample.SIDE // REGION  # of the map, in regions
 NAMES = (sample.KINDS, sample.COLOURS, sample.SIZES)
 # Answers for a region: kind, colour and size (0: no object), ground, row and
-# column. There are many more regions without an object than with one.
+# column.
 ANSWERS = (
     *(len(names) + 1 for names in NAMES),
     len(sample.GROUNDS),
     SIDE,
     SIDE,
 )
+# There are many more regions without an object than with one, and every region
+# has a ground and a place.
 EMPTY_WEIGHT, PLACE_WEIGHT = 0.1, 0.3
+BESIDE = 20  # pixels around an object in which a region is not empty either
 
 
 def example(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -61,15 +65,15 @@ def example(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     labels[..., 4:] = np.moveaxis(np.indices((SIDE, SIDE)), 0, -1)
     weights = np.full(labels.shape, PLACE_WEIGHT, np.float32)
     weights[..., :3] = EMPTY_WEIGHT
-    middles = 32 * labels[..., :3:-1] + 16  # x and y (7, 7, 2)
+    middles = REGION * (labels[..., :3:-1] + 0.5)  # x and y (7, 7, 2)
     objects = [
         (group, centre) for group in scene.groups for centre in group.centres
     ]
     for group, centre in objects:
         distance = np.linalg.norm(middles - centre, axis=-1)  # (7, 7)
-        weights[distance < group.radius + 20, :3] = 0
+        weights[distance < group.radius + BESIDE, :3] = 0
     for group, centre in objects:
-        column, row = np.clip(centre // 32, 0, SIDE - 1).astype(int)
+        column, row = np.clip(centre // REGION, 0, SIDE - 1).astype(int)
         words = group.kind, group.colour, group.size
         labels[row, column, :3] = [
             1 + [*names].index(w) for names, w in zip(NAMES, words, strict=True)

@@ -120,7 +120,7 @@ def test_a_boolean_field_is_a_pair_of_flags(monkeypatch, capsys):
 
 
 def test_what_is_given_is_told_from_defaults_and_actions():
-    assert parse() == (resolve(Config()), {}, parse().actions)
+    assert parse() == (resolve(Config()), {}, parse().actions, {})
     words = ["a.jpg", "--json", "b.jpg", "--epochs", str(Config.epochs), "-"]
     arguments = parse(*words, actions=caption.ACTIONS)
     assert arguments.given == {"epochs": Config.epochs}
@@ -259,9 +259,10 @@ def test_the_commands_that_docstrings_show_are_valid(line):
 def test_the_next_line_names_a_saved_config_instead_of_its_fields(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"dataset": "mine", "encoder": "vgg16"}))
-    arguments = parse("--config", str(path), "--encoder", "xception")
+    flags = "--encoder xception --decoder-units 9 --seed 1"
+    arguments = parse("--config", str(path), *flags.split())
     assert command.next_line("train.py", arguments) == (
-        f"python train.py --config {path} --encoder xception"
+        f"python train.py --config {path} --encoder xception --decoder-units 9"
     )
 
 

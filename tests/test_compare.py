@@ -94,7 +94,8 @@ def test_what_is_better_is_told_from_chance(evaluation):
     assert found["novel"].interval
     assert found["distinct"].interval == ""
     assert found["distinct"].verdict == compare.NO_INTERVAL
-    assert "METEOR" not in found and "images/second" not in found
+    assert not any("METEOR" in title for title in found)  # without Java
+    assert "images/second" not in found
     back = by_title(*compare.pair(good, poor))
     assert {back[title].verdict for title in better} == {"worse"}
     # A single image is not enough.

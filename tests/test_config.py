@@ -175,15 +175,6 @@ def test_the_sample_is_quick_unless_told_otherwise(
             assert getattr(resolve(config, [name]), name) == own
 
 
-@pytest.mark.parametrize(
-    ("encoder", "weights"),
-    [("scenes", "imagenet"), ("vgg16", "scenes"), ("vgg16+scenes", "scenes")],
-)
-def test_weights_of_another_encoder_are_refused(encoder, weights):
-    with pytest.raises(UserError, match=f"'{weights}' are not for encoder"):
-        Config(encoder=encoder, encoder_weights=weights)
-
-
 def test_the_encoder_of_scenes_has_its_weights_on_every_dataset():
     config = Config(dataset="farm", encoder="vgg16+scenes")
     assert resolve(config).encoder_weights == "imagenet,scenes"

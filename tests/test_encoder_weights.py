@@ -100,11 +100,24 @@ def test_any_other_file_is_named_in_one_line(folder, name, told, monkeypatch):
 
 
 def test_the_weights_for_drawn_scenes_are_shipped():
-    found, again = networks.build("scenes"), networks.build("scenes")
-    for each in (found, again):
-        encoder_weights.load(each, "scenes", "scenes")
+    found = networks.build("scenes")
+    encoder_weights.load(found, "scenes", "scenes")
     known = encoder_weights.fingerprint("scenes", "scenes")
     assert known == encoder_weights.digest(found.get_weights())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "weights", "told"),
+    [
+        ("vgg16", "scenes", "vgg16 has no weights.* give --encoder scenes"),
+        ("scenes", "imagenet", "no ImageNet weights: leave"),
+    ],
+)
+def test_weights_that_an_encoder_does_not_have_are_refused(
+    encoder, weights, told
+):
+    with pytest.raises(UserError, match=told):
+        encoder_weights.fingerprint(encoder, weights)
 
 
 def test_a_run_on_another_layer_has_to_be_trained_again():

@@ -179,7 +179,9 @@ def _that_fit(folder: Path, description: dict[str, Any]) -> str:
             kind = weights.partition("-")[0]
             if weights == ENCODERS[meta["encoder"]].imagenet:
                 kind = "imagenet"
-            elif kind == "half" and meta["encoder"] == SCENES:
+            elif (
+                kind == "half" and meta["encoder"] == SCENES != here["encoder"]
+            ):
                 kind = SCENES
             elif kind == "half":
                 kind = f"FILE (the one of {weights})"

@@ -62,16 +62,30 @@ def fingerprint(encoder: str, weights: str) -> str:
         weights: `imagenet`, `scenes`, `random`, or the path of a weights file.
 
     Raises:
-        UserError: if there is no such file, or it holds no weights.
+        UserError: if there is no such file, or it holds no weights, or the
+            encoder has none of that name.
     """
+    if weights == SCENES != encoder:
+        raise UserError(
+            f"{encoder} has no weights that were trained on drawn scenes: give "
+            f"--encoder {SCENES}, or other --encoder-weights"
+        )
+    if encoder == SCENES and weights == "imagenet":
+        raise UserError(
+            f"the encoder {SCENES} has no ImageNet weights: leave "
+            "--encoder-weights out"
+        )
     if weights == "random":
         return f"random-{RANDOM_SEED}"
     if weights == "imagenet":
         return ENCODERS[encoder].imagenet
     arrays: list[np.ndarray] = []
-    path = SCENES_FILE if weights == SCENES else weights
-    _visit_weights(path, lambda weight: arrays.append(weight[()]))
+    _visit_weights(_path(weights), lambda weight: arrays.append(weight[()]))
     return digest(arrays)
+
+
+def _path(weights: str) -> str:
+    return SCENES_FILE if weights == SCENES else weights
 
 
 def digest(weights: Iterable[np.ndarray]) -> str:
@@ -143,8 +157,7 @@ def load(network: keras.Model, weights: str, encoder: str) -> None:
     elif weights == "imagenet":
         network.set_weights(_imagenet_weights(network, encoder))
     else:
-        path = SCENES_FILE if weights == SCENES else weights
-        _load_file(network, path, encoder)
+        _load_file(network, _path(weights), encoder)
 
 
 def _random_weights(network: keras.Model) -> list[np.ndarray]:

@@ -247,8 +247,8 @@ def as_text(
     lines = [
         f"A: {first.name}",
         f"B: {second.name}",
-        f"{len(first.examples):,} images; differences are B minus A, "
-        "percentages differ in points",
+        f"{len(first.examples):,} images; differences are B minus A, of "
+        "percentages in percentage points",
         "",
         f"  {'':{wide}}{'A':>8}{'B':>9}{'B - A':>9}  95% interval",
     ]

@@ -285,7 +285,7 @@ def lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _spline(side: int, size: int) -> np.ndarray:
-    """Cubic B-splines that make a curve of `size` pixels of `side` regions.
+    """Cubic B-splines that make a curve of `size` pixels from `side` regions.
 
     Returns:
         The weight of each region in each pixel (size, side).
