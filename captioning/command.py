@@ -416,12 +416,12 @@ def next_line(script: str, arguments: Arguments) -> str:
         arguments: of this script.
     """
     words = ["python", script]
-    # Photographs need no more of the data than the name of the run.
-    data = ["dataset"] if script == "caption.py" else group("data")
-    names = [*group("place"), *data, *group("encoder")]
+    names = [*group("place"), *group("data"), *group("encoder")]
     if arguments.saved:  # all of it counts as given
         words += ["--config", shlex.quote(arguments.actions.config)]
-        names = [*dict.fromkeys([*names, *group("data"), *group("model")])]
+        names += group("model")
+    elif script == "caption.py":  # which knows the data by the run
+        names = [*group("place"), "dataset", *group("encoder")]
     for name in names:
         value = arguments.given.get(name)
         if value != arguments.saved.get(name):

@@ -172,7 +172,7 @@ def test_values_stand_at_the_points_that_are_drawn():
     for number, x, values in curve.epochs:
         ((name, value, y),) = values
         assert name == "validation"
-        assert float(value) == pytest.approx(1 - np.exp(-number / 3), abs=5e-4)
+        assert float(value) == pytest.approx(1 - np.exp(-number / 3), abs=1e-4)
         assert np.abs(drawn - (x, y)).max(axis=1).min() < 0.1
 
 
@@ -593,11 +593,11 @@ def test_curves_tell_their_values(page):
     seen += ".map(x => x.textContent).join()"
     assert page.execute_script(f"return {seen}") == ""
     point_at(page, epochs[2])
-    wait(page, f"{seen} === '0.632,0.632,3'")
+    wait(page, f"{seen} === '0.6321,0.6321,3'")
     epochs[1].click()
     wait(page, "document.activeElement.matches('.epoch')")
     press(page, "ARROW_RIGHT", "ARROW_RIGHT", "ARROW_LEFT")
-    label = "Epoch 3: training 0.632, validation 0.632"
+    label = "Epoch 3: training 0.6321, validation 0.6321"
     wait(page, f"document.activeElement.ariaLabel === '{label}'")
     wait(page, "document.activeElement.tabIndex === 0")
 

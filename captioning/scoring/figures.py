@@ -133,7 +133,7 @@ def _epochs(
                 point = (row["epoch"], row[column])
                 x, y = axes.transData.transform(point)
                 y = round(float(height - y), 1)
-                values.append((name, f"{row[column]:.3f}", y))
+                values.append((name, f"{row[column]:#.4g}", y))
         if values:
             values.sort(key=lambda each: each[2])
             found.append(Epoch(int(row["epoch"]), round(float(x), 1), values))
