@@ -333,11 +333,14 @@ class Config:
     length_exponent: float = _decoding(1.0, "of length normalisation", 0, 5)
     # The likeliest caption is rarely the one that scores best: that is the one
     # most like the others of its beam. See captioning/decoding/consensus.py.
+    # Of a drawn scene the likeliest captions are right more often than its
+    # average ones: they count for more.
     consensus_temperature: float = _decoding(
         5.0,
         "take the caption most like the others of its beam, which count by "
         "probability ^ (1 / temperature) (0: take the likeliest)",
         0,
+        sample=1.0,
     )
     min_caption_length: int = _decoding(1, "shortest caption, in tokens", 1)
     # Captions of ten words seldom repeat themselves; small models that do are
@@ -505,6 +508,11 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
         run_name=config.run_name or f"{dataset}-{config.encoder}",
         encoder_weights=",".join(weights),
     )
+
+
+def defaults(dataset: str) -> Config:
+    """The resolved config of a dataset for which nothing else is given."""
+    return resolve(Config(dataset=dataset, dataset_dir=""))
 
 
 def _sample_defaults(given: Collection[str]) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from config import (
     SAMPLE,
     Config,
     UserError,
+    defaults,
     flag,
     group,
-    resolve,
 )
 
 # What may change when a run is resumed; its result depends on all other fields
@@ -203,7 +203,8 @@ def decoding_config(
 ) -> tuple[Config, Path]:
     """The config of a trained run, with today's decoding fields.
 
-    Its precision is the one that the run was trained in, unless another one
+    Those that were not given are the defaults of the run's dataset. Its
+    precision is the one that the run was trained in, unless another one
     was given.
 
     Args:
@@ -222,7 +223,8 @@ def decoding_config(
     free = [*EVALUATED, "limit_images"]
     _keep(config, given, [name for name in fixed if name not in free], place)
     _note_defaults(config)
-    names = [*group("place"), *group("decoding")]
+    config = _with(config, defaults(config.dataset), group("decoding"))
+    names = [*group("place"), *(n for n in group("decoding") if n in given)]
     names += [n for n in EVALUATED if given.get(n, OPEN.get(n)) != OPEN.get(n)]
     if "precision" in given:  # `auto` is that of this machine
         names.append("precision")
@@ -248,7 +250,7 @@ def _keep(
 
 def _note_defaults(config: Config) -> None:
     """Tells which defaults of the model have been edited since."""
-    now = resolve(Config(dataset=config.dataset, dataset_dir=""))
+    now = defaults(config.dataset)
     for name in group("model"):
         value, default = getattr(config, name), getattr(now, name)
         if value != default:

@@ -1,17 +1,19 @@
 """The files of an evaluation: named apart, and replaced as one set."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from captioning.data.vocabulary import PAD, UNKNOWN
 from captioning.scoring import results, teacher_forced
-from config import Config, UserError, group
+from config import SAMPLE, Config, UserError, group, resolve
 
-TRAINED = Config(precision="float32")
+TRAINED = Config(dataset="photos", precision="float32")
 
 
 def name(limit_images: int = 0, captions: str = "", **fields) -> str:
-    config = Config(**{"precision": "float32", **fields})
+    config = dataclasses.replace(TRAINED, **fields)
     return results.folder_name(config, TRAINED, limit_images, captions)
 
 
@@ -39,6 +41,14 @@ def test_only_the_defaults_have_the_plain_name_of_the_split(tmp_path):
     assert len({each.lower() for each in names}) == len(names)
     assert name(100, beam_size=5) == "test-beam5-limit100"
     assert {*results.SEARCH, "split"} == {*group("decoding")}
+
+
+def test_the_sample_has_defaults_of_its_own():
+    trained = resolve(Config(dataset=SAMPLE))
+    assert results.folder_name(trained, trained, 0, "") == "test"
+    usual = Config.consensus_temperature
+    other = dataclasses.replace(trained, consensus_temperature=usual)
+    assert results.folder_name(other, trained, 0, "") == "test-consensus5"
 
 
 def files(folder) -> dict[str, str]:

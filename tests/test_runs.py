@@ -224,6 +224,16 @@ def test_decoding_takes_the_run_and_what_may_differ(place, flags, changes):
     assert decode("--run-name", NAME, *flags) == expected
 
 
+def test_the_search_has_the_defaults_of_the_run_s_dataset(place):
+    """A run of photographs may be named without its dataset."""
+    assert decode().consensus_temperature == 1
+    save(place.with_name("photos"), dataset="photos")
+    found = decode("--run-name", "photos")
+    assert found.consensus_temperature == Config.consensus_temperature != 1
+    given = ["--run-name", "photos", "--consensus-temperature", "1"]
+    assert decode(*given).consensus_temperature == 1
+
+
 def test_the_first_of_averaged_runs_is_found_by_its_name(place):
     """Though runs with several encoders have a + in theirs."""
     pair = save(place.with_name(f"{NAME}+xception"))

@@ -23,7 +23,7 @@ from captioning.features import cache as features
 from captioning.files import write_csv, write_text
 from captioning.scoring import errors, figures, report, table
 from captioning.scoring.metrics import Scores
-from config import Config, UserError, group
+from config import Config, UserError, defaults, group
 
 FIGURES = 12  # attention figures per evaluation
 FILES = {
@@ -63,7 +63,7 @@ def folder_name(
     """Names the folder of an evaluation by its split and what differs.
 
     The plain name of the split is that of all images, searched by the
-    defaults, in the precision of the run.
+    defaults of the run's dataset, in the precision of the run.
 
     Args:
         config: what is evaluated, with its precision resolved.
@@ -80,8 +80,9 @@ def folder_name(
         digest = hashlib.sha256(Path(captions).read_bytes()).hexdigest()[:8]
         parts.append(f"captions-{stem}-{digest}")
     else:
+        usual = defaults(trained.dataset)
         for name, called in SEARCH.items():
-            if getattr(config, name) != getattr(Config(), name):
+            if getattr(config, name) != getattr(usual, name):
                 parts.append(f"{called}{getattr(config, name):g}")
         if config.precision != trained.precision:
             parts.append(config.precision)
