@@ -95,9 +95,11 @@ def main(arguments: command.Arguments) -> int:
         if actions.attention:
             draw(Path(actions.attention), photo, found)
         captioned += 1
-    after = ". Next: --attention maps shows where it looked"
-    if actions.attention:
+    after = ""
+    if captioned and actions.attention:
         after = f"; figures in {actions.attention}"
+    elif captioned:
+        after = ". Next: --attention maps shows where it looked"
     print(
         f"Captioned {captioned:,} of {captioned + failed:,} photographs with "
         f"{run}{after}",
