@@ -39,7 +39,7 @@ ACTIONS = [
             "action": "store_true",
             "default": False,
             "help": "print one JSON object per line: photo, caption and its "
-            "scores; n_best, the beam in the order of agreement (of score with "
+            "scores; n_best, the beam ordered by agreement (by score with "
             "--consensus-temperature 0); words, each with its probability and "
             "its attention weights, row by row of attention_grid",
         },
@@ -76,7 +76,10 @@ def main(arguments: command.Arguments) -> int:
     """Captions photographs; returns 1 if some could not be read."""
     actions = arguments.actions
     if bool(actions.photos) == (actions.serve is not None):
-        command.tell("give photographs, folders of them or -; or else --serve")
+        command.tell(
+            "give photographs, folders or - (a list on standard input), or "
+            "else --serve"
+        )
         return command.WRONG_USAGE
     if actions.serve is not None:
         return serve(arguments)
@@ -118,7 +121,7 @@ def choose_run(arguments: command.Arguments) -> Config:
         return config
     name = runs.newest_of_photographs(config.checkpoints_dir)
     print(
-        f"Captioning with the run {name}; --run-name takes another.",
+        f"Captioning with the run {name}; choose another with --run-name.",
         file=sys.stderr,
     )
     return dataclasses.replace(config, run_name=name)
@@ -134,8 +137,8 @@ def open_run(arguments: command.Arguments) -> tuple[Config, Path]:
     config, run = runs.decoding_config(choose_run(arguments), arguments.given)
     if config.dataset == SAMPLE:
         print(
-            f"Note: {run} knows only the drawn scenes of the sample; what it "
-            "says about photographs means nothing.",
+            f"Note: {run} was trained only on the sample's drawn scenes; its "
+            "captions of photographs are meaningless.",
             file=sys.stderr,
         )
     return config, run

@@ -95,7 +95,7 @@ LAYOUTS = (
 # What a token is: a word, or in a script without spaces each character.
 WORDS, CHARACTERS = "words", "characters"
 TOKENISERS = ("auto", WORDS, CHARACTERS)
-# What saved fields mean by leaving out one that they are older than.
+# The values of fields that older saved configs lack.
 LEFT_OUT = {"tokeniser": WORDS}
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")
@@ -121,8 +121,8 @@ _PLAIN = re.compile(
     re.IGNORECASE,
 )
 _ELSEWHERE = {
-    "dataset": "where the dataset is with --dataset-dir",
-    "run_name": "where the runs are with --checkpoints-dir",
+    "dataset": "the path of its folder with --dataset-dir",
+    "run_name": "the folder of the runs with --checkpoints-dir",
 }
 
 
@@ -170,7 +170,7 @@ class Config:
     # --- place: where things are and what is tolerated; results stay the same
     data_dir: str = _place("data", "root of the datasets and caches")
     checkpoints_dir: str = _place("checkpoints", "root of the run folders")
-    # Given alone, the dataset is called as the folder is.
+    # If given alone, the dataset takes the folder's name.
     dataset_dir: str = _place("", "the dataset's folder, if not data/<dataset>")
     run_name: str = _place("", "run folder (empty: <dataset>-<encoder>)")
     # One broken photograph in twenty is an accident; more is a wrong folder
@@ -195,7 +195,9 @@ class Config:
     )
     # Rarer words cannot be learned from 30,000 captions and cost time in the
     # output layer; 4 keeps 97% of Flickr8k's words.
-    min_word_count: int = _data(4, "occurrences in train that a token needs", 1)
+    min_word_count: int = _data(
+        4, "drop tokens that occur less often in train", 1
+    )
     # 98% of Flickr8k's captions are shorter, and the decoder's loop takes as
     # many steps as the longest caption has tokens.
     max_caption_length: int = _data(20, "tokens; the rest is cut off", 1, 100)
@@ -219,8 +221,8 @@ class Config:
     encoder_weights: str = _encoder(
         "auto",
         "'imagenet', 'scenes', 'random' or a weights file ('auto': scenes for "
-        "the encoder scenes; for others imagenet, or random on the sample); of "
-        "several encoders one for all, or one each, separated by commas",
+        "the encoder scenes; for others imagenet, or random on the sample); "
+        "with several encoders, one for all or one each, separated by commas",
     )
     # What the encoders were trained at.
     image_size: int = _encoder(
@@ -269,7 +271,7 @@ class Config:
     # once: 32 images are 160 captions per step.
     batch_images: int = _training(32, "images per training step", 1, sample=16)
     captions_per_image: int = _training(
-        5, "captions of each image per step; the rest wait an epoch", 1
+        5, "captions per image and step; the others wait an epoch", 1
     )
     # Higher rates raise the token accuracy a little further, and lower the
     # scores of the captions: docs/experiments.md.
@@ -285,8 +287,8 @@ class Config:
     # following at full speed.
     warmup_share: float = _training(0.05, "share of steps that warm up", 0, 1)
     weight_decay: float = _training(0.01, "AdamW's decoupled weight decay", 0)
-    clip_norm: float = _training(5.0, "global norm gradients are clipped to", 0)
-    # Captions differ from each other: one-hot targets are too sure.
+    clip_norm: float = _training(5.0, "clip gradients to this global norm", 0)
+    # Captions differ from each other: one-hot targets are overconfident.
     label_smoothing: float = _training(
         0.1, "share of the target spread over all words", 0, 1
     )
@@ -317,11 +319,15 @@ class Config:
     # 2017). None by default: Flickr8k gains nothing, see docs/experiments.md.
     scst_epochs: int = _training(0, "epochs of self-critical training", 0)
     # Rewards are noisy: small steps.
-    scst_learning_rate: float = _training(5e-5, "its learning rate", 0)
-    seed: int = _training(0, "of weights, dropout, data order", 0, 2**32 - 1)
+    scst_learning_rate: float = _training(
+        5e-5, "learning rate of self-critical training", 0
+    )
+    seed: int = _training(
+        0, "random seed of weights, dropout and data order", 0, 2**32 - 1
+    )
     # auto: bfloat16 where the processor multiplies it in hardware.
     precision: str = _training(
-        "auto", "arithmetic of encoder and decoder", choices=PRECISIONS
+        "auto", "precision of encoder and decoder", choices=PRECISIONS
     )
 
     # --- decoding: how captions are searched for and scored; always free
@@ -330,14 +336,16 @@ class Config:
     beam_size: int = _decoding(20, "hypotheses per step (1: greedy)", 1, 100)
     # GNMT's length penalty (Wu et al. 2016, equation 14). At 1 captions are as
     # long as greedy ones; at 0.7 they are half a word shorter and score less.
-    length_exponent: float = _decoding(1.0, "of length normalisation", 0, 5)
+    length_exponent: float = _decoding(
+        1.0, "exponent of the length normalisation", 0, 5
+    )
     # The likeliest caption is rarely the one that scores best: that is the one
     # most like the others of its beam. See captioning/decoding/consensus.py.
-    # Of a drawn scene the likeliest captions are right more often than its
-    # average ones: they count for more.
+    # For drawn scenes, likelier captions are right more often, so they count
+    # for more.
     consensus_temperature: float = _decoding(
         5.0,
-        "take the caption most like the others of its beam, which count by "
+        "rerank the beam by similarity to its captions, weighted by "
         "probability ^ (1 / temperature) (0: take the likeliest)",
         0,
         sample=1.0,
@@ -346,9 +354,11 @@ class Config:
     # Captions of ten words seldom repeat themselves; small models that do are
     # helped by 2 or 3.
     no_repeat_ngram: int = _decoding(
-        0, "tokens in a row that no caption repeats (0: any may be)", 0
+        0, "never repeat an n-gram of this many tokens (0: allowed)", 0
     )
-    split: str = _decoding("test", "what evaluate.py scores", choices=SPLITS)
+    split: str = _decoding(
+        "test", "split that evaluate.py scores", choices=SPLITS
+    )
 
     @property
     def input_size(self) -> int:
@@ -390,7 +400,7 @@ def _check(each: dataclasses.Field, value: Any) -> None:
             f"{each.name} {value!r} is not one of {', '.join(choices)}"
         )
     if len({*parts}) < len(parts):
-        raise UserError(f"{each.name} {value!r} names one of them twice")
+        raise UserError(f"{each.name} {value!r} repeats a name")
 
 
 def each_encoder(config: Config) -> list[tuple[str, str]]:
@@ -410,9 +420,9 @@ def each_encoder(config: Config) -> list[tuple[str, str]]:
         weights *= len(names)
     if len(weights) != len(names):
         raise UserError(
-            f"encoder_weights {config.encoder_weights!r} names {len(weights)} "
-            f"for {len(names)} encoders: give one for each of "
-            f"{config.encoder}, or the --encoder that they belong to"
+            f"encoder_weights {config.encoder_weights!r} lists {len(weights)} "
+            f"for {len(names)} encoders: list one for each of "
+            f"{config.encoder}, or give the --encoder that they belong to"
         )
     return [*zip(names, weights, strict=True)]
 

@@ -32,7 +32,7 @@ ACTIONS = [
         {
             "metavar": "FILE",
             "default": "",
-            "help": "score these captions instead of making some",
+            "help": "score the captions in this file instead of making some",
         },
     ),
     command.Action(
@@ -42,8 +42,8 @@ ACTIONS = [
             "type": functools.partial(check_name, "run_name"),
             "metavar": "RUN",
             "default": [],
-            "help": "average these runs, folders in checkpoints/, of one "
-            "vocabulary",
+            "help": "average the probabilities of these runs, which must have "
+            "the same vocabulary",
         },
     ),
     command.Action(

@@ -166,7 +166,7 @@ class FeatureStandardisation(keras.layers.Layer):
 
 
 class StepWeights(NamedTuple):
-    """What one step of the decoder multiplies by, in compute precision."""
+    """The weights of one decoder step, in compute precision unless noted."""
 
     query: Any  # W_h of the attention (units, attention units)
     score: Any  # v of the attention, float32 (attention units, 1)
@@ -269,10 +269,12 @@ class AttentionLSTM(keras.layers.Layer):
         gates = ops.cast(word_gates, "float32")  # (..., 4 * units)
         gates = gates + _product(hidden, weights.recurrent)
         gates = gates + _product(context, weights.visual)
-        enter, forget, candidate, leave = ops.split(gates, 4, axis=-1)
-        cell = ops.sigmoid(forget) * cell
-        cell = cell + ops.sigmoid(enter) * ops.tanh(candidate)
-        state = ops.sigmoid(leave) * ops.tanh(cell)
+        input_gate, forget_gate, candidate, output_gate = ops.split(
+            gates, 4, axis=-1
+        )
+        cell = ops.sigmoid(forget_gate) * cell
+        cell = cell + ops.sigmoid(input_gate) * ops.tanh(candidate)
+        state = ops.sigmoid(output_gate) * ops.tanh(cell)
         return ops.cast(state, hidden.dtype), cell, context, alpha
 
 
@@ -289,9 +291,9 @@ class CaptioningModel(keras.Model):
         decoder_units: size of the state and of the annotation vectors.
         attention_units: size of the attention's keys and queries.
         embedding_units: size of a word embedding.
-        embedding_rate: how many times the learning rate word embeddings learn
-            at. They are multiplied by it: under Adam, whose steps do not
-            depend on the scale of a gradient, that is the same.
+        embedding_rate: multiple of the learning rate for the word embeddings.
+            They are multiplied by it: under Adam, whose steps do not depend on
+            the scale of a gradient, that is the same.
         word_dropout: dropout rate of embeddings and annotation vectors.
         output_dropout: dropout rate before the output layer.
         attention_regularisation: weight of the doubly stochastic penalty.

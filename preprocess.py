@@ -45,8 +45,7 @@ def read_worker(text: str) -> tuple[int, int]:
     number, _, of = text.partition("/")
     if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
         raise argparse.ArgumentTypeError(
-            f"expects a number from 0 and how many there are, like 0/4, not "
-            f"{text!r}"
+            f"expects WORKER/WORKERS, counted from 0, like 0/4, not {text!r}"
         )
     return int(number), int(of)
 
@@ -168,7 +167,7 @@ def check_skipped(config: Config, table: Any, skipped: Any) -> None:
         image, reason = next(p for p in skipped if p[0] in lost)
         raise UserError(
             f"{len(lost):,} of {len(lost) + len(there):,} images are "
-            f"unusable, the first of them {image} ({reason}): mend the "
+            f"unusable, the first of them {image} ({reason}): fix the "
             "dataset, or allow more with --max-skipped-share"
         )
 
@@ -500,8 +499,8 @@ def warn_of_few(table: Any) -> None:
     if few:
         print(
             f"Warning: few images are held out ({', '.join(few)}). Scores on "
-            f"fewer than {FEW_HELD_OUT} say little; without a split of the "
-            "dataset's own, --val-share and --test-share hold out more"
+            f"fewer than {FEW_HELD_OUT} say little; if the dataset has no "
+            "split of its own, raise --val-share and --test-share"
         )
 
 
@@ -522,7 +521,7 @@ def report(dataset: Any, repaired: int, words: Any, duplicates: int) -> None:
     )
     if duplicates:
         print(
-            f"  {duplicates:,} pairs of images with equal pixels lie in two "
+            f"  {duplicates:,} pairs of identical images are in different "
             "splits (duplicates.csv)"
         )
 

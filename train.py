@@ -6,7 +6,7 @@
 
 Trains the decoder on what preprocess.py left in data/cache/. A run that was
 stopped, by whatever means, resumes where it was when the same command is given
-again; --fresh starts over and keeps the old folder under another name.
+again; --fresh starts over and renames the old folder.
 --start-from begins with the weights of another run; a lower --learning-rate
 keeps more of them.
 """
@@ -26,7 +26,7 @@ ACTIONS = [
         {
             "action": "store_true",
             "default": False,
-            "help": "start over; the old run folder gets another name",
+            "help": "start over; the old run folder is renamed",
         },
     ),
     command.Action(
@@ -156,7 +156,7 @@ def fit(
     )
     loop.resume(decoder, points)
     if is_trained(config, points):
-        print(f"This run is trained: {ending(config, points)}")
+        print(f"This run is already trained: {ending(config, points)}")
         return
     print(
         f"Training {place}: {len(features):,} images, {len(words):,} "
@@ -166,15 +166,16 @@ def fit(
     )
     if len(features) < FEW_IMAGES and not start:
         print(
-            "These are few images to learn from. A run that starts from "
-            "another one needs fewer: give --encoder xception --start-from "
+            "This is a small training set. A run that starts from another run "
+            "needs fewer images: use --encoder xception --start-from "
             "pretrained."
         )
     if judge.by_loss:
         print(
             f"{len(val.images)} validation images are too few for CIDEr to "
             "tell epochs apart: the validation loss decides which epoch is "
-            "best. (Self-critical training has none and keeps its last epoch.)"
+            "best. (Self-critical training has no validation loss and keeps "
+            "its last epoch.)"
         )
     points.catch_signals()
     if not crossed(config, points):
@@ -271,9 +272,9 @@ def announce_schedule(
     """
     if config.epochs == scheduled:
         return
-    then = f"it has not decayed yet by epoch {config.epochs}"
+    then = f"it has not fully decayed by epoch {config.epochs}"
     if config.epochs > scheduled:
-        then = f"it stays at {afterwards:.1e} after them"
+        then = f"after those it stays at {afterwards:.1e}"
     print(
         f"The learning rate keeps the schedule of {scheduled} epochs that this "
         f"run began with: {then}. For a schedule of {config.epochs}, give "
@@ -290,8 +291,8 @@ def ending(config: Config, points: Any) -> str:
     elif judge.stopped:
         measure = "validation loss" if judge.by_loss else "CIDEr"
         why = (
-            f"the last {judge.since_best} measurements up to epoch "
-            f"{points.epoch} brought no better {measure} (patience "
+            f"the last {judge.since_best} measurements, up to epoch "
+            f"{points.epoch}, did not improve {measure} (patience "
             f"{config.patience})"
         )
         more = "--patience"

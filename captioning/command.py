@@ -157,8 +157,8 @@ def _parser(
             "metavar": "FILE",
             "default": "",
             "help": "take the fields of a saved config, such as "
-            "checkpoints/<run>/config.json, except for places; flags count "
-            "for more",
+            "checkpoints/<run>/config.json, except for paths; flags override "
+            "them",
         },
         "--help": {"action": "help", "help": "show this"},
         "--help-all": {"action": "help", "help": "show the other fields too"},
@@ -225,8 +225,8 @@ def _read_config(path: str) -> dict[str, Any]:
     unknown = sorted(fields.keys() - known)
     if unknown:
         raise UserError(
-            f"--config {path} is from another version, which has "
-            f"{' and '.join(unknown)}: take these out"
+            f"--config {path} is from another version, with "
+            f"{' and '.join(unknown)}: remove these fields"
         )
     places = {*group("place")}
     fields = {**LEFT_OUT, **fields}
@@ -398,7 +398,7 @@ def run(
         where = f"{error.filename}: " if error.filename else ""
         reason = f"{where}{error.strerror or error}"
         if error.errno == errno.ENOSPC:
-            reason += ": make room and run it again, nothing is lost"
+            reason += ": free some space and run it again; nothing is lost"
         tell(reason)
         code = FAILED
     if code and job.described():

@@ -66,7 +66,7 @@ def check_disk(folder: Path, needed: int) -> None:
     if needed > free:
         raise UserError(
             f"{folder} needs {needed / 1e9:.1f} GB more and the disk has "
-            f"{free / 1e9:.1f} GB left: make room, or give --data-dir on "
+            f"{free / 1e9:.1f} GB left: free some space, or give --data-dir on "
             "another disk"
         )
 
@@ -121,7 +121,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
             held = SoftFileLock(file.with_suffix(".softlock"))
             held.acquire(timeout)
     except Timeout:
-        text = f"another process is at work on {path}: wait for it to end"
+        text = f"another process is using {path}: wait for it to finish"
         if isinstance(held, SoftFileLock):
             # Its process may be on another machine.
             text += f" (if none is running, delete {held.lock_file})"

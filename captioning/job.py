@@ -54,8 +54,8 @@ def joined() -> Iterator[int]:
     processes, process = _number(PROCESSES, 1), _number(PROCESS, 0)
     if process >= processes:
         raise UserError(
-            f"{PROCESS} is {process}: of {processes} processes the last one "
-            f"is {processes - 1}"
+            f"{PROCESS} is {process}: with {processes} processes, the last is "
+            f"number {processes - 1}"
         )
     if os.name == "nt":
         raise UserError(

@@ -94,7 +94,7 @@ def _refuse_other_folder(place: Path) -> None:
     others = [p.name for p in paths if p.name not in own and p.name[0] != "."]
     if others:
         raise UserError(
-            f"{place} is there already and is no run (it has "
+            f"{place} already exists and is not a run (it contains "
             f"{min(others)}): give another --run-name or --checkpoints-dir"
         )
 
@@ -160,7 +160,7 @@ def _no_run(place: Path) -> str:
     text = f"there is no trained run in {place}: run train.py first"
     runs = [path.parent.name for path in place.parent.glob(f"*/{CONFIG}")]
     if runs:
-        text += f", or give --run-name (there are {', '.join(sorted(runs))})"
+        text += f", or choose one with --run-name ({', '.join(sorted(runs))})"
     return text
 
 
@@ -183,7 +183,7 @@ def training_config(
         return wanted
     if (place / WEIGHTS).exists() and not (place / STATE).exists():
         raise UserError(
-            f"{place} captions but cannot be resumed, as it has no {STATE}: "
+            f"{place} can caption but not resume, because it has no {STATE}: "
             f"give another --run-name, and --start-from {place.name} to start "
             "from its weights"
         )
@@ -413,7 +413,7 @@ def load_description(
 
 
 def started_from(place: Path) -> str:
-    """The name of the run that a run started from; empty if from nothing."""
+    """The name of the run that a run started from; empty if from scratch."""
     return str(read_json(place / FEATURES).get("started_from", ""))
 
 

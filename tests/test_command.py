@@ -237,7 +237,7 @@ def test_a_saved_config_is_read_back_but_for_its_places(tmp_path, refused):
     for text, told in (
         ("{", "cannot be read"),
         ("[1]", "cannot be read"),
-        ('{"views": 2}', "views: take these out"),
+        ('{"views": 2}', "views: remove these fields"),
         ('{"seed": "7"}', "seed '7' is not of type int"),
     ):
         path.write_text(text)
@@ -285,7 +285,7 @@ def test_the_next_command_keeps_the_flags_that_it_needs():
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FULL_THERE = OSError(*FULL.args, "a/features.npy")
-ROOM = f"{FULL.strerror}: make room and run it again, nothing is lost"
+ROOM = f"{FULL.strerror}: free some space and run it again; nothing is lost"
 
 
 @pytest.mark.parametrize("returned", [None, 0, 1])

@@ -77,7 +77,7 @@ def test_an_evaluation_is_not_better_than_itself(evaluation):
     one = evaluation("one", captions(0.5), 4)
     found = by_title(*compare.pair(one, one))
     assert {each.verdict for each in found.values()} <= {
-        "within chance",
+        "not significant",
         compare.NO_INTERVAL,
     }
     assert found["CIDEr"].interval == "+0.000 to +0.000"
@@ -90,7 +90,7 @@ def test_what_is_better_is_told_from_chance(evaluation):
     found = by_title(*compare.pair(poor, good))
     better = ("CIDEr", "BLEU-4", "ROUGE-L", "token accuracy", "perplexity")
     assert {found[title].verdict for title in better} == {"better"}
-    assert found["length"].verdict == "differs"
+    assert found["length"].verdict == "different"
     assert found["novel"].interval
     assert found["distinct"].interval == ""
     assert found["distinct"].verdict == compare.NO_INTERVAL
@@ -101,7 +101,7 @@ def test_what_is_better_is_told_from_chance(evaluation):
     # A single image is not enough.
     slightly = {**captions(0.2), IMAGES[-1]: REFERENCES[IMAGES[-1]][0]}
     found = by_title(*compare.pair(poor, evaluation("new", slightly, 3)))
-    assert found["CIDEr"].verdict == "within chance"
+    assert found["CIDEr"].verdict == "not significant"
     assert found["CIDEr"].difference.startswith("+0.0")
 
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(evaluation, tmp_path):
         compare.load("none", str(tmp_path), "val")
     rewritten = {**REFERENCES, "1.jpg": ["another"]}
     other = evaluation("other", captions(0.5), 4, rewritten)
-    with pytest.raises(UserError, match="other references"):
+    with pytest.raises(UserError, match="different references"):
         compare.pair(one, other)
     alone = other._replace(
         examples=other.examples.rename(index=lambda x: x + "!")

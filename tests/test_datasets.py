@@ -473,7 +473,7 @@ DAMAGED = {
         [],
         [
             ("none.jpg", "missing"),
-            ("A.jpg", "missing: there is a.jpg; upper and lower case count"),
+            ("A.jpg", "missing, but there is a.jpg; names are case-sensitive"),
         ],
     ),
     "commas without quotes": (
@@ -601,7 +601,7 @@ def test_names_in_another_unicode_form_are_those_of_the_files(tmp_path, forms):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("hügel.jpg", "there is Hügel.JPG; upper and lower case count"),
+        ("hügel.jpg", "there is Hügel.JPG; names are case-sensitive"),
         ("Hügel", "there is Hügel.JPG"),
         ("x/Hügel.JPG", "there is Bilder/Hügel.JPG"),
     ],
@@ -610,7 +610,7 @@ def test_a_missing_image_that_is_nearly_there_is_named(tmp_path, name, hint):
     text = f"image,caption\n{name},dog\ny/b.jpg,cat\n"
     names = normalize("NFD", "Bilder/Hügel.JPG"), "y/b.jpg"
     ((image, reason),) = plain(tmp_path, text, *names).skipped
-    assert (image, normalize("NFC", reason)) == (name, f"missing: {hint}")
+    assert (image, normalize("NFC", reason)) == (name, f"missing, but {hint}")
 
 
 # --- cells with several captions ------------------------------------------
@@ -821,10 +821,10 @@ def test_lists_of_another_dataset_stop_in_one_line(tmp_path, hits):
 def test_names_in_a_list_that_match_no_image_are_told(tmp_path):
     lists = {"train.txt": [*LISTED, "gone.jpg"], "val.txt": ["far/away.jpg"]}
     assert listed(tmp_path, lists).messages == [
-        "train.txt: 1 of 21 names match no image, such as gone.jpg (an image "
-        "is called 7000.jpg).",
-        "val.txt: 1 of 1 names match no image, such as far/away.jpg (an image "
-        "is called 7000.jpg).",
+        "train.txt: 1 of 21 names match no image, such as gone.jpg (images are "
+        "named like 7000.jpg).",
+        "val.txt: 1 of 1 names match no image, such as far/away.jpg (images "
+        "are named like 7000.jpg).",
     ]
 
 

@@ -87,7 +87,7 @@ def test_self_critical_training_of_two_processes_is_that_of_one(home):
         ("", "0", job.PROCESSES),
         ("two", "0", job.PROCESSES),
         ("2", "-1", job.PROCESS),
-        ("2", "2", "the last one is 1"),
+        ("2", "2", "the last is number 1"),
         ("2", "0", "set KERAS_BACKEND=jax"),
     ],
 )

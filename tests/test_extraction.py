@@ -117,7 +117,7 @@ def test_a_full_disk_when_the_tables_are_written_is_one_line(
     ballast = fill_up(small_disk)
     code, _, err = run(tmp_path, *flags)
     assert code == 1
-    assert "No space left on device: make room" in err.splitlines()[-1]
+    assert "No space left on device: free some space" in err.splitlines()[-1]
     assert not list(small_disk.rglob("*captions.csv"))
     (path,) = small_disk.rglob("finished.bin")
     assert np.count_nonzero(np.fromfile(path, np.uint8)) >= 59
@@ -135,7 +135,7 @@ def test_photographs_in_two_splits_are_told_by_a_resumed_run_alike(tmp_path):
     make_photos(tmp_path)
     code, out, _ = run(tmp_path)
     assert code == 0
-    assert "1 pairs of images with equal pixels lie in two splits" in out
+    assert "1 pairs of identical images are in different splits" in out
     (path,) = tmp_path.glob("data/cache/*/*/duplicates.csv")
     wanted = "image,split,other_image,other_split\n003.png,train,100.png,val\n"
     assert path.read_text() == wanted

@@ -433,7 +433,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 ):
     size = len(NAMES) * SHAPE[0] * SHAPE[1] * 2
     leave_free(monkeypatch, size - 1)
-    with pytest.raises(UserError, match="make room") as error:
+    with pytest.raises(UserError, match="free some space") as error:
         create(tmp_path / "new" / "cache")
     assert "\n" not in str(error.value)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -448,7 +448,7 @@ def test_a_disk_that_is_too_small_for_new_images_keeps_the_old(
     before = content(undisturbed)
     leave_free(monkeypatch, 0)
     create(undisturbed, images=images)  # what is there needs no more
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="free some space"):
         create(undisturbed, [*NAMES, *map(str, range(1000))], images=images)
     assert content(undisturbed) == before
 

@@ -111,7 +111,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     path = tmp_path / "run"
     with held(path) as process:
         told = refused(path)
-        assert told.startswith(f"another process is at work on {path}: ")
+        assert told.startswith(f"another process is using {path}: ")
         process.kill()
         process.wait()
         with lock(path), lock(tmp_path / "other"):

@@ -53,7 +53,7 @@ def test_what_is_no_photograph_is_counted_by_kind():
     _, _, [(folder, told)] = photographs.find(["roll"], [])
     assert folder == "roll" and told.startswith("not photographs: 2 .mov, ")
     assert sorted(told.removeprefix("not photographs: ").split(", ")) == sorted(
-        ["2 .mov", "1 no ending", "1 .cr2", "1 .eps", "1 .h5", "1 .txt"]
+        ["2 .mov", "1 without extension", "1 .cr2", "1 .eps", "1 .h5", "1 .txt"]
     )
 
 

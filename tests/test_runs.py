@@ -132,11 +132,11 @@ def test_a_damaged_config_is_refused_in_one_line(place, text):
 
 def test_an_unknown_run_is_reported_with_those_there_are(checkpoints):
     message = refusal(decode)
-    assert "run train.py first" in message and "there are" not in message
+    assert "run train.py first" in message and "choose one" not in message
     save(checkpoints / "a run"), save(checkpoints / NAME)
     message = refusal(decode, "--run-name", "none")
     assert str(checkpoints / "none") in message
-    assert "(there are a run, sample-scenes)" in message
+    assert "choose one with --run-name (a run, sample-scenes)" in message
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,10 @@ def test_a_folder_that_is_no_run_is_not_made_one(checkpoints):
         (place / name).write_text("")  # of a run that was killed as it began
     resume()
     (place / "history.csv").write_text("mine")
-    assert "it has history.csv" in refusal(resume)
-    assert "it has history.csv" in refusal(runs.set_aside, place)
+    assert "it contains history.csv" in refusal(resume)
+    assert "it contains history.csv" in refusal(runs.set_aside, place)
     (checkpoints / "file").write_text("mine")
-    assert "is no run" in refusal(resume, "--run-name", "file")
+    assert "is not a run" in refusal(resume, "--run-name", "file")
 
 
 def test_without_a_name_the_newest_run_of_photographs_captions(checkpoints):

@@ -236,7 +236,7 @@ def test_an_image_beside_text_and_one_without(tmp_path):
     assert [*dataset.table["caption"]] == ["a dog"]
     bare, lost = dataset.messages
     assert bare == "1 images without a caption are left out, such as c.jpg."
-    assert lost.endswith("not there and left out, such as b.")
+    assert lost.endswith("are missing and left out, such as b.")
 
 
 def test_archives_that_are_not_needed_are_named(tmp_path):
@@ -367,15 +367,15 @@ BAD = {
     ),
     "cut between members": (
         lambda f: cut_header(write_tar(f), 0),
-        "(it does not end as a tar, after 000000001.",
+        "(the tar breaks off after 000000001.",
     ),
     "cut in a header": (
         lambda f: cut_header(write_tar(f), 100),
-        "(it does not end as a tar, after 000000001.",
+        "(the tar breaks off after 000000001.",
     ),
     "damaged header": (
         lambda f: damage_header(write_tar(f)),
-        "(it does not end as a tar, after 000000001.",
+        "(the tar breaks off after 000000001.",
     ),
     "cut.zip": (
         lambda f: cut(write_zip(f, images("a"))),
@@ -412,7 +412,7 @@ BAD = {
     ),
     "large member": (
         lambda f: write_zip(f, {"a.jpg": os.urandom(200_001)}),
-        "archive.zip holds 'a.jpg' of 0.0 GB: no photograph is so large",
+        "archive.zip holds 'a.jpg' (0.0 GB), too large for a photograph",
     ),
     "bomb": (
         lambda f: write_zip(f, {f"{i}.jpg": bytes(150_000) for i in range(9)}),
@@ -484,7 +484,7 @@ def test_names_that_differ_in_case_are_two_files_or_an_error(
         with pytest.raises(UserError) as error:
             find(tmp_path)
     place = folder / "archive.zip"
-    told = f"{place} holds A.jpg, and {place} holds a.jpg, which this disk"
+    told = f"{place} holds A.jpg, and {place} holds a.jpg, which are the same"
     assert told in str(error.value) and "\n" not in str(error.value)
     assert not [*(tmp_path / "data" / "cache").rglob("captions.txt")]
     if (tmp_path / "DATA").exists():
@@ -499,7 +499,7 @@ def test_a_full_disk_is_told_before(tmp_path, monkeypatch):
     write_splits(tmp_path / "data" / "photos", "image", "caption")
     full = SimpleNamespace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    with pytest.raises(UserError, match="GB left: make room"):
+    with pytest.raises(UserError, match="GB left: free some space"):
         find(tmp_path)
     assert not [*tmp_path.rglob("*.jpg")]
 

@@ -39,7 +39,7 @@ def alone(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("alone")
     make_photos(folder)
     code, out, _ = run(folder)
-    assert code == 0 and "1 pairs of images with equal pixels" in out
+    assert code == 0 and "1 pairs of identical images" in out
     return written(folder)
 
 

@@ -401,11 +401,11 @@ def _look_up(
         if there := alike.get(asked.casefold(), ""):
             name = posixpath.basename(there)
             if _nfc(name) == asked:
-                missing[image] += f": there is {there}"
+                missing[image] += f", but there is {there}"
             else:
-                missing[image] += f": there is {name}"
+                missing[image] += f", but there is {name}"
                 if posixpath.splitext(image)[1]:
-                    missing[image] += "; upper and lower case count"
+                    missing[image] += "; names are case-sensitive"
     notes.skipped.extend(missing.items())
     return found
 

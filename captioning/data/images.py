@@ -100,7 +100,7 @@ def decode_image(
     except UnusableImage:
         raise
     except MemoryError:
-        raise UnusableImage("needs more memory than there is") from None
+        raise UnusableImage("not enough memory") from None
     except UnidentifiedImageError:
         raise UnusableImage(_why_unidentified(data)) from None
     # What decoders raise for crafted bytes is not documented: SyntaxError,
@@ -191,7 +191,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         grey = (np.asarray(image) // 257).astype(np.uint8)
         return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
     if image.mode in ("I", "F"):
-        raise UnusableImage("pixels of 32 bits without a known white")
+        raise UnusableImage("32-bit pixels without a known white level")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")

@@ -96,7 +96,7 @@ def _in_folder(folder: str, found: Found) -> list[str]:
             if ending in ENDINGS:
                 photographs.append(os.path.join(here, each))
             else:
-                others[ending or "no ending"] += 1
+                others[ending or "without extension"] += 1
     if others:
         kinds = [f"{count:,} {e}" for e, count in others.most_common(_KINDS)]
         more = ", ..." if len(others) > _KINDS else ""

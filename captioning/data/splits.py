@@ -207,8 +207,8 @@ def _read_lists(
             count = len(each.images) + len(each.unknown)
             notes.messages.append(
                 f"{each.path}: {len(each.unknown):,} of {count:,} names match "
-                f"no image, such as {each.unknown[0][:80]} (an image is called "
-                f"{min(images)})."
+                f"no image, such as {each.unknown[0][:80]} (images are named "
+                f"like {min(images)})."
             )
     pairs = [
         (image, each.split) for each in best.lists for image in each.images
@@ -258,9 +258,9 @@ def _wrong_lists(directory: Path, group: _Group, images: set[str]) -> str:
     example = wrong.unknown[0][:80] if wrong.unknown else "no names"
     return (
         f"{directory / wrong.path}: the split lists name "
-        f"{len(group.images):,} of the {len(images):,} images; this one has "
-        f"{example}, an image is called {min(images)}: correct the lists, or "
-        "remove them to split by a hash of the names"
+        f"{len(group.images):,} of the {len(images):,} images; this one lists "
+        f"{example}, while images are named like {min(images)}: correct the "
+        "lists, or remove them to split by a hash of the names"
     )
 
 

@@ -251,7 +251,7 @@ def _write_captions(
         f"{len(names):,} {what} left out, such as {names[0]}."
         for names, what in (
             (bare, "images without a caption are"),
-            (lost, "captioned images are not there and"),
+            (lost, "captioned images are missing and"),
         )
         if names
     ]
@@ -302,9 +302,8 @@ def _unpack_source(
         if twin != name:
             raise UserError(
                 f"{path} holds {name}, and {directory / seen[twin][0]} holds "
-                f"{twin}, which this disk takes for the same file: rename "
-                "one, or give --data-dir on a disk where upper and lower case "
-                "count"
+                f"{twin}, which are the same file on this disk: rename one, or "
+                "give --data-dir on a case-sensitive disk"
             )
         first, known = seen.setdefault(name, (source, digest))
         if known != digest:
@@ -381,7 +380,7 @@ def _check_growth(path: Path, size: int) -> None:
     if size > max(MAX_BYTES, MAX_RATIO * path.stat().st_size):
         raise UserError(
             f"{path} would grow more than {MAX_RATIO}-fold, to over "
-            f"{size / 1e9:.1f} GB: no photographs do; it is not unpacked"
+            f"{size / 1e9:.1f} GB, which photographs never do: not unpacked"
         )
 
 
@@ -448,14 +447,14 @@ def _members(
             if reason or not is_file:
                 raise UserError(
                     f"{path} holds {name!r} ({reason or 'a link or device'}), "
-                    "which may lead out of the folder: it is not unpacked"
+                    "which may lead out of the folder: not unpacked"
                 )
             total += size
             _check_growth(path, total)
             if size > MAX_BYTES:
                 raise UserError(
-                    f"{path} holds {name!r} of {size / 1e9:.1f} GB: no "
-                    "photograph is so large; it is not unpacked"
+                    f"{path} holds {name!r} ({size / 1e9:.1f} GB), too large "
+                    "for a photograph: not unpacked"
                 )
             name = posixpath.normpath(name)
             parts = name.split("/")
@@ -486,7 +485,7 @@ def _tar(path: Path) -> Iterator[_Member]:
         assert file is not None
         if file.tell() != archive.offset + block or any(file.read(block)):
             last = "".join(archive.getnames()[-1:])
-            raise tarfile.ReadError(f"it does not end as a tar, after {last}")
+            raise tarfile.ReadError(f"the tar breaks off after {last}")
 
 
 # --- tables ---------------------------------------------------------------

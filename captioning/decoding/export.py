@@ -44,7 +44,7 @@ def save(
             "KERAS_BACKEND=tensorflow"
         )
     if folder.exists():
-        raise UserError(f"{folder} is there already: give another folder")
+        raise UserError(f"{folder} already exists: choose another folder")
     # What ends a caption has no text.
     texts = ["" if n <= END else w for n, w in enumerate(vocabulary.words)]
 

@@ -120,8 +120,8 @@ class BeamSearch(_Search):
         length_exponent: of the length normalisation; 0 is none.
         min_length: the shortest caption, in words.
         max_length: the longest caption, in words.
-        no_repeat_ngram: so many words in a row do not come twice in a
-            caption; 0 allows it.
+        no_repeat_ngram: no n-gram of this many words occurs twice in a
+            caption; 0 allows any.
         consensus_temperature: of the hypotheses when the best is the one that
             they agree with most; at 0 it is the one of the highest score.
     """

@@ -20,7 +20,7 @@ from config import ENCODERS, SCENES, Config, UserError, each_encoder
 RANDOM_SEED = 0
 
 # The end of an error about a file.
-ONE_EACH = " (with several encoders one for each, separated by commas)"
+ONE_EACH = " (with several encoders, one each, separated by commas)"
 
 # Trained on drawn scenes by docs/scenes.py.
 SCENES_FILE = str(Path(__file__).with_name("scenes.weights.h5"))
@@ -197,8 +197,8 @@ def _imagenet_weights(network: keras.Model, encoder: str) -> list[np.ndarray]:
     weights, known = trained.get_weights(), ENCODERS[encoder].imagenet
     if known not in ("imagenet", found := digest(weights)):
         raise UserError(
-            f"the ImageNet weights of {encoder} that Keras downloaded are "
-            f"{found} and no longer {known}: give the file of those as "
+            f"Keras downloaded ImageNet weights of {encoder} with the digest "
+            f"{found}, not {known}: give a file with the latter as "
             "--encoder-weights"
         )
     return weights

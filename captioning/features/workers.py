@@ -20,7 +20,7 @@ def alone(folder: Path) -> Iterator[None]:
     """Holds a feature folder for this process and no other.
 
     Raises:
-        UserError: if another process is at work on it, alone or as a worker.
+        UserError: if another process is using it, alone or as a worker.
     """
     with contextlib.ExitStack() as held:
         with _door(folder):

@@ -21,7 +21,7 @@ from config import CHARACTERS, WORDS, UserError
 SHOWN = 24  # images on the page, of each that one captions better
 # Where less is better, and where neither is.
 LESS_IS_BETTER, NEUTRAL = "perplexity", ("mean_length", "novel_captions")
-NO_INTERVAL = "no interval"
+NO_INTERVAL = "not tested"
 
 
 class Evaluation(NamedTuple):
@@ -94,8 +94,8 @@ def pair(first: Evaluation, second: Evaluation) -> list[Evaluation]:
     ours = [each.examples.loc[shared] for each in (first, second)]
     if not ours[0]["references"].equals(ours[1]["references"]):
         raise UserError(
-            f"{first.place} and {second.place} have other references for the "
-            "same images: evaluate one of them again"
+            f"{first.place} and {second.place} have different references "
+            "for the same images: evaluate one of them again"
         )
     names = [each.metrics["tokenizer"] for each in (first, second)]
     if names[0] != names[1]:
@@ -232,9 +232,9 @@ def _verdict(name: str, ends: list[float]) -> str:
     if not ends:
         return NO_INTERVAL
     if ends[0] <= 0 <= ends[1]:
-        return "within chance"
+        return "not significant"
     if name in NEUTRAL:
-        return "differs"
+        return "different"
     better = (ends[0] > 0) != (name == LESS_IS_BETTER)
     return "better" if better else "worse"
 
@@ -247,8 +247,8 @@ def as_text(
     lines = [
         f"A: {first.name}",
         f"B: {second.name}",
-        f"{len(first.examples):,} images; differences are B minus A, of "
-        "percentages in percentage points",
+        f"{len(first.examples):,} images; differences are B minus A, "
+        "in percentage points for percentages",
         "",
         f"  {'':{wide}}{'A':>8}{'B':>9}{'B - A':>9}  95% interval",
     ]

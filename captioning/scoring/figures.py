@@ -48,7 +48,7 @@ _TITLE, _GAP = 24, 8  # pixels above and between the panels
 # The brightness of the grey where there is no attention; the same as on the
 # report's page.
 _UNLIT = 0.6
-_LEGEND = "in colour: more attention than an even share"
+_LEGEND = "in colour: more than an even share of attention"
 
 
 class Epoch(NamedTuple):

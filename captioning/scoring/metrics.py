@@ -21,8 +21,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 PTB = "PTB (Stanford CoreNLP 3.4.1, Java)"
 RESAMPLES = 1000
-# Fewer images than this cannot tell two epochs apart by CIDEr. It weighs words
-# by how few images they occur for: of a single image it is always 0, and of a
+# Fewer images than this cannot tell two epochs apart by CIDEr. It weights words
+# by how few images they occur in: of a single image it is always 0, and of a
 # handful it is decided by chance (its standard error is about 0.6 divided by
 # the square root of the number of images: 0.13 for twenty).
 CIDER_IMAGES = 20
@@ -226,7 +226,8 @@ def _notices(
     notices = []
     if 1 < len(judged) < FEW_IMAGES:
         notices.append(
-            f"{len(judged)} images are few: trust the intervals, not the scores"
+            f"{len(judged)} images is a small sample: trust the intervals, not "
+            "the scores"
         )
     empty = [image for image, texts in made.items() if not texts[0]]
     if empty:
@@ -242,8 +243,8 @@ def _notices(
         )
     if len(judged) == 1:
         notices.append(
-            "CIDEr of a single image is always 0: it weighs words by how few "
-            "images they occur for"
+            "CIDEr of a single image is always 0: it weights words by how few "
+            "images they occur in"
         )
     return notices
 

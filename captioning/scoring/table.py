@@ -129,30 +129,34 @@ def comparison(
     plain = re.sub("[^a-z0-9]", "", dataset.lower())
     known = [x for x in _PUBLISHED["dataset"].unique() if x.lower() in plain]
     if metrics["tokenizer"] == CHARACTERS:
-        nothing = "No published row counts characters: nothing compares with"
+        nothing = (
+            "No published scores are by character: there is nothing to compare "
+            "with on"
+        )
         return " ".join([*notes, f"{nothing} {dataset}."]), []
     if not known or split != "test":
         nothing = f"There are no published rows for the {split} split of"
         return " ".join([*notes, f"{nothing} {dataset}."]), []
     notes.append(
-        f"Published for {known[0]}'s usual test split of 1,000 images, with a "
-        "frozen encoder unless it says fine-tuned; BLEU and METEOR in percent. "
-        "None of them gives ROUGE-L or SPICE."
+        f"Published scores are for {known[0]}'s usual test split of 1,000 "
+        "images, with a frozen encoder unless marked fine-tuned; BLEU and "
+        "METEOR in percent. None reports ROUGE-L or SPICE."
     )
     if known[0] == "Flickr30k":
         notes.append(
-            "For token accuracy, 42% is quoted without saying how it counts."
+            "A token accuracy of 42% is quoted without saying how it was "
+            "counted."
         )
     # A few photographs may be missing or broken.
     if not 950 <= images <= 1000:
         notes.append(
-            f"Your {images:,} images are not that split: the rows are for "
-            "orientation only, not for comparison."
+            f"Your {images:,} images are not that split: the rows are only a "
+            "rough guide."
         )
     if metrics["tokenizer"] != PTB:
         notes.append(
-            "These rows were scored with the PTB tokenizer, yours was not: the "
-            "scores are not quite comparable."
+            "These rows were scored with the PTB tokeniser, yours were not: "
+            "they are not strictly comparable."
         )
     published = _PUBLISHED[_PUBLISHED["dataset"] == known[0]]
     names = list(_PUBLISHED.columns[2:])
@@ -171,14 +175,14 @@ def _seen(metrics: Mapping[str, Any]) -> list[str]:
     run, seen = metrics["run"]["run"], metrics["run"]["images_trained_on"]
     if seen is None:
         return [
-            f"Note: {run} does not say what it was trained on; these images "
-            "may be among it."
+            f"Note: {run} does not record its training images; these may be "
+            "among them."
         ]
     if seen:
         return [
             f"WARNING: {run} was trained on {seen:,} of these "
-            f"{metrics['images']:,} images; the scores do not show what it is "
-            "worth on new ones."
+            f"{metrics['images']:,} images; the scores do not show how well "
+            "it captions new ones."
         ]
     return []
 

@@ -34,7 +34,7 @@ BEST = ("best", "best_loss", "best_epoch", "since_best")  # of Judge
 
 
 class Averaged(keras.callbacks.Callback):
-    """Measures the averaged weights of the optimizer; trains the others.
+    """Evaluates the optimizer's averaged weights; trains the raw ones.
 
     Keras's `SwapEMAWeights` exchanges the two by adding and subtracting on
     TensorFlow, which rounds, and `Model.fit` leaves the average in the model.
@@ -385,7 +385,10 @@ class SavePoints(keras.callbacks.Callback):
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
-            print("\nSaving, then ending; once more ends at once.", flush=True)
+            print(
+                "\nSaving before exit; press Ctrl-C again to exit at once.",
+                flush=True,
+            )
 
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)

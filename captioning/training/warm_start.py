@@ -48,7 +48,7 @@ def check(
         flags = [f"--encoder-weights of {' and '.join(weights)}"]
     if flags or (its_descriptions, its_shape) != ([*descriptions], shape):
         raise UserError(
-            f"this run cannot start from {run}, which is another model: give "
+            f"this run cannot start from {run}, whose model is different: give "
             f"{' '.join(flags) or 'the same encoder'} to preprocess.py and "
             "train.py"
         )
