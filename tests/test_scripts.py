@@ -6,6 +6,7 @@ import re
 import shutil
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -130,10 +131,10 @@ def test_runs_are_averaged(home):
 def test_a_killed_run_ends_as_if_it_had_not_been(home):
     """Terminated, then killed, then given again: equal bit for bit."""
     flags = [*FLAGS, *TRAINING, "--run-name", "killed"]
-    state = home / "checkpoints" / "killed" / "last" / "state.npz"
+    place = home / "checkpoints" / "killed"
     started = process("train.py", *flags, folder=home)
-    while not state.exists():
-        assert started.poll() is None, "the run ended without a saved point"
+    while (runs.load_progress(place) or {"epoch": 0})["epoch"] == 0:
+        assert started.poll() is None, "the run ended without a saved epoch"
     started.terminate()
     out, errors = started.communicate()
     assert started.returncode == 130 and "Traceback" not in errors
@@ -146,6 +147,21 @@ def test_a_killed_run_ends_as_if_it_had_not_been(home):
     printed = good("train.py", *flags, folder=home)
     assert "Resuming after 1 epochs" in printed
     assert_same_run(home, RUN, "killed")
+
+
+def test_a_run_that_is_killed_just_after_its_first_weights_resumes(home):
+    from captioning.training import callbacks
+
+    flags = [*FLAGS, "--run-name", "early", "--epochs", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            callbacks.SavePoints, "on_epoch_end", mock.Mock(side_effect=OSError)
+        )
+        bad("train.py", *flags, folder=home)
+    place = home / "checkpoints" / "early"
+    assert (place / "model.weights.h5").exists()
+    good("train.py", *flags, folder=home)
+    assert runs.load_progress(place)["epoch"] == 1
 
 
 def test_self_critical_training_is_resumed_between_two_rounds(

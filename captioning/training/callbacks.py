@@ -291,18 +291,19 @@ class SavePoints(keras.callbacks.Callback):
         running = model.metrics_variables if inside else []
         return [*model.variables, *model.optimizer.variables, *running]
 
-    def restore(self, model: keras.Model) -> None:
-        """Resumes the run, if it has begun."""
+    def restore(self, model: keras.Model) -> bool:
+        """Resumes the run, if it has begun; returns whether it has."""
         self.set_model(model)
         progress = runs.load_progress(self.place)
         if progress is None:
-            return
+            return False
         for name in BEST:
             setattr(self.judge, name, progress[name])
         self.epoch, self.batch = progress["epoch"], progress["batch"]
         self.history, self.seconds = progress["history"], progress["seconds"]
         self.cross_entropy_epochs = progress.get("cross_entropy_epochs")
         self.rewards = progress.get("rewards", [])
+        return True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Sets the data order, and in the middle of an epoch the state."""

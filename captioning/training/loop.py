@@ -77,19 +77,26 @@ def compile_decoder(
 
 
 def resume(decoder: Any, points: SavePoints) -> None:
-    """Restores a run from its last saved point, if it has one."""
+    """Restores a run from its last saved point, or saves the first one.
+
+    A run then has a state before it has weights, whenever it is killed.
+    """
     decoder.optimizer.build(decoder.trainable_variables)
-    points.restore(decoder)
+    begun = points.restore(decoder)
     points.judge.set_model(decoder)
+    if not begun:
+        points.start(0)
+        points.save()
+        return
     if points.epoch or points.batch:
         print(f"Resuming after {points.epoch} epochs and {points.batch} steps")
-        if points.self_critical:
-            return  # which has another optimizer
-        if points.batch:
-            # Keras creates its metrics when it first measures, and resets them
-            # when an epoch begins: `SavePoints` restores them after that.
-            decoder.test_on_batch(*points.batches[0])
-        runs.load_state(points.place, points.variables())
+    if points.self_critical:
+        return  # which has another optimizer
+    if points.batch:
+        # Keras creates its metrics when it first measures, and resets them
+        # when an epoch begins: `SavePoints` restores them after that.
+        decoder.test_on_batch(*points.batches[0])
+    runs.load_state(points.place, points.variables())
 
 
 def run_epochs(
