@@ -140,8 +140,6 @@ def main(arguments: command.Arguments) -> None:
 
 def compare_evaluations(config: Config, *names: str) -> None:
     """Compares two evaluations, and writes a page about them."""
-    from captioning import runs
-    from captioning.data import prepared
     from captioning.scoring import compare
 
     first, second = compare.pair(
@@ -149,12 +147,7 @@ def compare_evaluations(config: Config, *names: str) -> None:
     )
     differences = compare.compare(first, second)
     print(compare.as_text(first, second, differences))
-    run = runs.first_of(second.place.resolve().parents[1])
-    trained = runs.load_config(run)
-    trained = dataclasses.replace(trained, data_dir=config.data_dir)
-    page = compare.write_page(
-        first, second, differences, prepared.images_dir(trained)
-    )
+    page = compare.write_page(first, second, differences)
     print(f"Wrote {page}. Next: open it to see where they differ most.")
 
 

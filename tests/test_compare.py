@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from captioning.scoring import compare
 from captioning.scoring.metrics import score
@@ -147,7 +148,7 @@ def test_the_page_shows_where_they_differ_most(evaluation, tmp_path):
     }
     second = evaluation("two", changed, 4)
     pair = compare.pair(first, second)
-    path = compare.write_page(*pair, compare.compare(*pair), tmp_path)
+    path = compare.write_page(*pair, compare.compare(*pair))
     assert path == second.place / "compared-with-one-val.html"
     page = path.read_text()
     better, worse = page.split("describes these better")[1:]
@@ -156,6 +157,11 @@ def test_the_page_shows_where_they_differ_most(evaluation, tmp_path):
         in better.split("</li>")[0] + better.split("</li>")[1]
     )
     assert "&lt;b&gt;" in worse and "<b>" not in page
+    assert "data:image" not in page  # the photographs are gone
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "40.jpg")
+    second.metrics["run"]["images_dir"] = str(tmp_path)
+    page = compare.write_page(*pair, []).read_text()
+    assert page.count("data:image/jpeg;base64,") == 1
     assert "http" not in page.replace("http-equiv", "")
 
 

@@ -234,15 +234,6 @@ def test_the_search_has_the_defaults_of_the_run_s_dataset(place):
     assert decode(*given).consensus_temperature == 1
 
 
-def test_the_first_of_averaged_runs_is_found_by_its_name(place):
-    """Though runs with several encoders have a + in theirs."""
-    pair = save(place.with_name(f"{NAME}+xception"))
-    assert runs.first_of(pair) == pair
-    for first in (place, pair):
-        both = first.with_name(f"{first.name}+other")
-        assert runs.first_of(both) == first
-
-
 def test_averaged_runs_have_a_folder_that_is_no_run(place):
     save(place.with_name("b"))
     for each in (place, place.with_name("b")):

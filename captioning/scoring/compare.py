@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from captioning.files import read_json, write_text
+from captioning.files import read_json, reading, write_text
 from captioning.scoring import metrics, report, table
 from config import CHARACTERS, WORDS, UserError
 
@@ -66,17 +66,12 @@ def load(name: str, checkpoints_dir: str, split: str) -> Evaluation:
             "folder that has metrics.json"
         )
     path = place / "captions.csv"
-    try:
+    with reading(path, "evaluate again"):
         examples = pd.read_csv(path, dtype={"image": str, "caption": str})
         examples["caption"] = examples["caption"].fillna("")
         examples["references"] = examples["references"].map(json.loads)
         label = f"{figures['run']['run']}, {place.name}"
         return Evaluation(label, place, figures, examples.set_index("image"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read ({reason}): evaluate again"
-        ) from None
 
 
 def pair(first: Evaluation, second: Evaluation) -> list[Evaluation]:
@@ -264,7 +259,6 @@ def write_page(
     first: Evaluation,
     second: Evaluation,
     differences: list[Difference],
-    images_dir: Path,
 ) -> Path:
     """Writes the page with the images where two evaluations differ most.
 
@@ -272,11 +266,11 @@ def write_page(
         first: from `pair`.
         second: from `pair`; the page is written into its folder.
         differences: from `compare`.
-        images_dir: where the photographs are.
 
     Returns:
         Its path.
     """
+    images_dir = Path(second.metrics["run"].get("images_dir", ""))
     gain = second.examples["cider"] - first.examples["cider"]
     order = gain.sort_values(kind="stable").index
     half = min(SHOWN, math.ceil(len(order) / 2))

@@ -247,6 +247,7 @@ def describe_run(
     return {
         "run": "+".join(place.name for _, place in members),
         "dataset": members[0][0].dataset,
+        "images_dir": str(prepared.images_dir(members[0][0])),
         **{k: v if several else v[0] for k, v in of_each.items()},
         "precision": members[0][0].precision if own else None,
         "images_trained_on": count_trained_on(members, images),
