@@ -71,6 +71,35 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(
+    path: Path,
+    advice: str,
+    kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> Iterator[None]:
+    """Reports in one line whatever goes wrong while a file is read.
+
+    Args:
+        path: the file.
+        advice: what to do then.
+        kinds: the exceptions that mean damage; libraries raise many.
+
+    Raises:
+        UserError: instead of them.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise UserError(
+            f"{path} cannot be read ({reason(error)[:100]}): {advice}"
+        ) from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; empty if it is missing or damaged."""
     try:

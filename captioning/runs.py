@@ -15,7 +15,14 @@ import numpy as np
 import pandas as pd
 
 from captioning.data import vocabulary
-from captioning.files import atomic_path, read_json, write_csv, write_text
+from captioning.files import (
+    atomic_path,
+    read_json,
+    reading,
+    reason,
+    write_csv,
+    write_text,
+)
 from config import (
     LEFT_OUT,
     OPEN,
@@ -99,17 +106,8 @@ def _refuse_other_folder(place: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Reports whatever goes wrong while a file is read in one line."""
-    try:
-        yield
-    except Exception as error:  # zipfile, NumPy and pandas raise many kinds
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read ({reason}): start over with train.py "
-            "--fresh"
-        ) from None
+def _reading(path: Path) -> contextlib.AbstractContextManager[None]:
+    return reading(path, "start over with train.py --fresh")
 
 
 # --- which config counts -----------------------------------------------------
@@ -324,21 +322,6 @@ def together(runs: Sequence[tuple[Config, Path]]) -> Path:
     return place
 
 
-def first_of(place: Path) -> Path:
-    """The run that a folder is of; of averaged runs the first.
-
-    The name of a run may have a + of its own, as those with several encoders
-    do.
-
-    Args:
-        place: from `together`.
-    """
-    names = place.name.split("+")
-    names = ["+".join(names[:number]) for number in range(len(names), 0, -1)]
-    found = [place.with_name(name) for name in names]
-    return next((x for x in found if (x / CONFIG).exists()), place)
-
-
 # --- what a run was trained on -----------------------------------------------
 
 
@@ -518,9 +501,8 @@ def load_weights(model: Any, place: Path) -> None:
         with _without_optimizer(model):
             model.load_weights(path)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} does not fit {place / CONFIG}: {reason}"
+            f"{path} does not fit {place / CONFIG}: {reason(error)}"
         ) from None
 
 

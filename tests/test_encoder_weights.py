@@ -1,5 +1,8 @@
 """Weights files of the encoder, of another one, and of none."""
 
+import dataclasses
+from unittest import mock
+
 import h5py
 import keras
 import numpy as np
@@ -118,6 +121,25 @@ def test_weights_that_an_encoder_does_not_have_are_refused(
 ):
     with pytest.raises(UserError, match=told):
         encoder_weights.fingerprint(encoder, weights)
+
+
+def test_other_weights_are_refused_where_the_features_are_cached_too():
+    """What is missing then is a file, which `random` is not."""
+    config = Config(encoder="vgg16", encoder_weights="random")
+    (description,) = encoder_weights.describe_features(config)
+    encoder_weights.check(config, [description], needed=False)
+    other = {**description, "weights": ENCODERS["vgg16"].imagenet}
+    with pytest.raises(UserError, match=r"random is random-"):
+        encoder_weights.check(config, [other], needed=False)
+    moved = dataclasses.replace(config, encoder_weights="moved.h5")
+    encoder_weights.check(moved, [other], needed=False)
+
+
+def test_a_download_that_fails_without_a_word_is_told(monkeypatch):
+    built, failing = network(0), mock.Mock(side_effect=ConnectionResetError)
+    monkeypatch.setattr(keras.applications, "MobileNetV2", failing)
+    with pytest.raises(UserError, match=r"downloaded \(ConnectionResetError\)"):
+        encoder_weights.load(built, "imagenet", "mobilenetv2")
 
 
 def test_a_run_on_another_layer_has_to_be_trained_again():

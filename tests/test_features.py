@@ -597,6 +597,10 @@ def test_the_flags_of_features_that_exist_are_named(undisturbed):
     edit_meta(undisturbed, encoder="scenes")
     with pytest.raises(UserError, match=r"--encoder-weights scenes$"):
         features.load(undisturbed.parent / "none", DESCRIPTION)
+    for damaged in ("", '{"encoder": "resnet50"}', '{"encoder": "other"}'):
+        (undisturbed / "meta.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"with the same flags$"):
+            features.load(undisturbed.parent / "none", DESCRIPTION)
 
 
 def test_other_versions_are_recorded_and_not_compared(undisturbed):

@@ -186,6 +186,10 @@ def test_the_numbers_that_coco_gives_its_images_come_back(config):
     prepared.save(config, dataset(PLAIN, [7, 40, 7, 10**12]))
     assert prepared.load_split(config, "train").image_ids == [7, 40]
     assert prepared.load_split(config, "val").image_ids == [10**12]
+    path = prepared.folder(config) / "captions.csv"
+    path.write_text(path.read_text().replace(",40\n", ",40.5\n"))
+    told = refusal(prepared.load_split, config, "train")
+    assert "captions.csv cannot be read (" in told
 
 
 def test_the_tables_have_the_columns_of_the_contract(config):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from captioning.files import reason
 from config import SPLIT_SYNONYMS, SPLITS, UserError
 
 # The first of these that a table has names its images. A column "image" that
@@ -216,9 +217,8 @@ def _parse_document(text: str, path: Path, key: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} is not valid JSON ({reason}): download it again"
+            f"{path} is not valid JSON ({reason(error)}): download it again"
         ) from None
     for each in ("images", key):
         found = document.get(each) if isinstance(document, dict) else None

@@ -23,7 +23,7 @@ from captioning.data.datasets import Dataset
 from captioning.data.vocabulary import Vocabulary
 from captioning.features import cache as features
 from captioning.features.joined import Features
-from captioning.files import read_json, write_csv, write_text
+from captioning.files import read_json, reading, write_csv, write_text
 from config import (
     CHARACTERS,
     LEFT_OUT,
@@ -198,10 +198,6 @@ def load_split(config: Config, split: str) -> Split:
             f"{' and '.join(found)}: give --split {found[-1]}, or add images "
             f"for {split} to the dataset"
         )
-    if "image_id" in table:
-        table = table.assign(image_id=table["image_id"].astype(int))
-    else:
-        table = table.assign(image_id=table["image"])
     grouped = table.groupby("image", sort=False)
     return Split(
         list(grouped.groups),
@@ -226,14 +222,12 @@ def _read(config: Config) -> pd.DataFrame:
     place = folder(config)
     _check_fields(config, place)
     path = place / "captions.csv"
-    try:
+    with reading(path, "run preprocess.py again"):
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        return table[[*TABLE, *({"image_id"} & {*table.columns})]]
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read ({reason}): run preprocess.py again"
-        ) from None
+        ids = table["image"]
+        if "image_id" in table:  # COCO's numbers
+            ids = table["image_id"].astype(int)
+        return table[TABLE].assign(image_id=ids)
 
 
 def images_dir(config: Config) -> Path:

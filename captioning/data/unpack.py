@@ -32,6 +32,7 @@ from captioning.files import (
     check_disk,
     lock,
     read_json,
+    reading,
     write_csv,
     write_text,
 )
@@ -384,16 +385,8 @@ def _check_growth(path: Path, size: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Tells of damage in one line."""
-    try:
-        yield
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(
-            f"{path} cannot be read ({reason}): download it again"
-        ) from None
+def _damage(path: Path) -> contextlib.AbstractContextManager[None]:
+    return reading(path, "download it again", _DAMAGE)
 
 
 # --- archives -------------------------------------------------------------

@@ -34,6 +34,7 @@ from captioning.files import (
     check_disk,
     lock,
     read_json,
+    reading,
     write_csv,
     write_text,
 )
@@ -44,6 +45,8 @@ from config import ENCODERS, SCENES, UserError, flag
 PREPROCESSING = "opencv-area-1"
 DIGEST_BYTES = 16
 FILE = ["size", "modified"]  # columns of images.csv: bytes, nanoseconds
+# It says more, or finishes what was begun.
+AGAIN = "run preprocess.py again with the same flags"
 
 
 class Cache(NamedTuple):
@@ -156,11 +159,9 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
             f"with the same flags{_that_fit(folder.parent, description)}"
         )
     _check_meta(folder, description)
-    # It says more, or finishes what was begun.
-    advice = "run preprocess.py again with the same flags"
-    marked, table = _check_files(folder, None, advice)
+    marked, table = _check_files(folder, None, AGAIN)
     if not marked:
-        raise UserError(f"{folder} has no finished features yet: {advice}")
+        raise UserError(f"{folder} has no finished features yet: {AGAIN}")
     return _map(folder, table.iloc[:marked], marked, "r")
 
 
@@ -170,6 +171,8 @@ def _that_fit(folder: Path, description: dict[str, Any]) -> str:
     here = {"magnification": 1, **description}
     for path in sorted(folder.glob("*/meta.json")):
         meta = {"magnification": 1, **read_json(path)}
+        if meta.get("encoder") not in ENCODERS or not {*here} <= {*meta}:
+            continue  # damaged, or of another version
         flags = [
             f"{flag(name)} {meta[name]}"
             for name in ("encoder", "image_size", "magnification")
@@ -209,7 +212,7 @@ def record_files(
     if not len(rows):
         return
     with _table_lock(cache.folder):
-        table = _read_table(cache.folder / "images.csv", "")
+        table = _read_table(cache.folder / "images.csv", AGAIN)
         table.loc[rows, FILE] = files
         write_csv(cache.folder / "images.csv", table)
     cache.files[rows] = files
@@ -293,12 +296,9 @@ def _table_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 def _read_table(path: Path, advice: str) -> pd.DataFrame:
     """Reads images.csv; its columns are image and those of FILE."""
-    try:
+    with reading(path, advice):
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         return table[["image", *FILE]].astype(dict.fromkeys(FILE, "int64"))
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason}): {advice}") from None
 
 
 def _check_meta(folder: Path, description: dict[str, Any]) -> None:
@@ -454,17 +454,14 @@ def _size(path: Path) -> int:
 
 
 def _open_array(path: Path, advice: str) -> np.memmap:
-    try:
+    with reading(path, advice):
         return np.lib.format.open_memmap(path, "r")
-    # What numpy raises for a damaged header is not documented.
-    except Exception as error:
-        raise UserError(f"{path} cannot be read ({error}): {advice}") from None
 
 
 def _map(folder: Path, table: pd.DataFrame, rows: int, mode: Any) -> Cache:
     """Maps the first rows of the files of a cache."""
     path = folder / "features.npy"
-    found = _open_array(path, "")
+    found = _open_array(path, AGAIN)
     shape = (rows, *found.shape[1:])
     return Cache(
         folder,

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from captioning.features import cache, networks
+from captioning.files import reason
 from config import ENCODERS, SCENES, Config, UserError, each_encoder
 
 # A seed of its own: --seed changes the training, and neither the encoder nor,
@@ -79,9 +80,7 @@ def fingerprint(encoder: str, weights: str) -> str:
         return f"random-{RANDOM_SEED}"
     if weights == "imagenet":
         return ENCODERS[encoder].imagenet
-    arrays: list[np.ndarray] = []
-    _visit_weights(_path(weights), lambda weight: arrays.append(weight[()]))
-    return digest(arrays)
+    return digest(_weights_in(_path(weights)))
 
 
 def _path(weights: str) -> str:
@@ -126,7 +125,8 @@ def check(
                 f"{description['layer']}, and this version caches {layer}: "
                 "train it again with train.py --fresh"
             )
-        if not needed and not os.path.exists(weights):
+        names = ("imagenet", "random", SCENES)
+        if not (needed or weights in names or os.path.exists(weights)):
             continue
         found, wanted = fingerprint(name, weights), description["weights"]
         if found != wanted:
@@ -188,11 +188,10 @@ def _imagenet_weights(network: keras.Model, encoder: str) -> list[np.ndarray]:
     try:
         trained = application(include_top=False, input_shape=shape)
     except Exception as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
             f"the ImageNet weights of {encoder} could not be downloaded "
-            f"({reason}): download the file elsewhere and give its path as "
-            f"--encoder-weights{ONE_EACH}"
+            f"({reason(error)}): download the file elsewhere and give its path "
+            f"as --encoder-weights{ONE_EACH}"
         ) from None
     weights, known = trained.get_weights(), ENCODERS[encoder].imagenet
     if known not in ("imagenet", found := digest(weights)):
@@ -205,7 +204,8 @@ def _imagenet_weights(network: keras.Model, encoder: str) -> list[np.ndarray]:
 
 
 def _load_file(network: keras.Model, path: str, encoder: str) -> None:
-    found, wanted = _shapes_in_file(path), _shapes_of(network)
+    found = Counter(weight.shape for weight in _weights_in(path))
+    wanted = _shapes_of(network)
     if found != wanted:
         raise UserError(
             f"{path} does not hold the weights of {encoder}"
@@ -214,11 +214,10 @@ def _load_file(network: keras.Model, path: str, encoder: str) -> None:
     try:
         network.load_weights(path)
     except Exception as error:  # whatever a damaged file makes Keras raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} could not be loaded into {encoder} ({reason}): Keras "
-            "expects its own files to end in .weights.h5, those from before "
-            "Keras 3 in .h5"
+            f"{path} could not be loaded into {encoder} ({reason(error)}): "
+            "Keras expects its own files to end in .weights.h5, those from "
+            "before Keras 3 in .h5"
         ) from None
 
 
@@ -226,18 +225,13 @@ def _shapes_of(network: keras.Model) -> Shapes:
     return Counter(tuple(weight.shape) for weight in network.weights)
 
 
-def _shapes_in_file(path: str) -> Shapes:
-    shapes: Shapes = Counter()
-    _visit_weights(path, lambda weight: shapes.update([weight.shape]))
-    return shapes
-
-
-def _visit_weights(path: str, visit: Callable[[h5py.Dataset], None]) -> None:
-    """Visits a model's weights in a file, without those of its optimizer."""
+def _weights_in(path: str) -> list[np.ndarray]:
+    """A model's weights in a file, without those of its optimizer."""
+    found: list[np.ndarray] = []
 
     def enter(name: str, entry: Any) -> None:
         if isinstance(entry, h5py.Dataset) and "optimizer" not in name:
-            visit(entry)
+            found.append(entry[()])
 
     try:
         with open(path, "rb"):  # h5py's errors say less
@@ -256,6 +250,7 @@ def _visit_weights(path: str, visit: Callable[[h5py.Dataset], None]) -> None:
             "--encoder-weights takes imagenet, scenes, random or an HDF5 file "
             "written by Keras"
         ) from None
+    return found
 
 
 @functools.cache
