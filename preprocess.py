@@ -20,24 +20,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from captioning import command
-from config import (
-    CHARACTERS,
-    OPEN,
-    SAMPLE,
-    SPLITS,
-    WORDS,
-    Config,
-    UserError,
-    each_encoder,
-    is_named_by_folder,
-)
-
-# Above this share of unknown words in a split, the user is warned.
-MANY_UNKNOWN = 0.1
-# And above this share of captions that are cut.
-MANY_CUT = 0.1
-# With fewer images held out, chance decides which of two models scores better.
-FEW_HELD_OUT = 100
+from config import SAMPLE, Config, each_encoder, is_named_by_folder
 
 
 def read_worker(text: str) -> tuple[int, int]:
@@ -66,7 +49,7 @@ ACTIONS = [
 
 def main(arguments: command.Arguments) -> None:
     """Preprocesses a dataset."""
-    from captioning.data import prepared, unpack
+    from captioning.data import checks, prepared, unpack
     from captioning.features import workers
     from captioning.files import lock
 
@@ -83,12 +66,12 @@ def main(arguments: command.Arguments) -> None:
         print(message)
     if is_named_by_folder(config, arguments.given):
         prepared.check_source(config, dataset.images_dir)
-    check_skipped(config, dataset.table, dataset.skipped)
-    dataset = limit(config, dataset)
-    check_splits(config, dataset)
-    config, dataset = tokenise(config, dataset)
-    check_words(config, dataset.table)
-    check_lengths(config, dataset.table)
+    checks.check_skipped(config, dataset.table, dataset.skipped)
+    dataset = checks.limit(config, dataset)
+    checks.check_splits(config, dataset)
+    config, dataset = checks.tokenise(config, dataset)
+    checks.check_words(config, dataset.table)
+    checks.check_lengths(config, dataset.table)
     described = describe_features(config)
     place = prepared.folder(config)
     worker = arguments.actions.worker
@@ -99,14 +82,14 @@ def main(arguments: command.Arguments) -> None:
         for features in sorted(folders):
             held.enter_context(workers.alone(features))
         dataset, duplicates = encode_images(config, dataset, described)
-        check_splits(config, dataset)
+        checks.check_splits(config, dataset)
         with lock(place, wait=True):
             words, repaired = prepared.save(config, dataset, duplicates)
         for features in folders:
             workers.clear(features, place.name)
-    report(dataset, repaired, words, len(duplicates))
+    checks.report(dataset, repaired, words, len(duplicates))
     if not config.limit_images:
-        warn_of_few(dataset.table)
+        checks.warn_of_few(dataset.table)
     print(f"Wrote {place}. Next: {command.next_line('train.py', arguments)}")
 
 
@@ -117,166 +100,6 @@ def draw_sample(config: Config) -> None:
         from captioning.data.sample import write_sample
 
         write_sample(prepared.directory(config))
-
-
-def without(table: Any, images: list[str]) -> Any:
-    """The rows of a table but for those of some images."""
-    return table[~table["image"].isin(images)].reset_index(drop=True)
-
-
-def limit(config: Config, dataset: Any) -> Any:
-    """Keeps the first `limit_images` images of each split."""
-    if not config.limit_images:
-        return dataset
-    table = dataset.table
-    first = table.drop_duplicates("image").groupby("split", sort=False)
-    kept = first.head(config.limit_images)["image"]
-    table = table[table["image"].isin(kept)].reset_index(drop=True)
-    return dataset._replace(table=table)
-
-
-def check_splits(config: Config, dataset: Any) -> None:
-    """Training needs a train and a val split."""
-    there = set(dataset.table["split"])
-    for split in ("train", "val"):
-        if split not in there:
-            raise UserError(
-                f"the dataset {config.dataset} has no usable image in the "
-                f"split {split}: see data/README.md for how splits are made"
-            )
-
-
-def check_skipped(config: Config, table: Any, skipped: Any) -> None:
-    """Stops where too many images are unusable.
-
-    Images that the dataset has put in no split are not: nothing is wrong
-    with them.
-
-    Args:
-        config: its `max_skipped_share`.
-        table: of the images that can be used.
-        skipped: pairs of an image and the reason.
-    """
-    from captioning.data.splits import UNSPLIT
-
-    there = set(table["image"])
-    lost = {i for i, reason in skipped if reason not in UNSPLIT}
-    lost -= there
-    share = len(lost) / max(len(lost) + len(there), 1)
-    if share > config.max_skipped_share:
-        image, reason = next(p for p in skipped if p[0] in lost)
-        raise UserError(
-            f"{len(lost):,} of {len(lost) + len(there):,} images are "
-            f"unusable, the first of them {image} ({reason}): fix the "
-            "dataset, or allow more with --max-skipped-share"
-        )
-
-
-def tokenise(config: Config, dataset: Any) -> tuple[Config, Any]:
-    """Settles what a token is, and splits words into characters if these are.
-
-    Args:
-        config: its `tokeniser`.
-        dataset: its captions as words.
-
-    Returns:
-        The config and the dataset as they are from here on.
-    """
-    from captioning.data import vocabulary
-
-    if config.tokeniser == OPEN["tokeniser"]:
-        captions = (text.split() for text in tokens_of(dataset.table, "train"))
-        choice = WORDS
-        if vocabulary.lacks_spaces(captions):
-            choice = CHARACTERS
-            print(
-                "The captions have no spaces between words: each character is "
-                "a token (--tokeniser words splits at spaces alone)."
-            )
-        config = dataclasses.replace(config, tokeniser=choice)
-    if config.tokeniser == CHARACTERS:
-        tokens = [
-            " ".join(vocabulary.characters(text.split()))
-            for text in dataset.table["tokens"]
-        ]
-        dataset = dataset._replace(table=dataset.table.assign(tokens=tokens))
-    return config, dataset
-
-
-def check_lengths(config: Config, table: Any) -> None:
-    """Warns where many captions are longer than the longest that is kept."""
-    lengths = table["tokens"].str.count(" ") + 1
-    share = (lengths > config.max_caption_length).mean()
-    if share > MANY_CUT:
-        print(
-            f"Warning: {share:.1%} of the captions are longer than "
-            f"{config.max_caption_length} {config.tokeniser} and are cut "
-            "there: raise --max-caption-length (nine in ten have at most "
-            f"{lengths.quantile(0.9):.0f})"
-        )
-
-
-def check_words(config: Config, table: Any) -> None:
-    """Looks at the vocabulary before hours go into the images.
-
-    Args:
-        config: its `min_word_count` and `tokeniser`, which is settled.
-        table: the dataset's captions.
-
-    Raises:
-        UserError: if no word is frequent enough.
-    """
-    from captioning.data import vocabulary
-
-    # Millions of captions, tokenised, would fill the memory.
-    training = tokens_of(table, "train")
-    words = vocabulary.build(map(str.split, training), config.min_word_count)
-    is_empty = len(words) == len(vocabulary.SPECIAL_WORDS)
-    shares = {
-        split: share
-        for split, share in unknown_shares(table, words).items()
-        if share > MANY_UNKNOWN
-    }
-    if not is_empty and not shares:
-        return
-    remedy = f"lower --min-word-count (now {config.min_word_count})"
-    if vocabulary.lacks_spaces(map(str.split, table["tokens"])):
-        remedy = (
-            "the captions have no spaces between words; give --tokeniser "
-            "characters, insert them with a word segmenter for the language "
-            f"(Chinese, Japanese, Thai, ...), or {remedy}"
-        )
-    word = config.tokeniser.removesuffix("s")
-    if is_empty:
-        raise UserError(
-            f"no {word} occurs {config.min_word_count} times in the "
-            f"{len(training):,} training captions, so the vocabulary would "
-            f"be empty: {remedy}"
-        )
-    listed = ", ".join(f"{share:.1%} in {s}" for s, share in shares.items())
-    print(
-        f"Warning: many {word}s are outside the vocabulary ({listed}), and "
-        f"no caption will ever contain them: {remedy}"
-    )
-
-
-def tokens_of(table: Any, split: str) -> Any:
-    """The tokens of a split's captions, joined by spaces."""
-    return table["tokens"][table["split"] == split]
-
-
-def unknown_shares(table: Any, words: Any) -> dict[str, float]:
-    """Split -> share of its words that are outside the vocabulary."""
-    from captioning.data import vocabulary
-
-    there = set(table["split"])
-    return {
-        split: vocabulary.unknown_share(
-            (text.split() for text in tokens_of(table, split)), words
-        )
-        for split in SPLITS
-        if split in there
-    }
 
 
 def describe_features(config: Config) -> list[dict[str, Any]]:
@@ -383,7 +206,7 @@ def encode_images(
     Raises:
         UserError: if too many images cannot be used.
     """
-    from captioning.data import datasets
+    from captioning.data import checks, datasets
     from captioning.features import extraction
 
     encoders = each_alone(config, described)
@@ -392,11 +215,12 @@ def encode_images(
     for encoder, cache in zip(encoders, caches, strict=True):
         # Each gets the same pixels, and has the same to say of them.
         notes = fill_cache(encoder, cache, dataset)
-    table = without(dataset.table, [image for image, _ in notes.skipped])
+    lost = dataset.table["image"].isin([image for image, _ in notes.skipped])
+    table = dataset.table[~lost].reset_index(drop=True)
     skipped = dataset.skipped + notes.skipped
     # What the captions lost is a share of the whole dataset, not of the few
     # images of a limit.
-    check_skipped(
+    checks.check_skipped(
         config, table, notes.skipped if config.limit_images else skipped
     )
     dataset = dataset._replace(
@@ -404,7 +228,7 @@ def encode_images(
         repaired=dataset.repaired + notes.repaired,
         table=table,
     )
-    digests = extraction.digests(cache, table["image"].unique())
+    digests = extraction.digests(cache, dataset.images)
     duplicates = datasets.equal_pixels_across_splits(digests, table)
     return dataset, duplicates
 
@@ -437,7 +261,7 @@ def open_cache(encoder: OneEncoder, dataset: Any) -> Any:
         encoder.description,
         versions,
         dataset.images_dir,
-        dataset.table["image"].drop_duplicates().tolist(),
+        dataset.images,
         model.feature_shape(encoder.config),
     )
 
@@ -472,11 +296,10 @@ def fill_cache(
         )
         return encoder.build().predict_on_batch
 
-    names = dataset.table["image"].drop_duplicates().tolist()
     notes = extraction.fill(
         cache,
         dataset.images_dir,
-        extraction.share(names, *worker),
+        extraction.share(dataset.images, *worker),
         encoder.config.input_size,
         start,
     )
@@ -486,44 +309,6 @@ def fill_cache(
             "and were encoded again"
         )
     return notes
-
-
-def warn_of_few(table: Any) -> None:
-    """Warns where a split has too few images to score anything on."""
-    images = table.drop_duplicates("image")["split"].value_counts()
-    few = [
-        f"{images[split]:,} in {split}"
-        for split in ("val", "test")
-        if 0 < images.get(split, 0) < FEW_HELD_OUT
-    ]
-    if few:
-        print(
-            f"Warning: few images are held out ({', '.join(few)}). Scores on "
-            f"fewer than {FEW_HELD_OUT} say little; if the dataset has no "
-            "split of its own, raise --val-share and --test-share"
-        )
-
-
-def report(dataset: Any, repaired: int, words: Any, duplicates: int) -> None:
-    """Prints what was made."""
-    images = dataset.table.drop_duplicates("image")["split"].value_counts()
-    captions = dataset.table["split"].value_counts()
-    for split, share in unknown_shares(dataset.table, words).items():
-        print(
-            f"  {split:<6}{images[split]:>8,} images"
-            f"{captions[split]:>10,} captions"
-            f"{share:>8.1%} of {words.tokeniser} outside the vocabulary"
-        )
-    print(
-        f"  vocabulary of {len(words):,} {words.tokeniser}; "
-        f"{len(dataset.skipped):,} entries skipped, {repaired:,} repaired "
-        "(skipped.csv, repaired.csv)"
-    )
-    if duplicates:
-        print(
-            f"  {duplicates:,} pairs of identical images are in different "
-            "splits (duplicates.csv)"
-        )
 
 
 if __name__ == "__main__":

@@ -313,7 +313,7 @@ def test_captions_of_another_layout_are_of_the_same_dataset(home):
 
 
 def test_too_few_held_out_images_are_told(capsys):
-    from preprocess import warn_of_few
+    from captioning.data.checks import warn_of_few
 
     splits = {"train": 5, "val": 99, "test": 100}
     rows = [(f"{s}{n}", s) for s, many in splits.items() for n in range(many)]

@@ -67,6 +67,11 @@ class Dataset(NamedTuple):
     repaired: list[tuple[str, str]]
     messages: Sequence[str] = ()
 
+    @property
+    def images(self) -> list[str]:
+        """The images of the table, in its order."""
+        return self.table["image"].drop_duplicates().tolist()
+
 
 class NothingFound(UserError):
     """A folder without captions, or without the images that they name."""
