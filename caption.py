@@ -173,44 +173,19 @@ def find_photos(named: list[str]) -> tuple[list[str], int]:
 
 
 def load_captioner(config: Config, run: Path, one_by_one: bool) -> Any:
-    """A function from images that were read to the captions of each.
+    """A function from the pixels of photographs to the captions of each.
 
     Args:
         config: from `runs.decoding_config`.
         run: the run folder.
-        one_by_one: whether each image is a batch of its own.
+        one_by_one: whether each photograph is a batch of its own.
     """
     command.import_keras()
-    import numpy as np
-
-    import model as captioning_model
-    from captioning import backend, runs
     from captioning.decoding import captioner
-    from captioning.features import encoder_weights, extraction
+    from captioning.features import extraction
 
-    backend.set_precision(config)
-    descriptions, _ = runs.load_description(run)
-    encoder_weights.check(config, descriptions)
-    decoder, words = captioner.load_decoder(config, run)
-    encoder = captioning_model.build_encoder(config)
-    searcher = captioner.build(decoder, config)
-
-    size = 1 if one_by_one else extraction.BATCH
-
-    def caption(photos: list[extraction.Read]) -> list[Any]:
-        pixels = [each.pixels for each in photos if each.pixels is not None]
-        found = []
-        for start in range(0, len(pixels), size):
-            some = pixels[start : start + size]
-            features = extraction.encode(
-                some, encoder.predict_on_batch, batch=size
-            )
-            found += captioner.caption_images(
-                searcher, [features], np.arange(len(some)), words, batch=size
-            )
-        return found
-
-    return caption
+    batch = 1 if one_by_one else extraction.BATCH
+    return captioner.of_photographs(config, run, batch)
 
 
 def caption(
@@ -235,8 +210,8 @@ def caption(
     # The bar is on standard error, and only for a person who waits.
     quiet = not sys.stderr.isatty() or sys.stdout.isatty()
     for batch in tqdm(batches, unit="batch", disable=quiet):
-        good = [each for each in batch if each.pixels is not None]
-        captions = iter(captioner(good))
+        pixels = [each.pixels for each in batch if each.pixels is not None]
+        captions = iter(captioner(pixels))
         for each in batch:
             unusable = each.pixels is None
             yield each.name, None if unusable else next(captions), each.reason

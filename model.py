@@ -217,13 +217,12 @@ class AttentionLSTM(keras.layers.Layer):
 
     def cast_weights(self) -> StepWeights:
         """The weights as `call` takes them: cast once, not at every step."""
-        named = {each.name: each for each in self.step_weights}
         exact = {"score": "float32", "gate_bias": "float32"}
         return StepWeights(
-            **{
-                name: ops.cast(each, exact.get(name, self.compute_dtype))
-                for name, each in named.items()
-            }
+            *(
+                ops.cast(each, exact.get(each.name, self.compute_dtype))
+                for each in self.step_weights
+            )
         )
 
     def call(
@@ -566,17 +565,13 @@ def doubly_stochastic_penalty(
     Returns:
         The mean over captions.
     """
-    received = 0.0  # by the captions of this terrace, in it and after it
+    # By the captions of a terrace, in it and after it; by none at the end.
+    received = attention[-1][:0, 0]  # (captions, regions)
     for alpha, word in reversed([*zip(attention, words, strict=True)]):
         real = ops.cast(ops.expand_dims(word != PAD, -1), "float32")
         here = ops.sum(alpha * real, axis=1)  # (captions, regions)
-        if word is not words[-1]:
-            longer = ops.shape(received)[0]
-            received = ops.concatenate(
-                [here[:longer] + received, here[longer:]]
-            )
-        else:
-            received = here
+        longer = ops.shape(received)[0]
+        received = ops.concatenate([here[:longer] + received, here[longer:]])
     # A batch may be padded with empty captions.
     there = ops.cast(words[0][:, 0] != PAD, "float32")  # (captions,)
     penalty = ops.mean(ops.square(1 - received), axis=-1)  # (captions,)

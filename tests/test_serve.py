@@ -21,7 +21,7 @@ WORDS = ["a", "<b>dog</b>"]
 def caption(photos):
     """Stands in for a model; a photograph's caption tells its size."""
     best = captioner.Hypothesis(WORDS, " ".join(WORDS), -0.5, -1.0, 0.9)
-    size = str(photos[0].pixels.shape[0])
+    size = str(photos[0].shape[0])
     other = captioner.Hypothesis([size], size, -0.6, -1.2, 0.1)
     attention = np.full((2, 9), 1 / 9, "float32")
     return [captioner.Captioned([best, other], attention, np.ones(2))]

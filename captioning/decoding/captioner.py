@@ -1,6 +1,6 @@
 """Features in, captions out: what a search finds, as words and attention."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,15 +9,16 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
-from captioning import runs
+from captioning import backend, runs
 from captioning.backend import use_xla
 from captioning.data import vocabulary
 from captioning.data.vocabulary import Vocabulary
 from captioning.decoding.search import IMPOSSIBLE, BeamSearch, Sample, average
+from captioning.features import encoder_weights, extraction
 from captioning.features.joined import Features
 from captioning.training.batches import CaptionBatches
 from config import Config
-from model import CaptioningModel, build_model
+from model import CaptioningModel, build_encoder, build_model
 
 BATCH = 50  # images searched at a time
 
@@ -51,6 +52,55 @@ class Captioned(NamedTuple):
         return self.n_best[0].caption
 
 
+def load(
+    config: Config, run: Path
+) -> tuple[keras.Model, BeamSearch, Vocabulary]:
+    """Loads all of a trained run that captions photographs.
+
+    Args:
+        config: from `runs.decoding_config`.
+        run: the run folder.
+
+    Returns:
+        Its encoder, the search over its decoder, and its vocabulary.
+
+    Raises:
+        UserError: if the encoder has other weights than those of the run.
+    """
+    backend.set_precision(config)
+    encoder_weights.check(config, runs.load_description(run).encoders)
+    decoder, words = load_decoder(config, run)
+    return build_encoder(config), build(decoder, config), words
+
+
+def of_photographs(
+    config: Config, run: Path, batch: int
+) -> Callable[[Sequence[np.ndarray]], list[Captioned]]:
+    """A function from the pixels of photographs to the captions of each.
+
+    Args:
+        config: from `runs.decoding_config`.
+        run: the run folder.
+        batch: photographs that are encoded and searched at a time.
+    """
+    encoder, search, words = load(config, run)
+
+    def caption(pixels: Sequence[np.ndarray]) -> list[Captioned]:
+        found = []
+        for start in range(0, len(pixels), batch):
+            some = pixels[start : start + batch]
+            features = extraction.encode(
+                some, encoder.predict_on_batch, batch=batch
+            )
+            images = np.arange(len(some))
+            found += caption_images(
+                search, [features], images, words, batch=batch
+            )
+        return found
+
+    return caption
+
+
 def load_decoder(
     config: Config, run: Path
 ) -> tuple[CaptioningModel, Vocabulary]:
@@ -63,8 +113,8 @@ def load_decoder(
     Returns:
         The decoder and its vocabulary.
     """
-    words = vocabulary.load(run / "vocabulary.json")
-    _, (_, channels) = runs.load_description(run)
+    words = vocabulary.load(run / runs.VOCABULARY)
+    _, channels = runs.load_description(run).shape
     decoder = build_model(config, len(words), channels)
     runs.load_weights(decoder, run)
     return decoder, words

@@ -141,13 +141,12 @@ class BeamSearch(_Search):
         self.no_repeat_ngram = no_repeat_ngram
         self.consensus_temperature = consensus_temperature
 
-    def call(self, features: Any, training: bool = False) -> dict[str, Any]:
+    def call(self, features: Any) -> dict[str, Any]:
         """Captions a batch of images.
 
         Args:
             features: (images, regions, channels), or a list of such, one
                 for each decoder.
-            training: has no effect.
 
         Returns:
             The beam's captions, the best first (see `_best_first`): `words`,
@@ -367,12 +366,11 @@ class Sample(_Search):
         super().__init__(decoder, samples, min_length, max_length)
         self.seed = keras.random.SeedGenerator(seed)
 
-    def call(self, features: Any, training: bool = False) -> Any:
+    def call(self, features: Any) -> Any:
         """Samples captions for a batch of images.
 
         Args:
             features: (images, regions, channels).
-            training: has no effect.
 
         Returns:
             Words, int32 (images, samples, max_length + 1), ended by `<end>`
@@ -467,14 +465,9 @@ def average(log_probabilities: Sequence[Any]) -> Any:
     return together - float(np.log(len(log_probabilities)))
 
 
-def _rows(place: Any, number: int) -> Any:
-    """Places among an image's `number` -> among those of all images."""
-    first = ops.arange(ops.shape(place)[0]) * number
-    return place + ops.expand_dims(first, 1)
-
-
 def _gather(tensor: Any, place: Any) -> Any:
     """Takes (images, n, k) at place (images, m): (images, m, k)."""
     images, number, width = ops.shape(tensor)
     flat = ops.reshape(tensor, (images * number, width))
-    return ops.take(flat, _rows(place, number), axis=0)
+    first = ops.expand_dims(ops.arange(images) * number, 1)  # (images, 1)
+    return ops.take(flat, first + place, axis=0)

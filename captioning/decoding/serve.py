@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from captioning.data import images
-from captioning.features import extraction
 from captioning.scoring import report
 from config import UserError
 
@@ -17,13 +18,13 @@ MAX_BYTES = 32 * 2**20
 
 
 def application(
-    caption: Callable[[list[extraction.Read]], list[Any]], title: str, size: int
+    caption: Callable[[list[np.ndarray]], list[Any]], title: str, size: int
 ) -> Any:
     """Builds the page.
 
     Args:
-        caption: captions photographs that were read: a `captioner.Captioned`
-            for each.
+        caption: captions photographs, uint8 (size, size, 3) each: a
+            `captioner.Captioned` for each.
         title: the heading.
         size: side of the images that `caption` takes, in pixels.
 
@@ -59,7 +60,7 @@ def application(
         except images.UnusableImage as error:
             return {"error": f"This photograph cannot be used: {error}."}, 400
         with one_at_a_time:
-            (found,) = caption([extraction.Read("", pixels, "")])
+            (found,) = caption([pixels])
         return {
             "caption": found.caption,
             "words": found.words,

@@ -28,18 +28,17 @@ def main(arguments: command.Arguments) -> None:
 
     import numpy as np
 
-    import model
     from captioning.decoding import captioner as decoding
     from captioning.features import extraction
 
     (photo,) = arguments.actions.photos
-    encoder = model.build_encoder(config)
-    search = decoding.build(decoding.load_decoder(config, run)[0], config)
+    encoder, search, _ = decoding.load(config, run)
     pixels = extraction.read(Path(), photo, config.input_size).pixels
     assert pixels is not None, f"{photo} cannot be read"
 
     def whole() -> Any:
-        return captioner([extraction.read(Path(), photo, config.input_size)])
+        read = extraction.read(Path(), photo, config.input_size)
+        return captioner([read.pixels])
 
     def alone() -> Any:
         features = encoder.predict_on_batch(pixels[None])
