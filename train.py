@@ -65,23 +65,12 @@ def main(arguments: command.Arguments) -> None:
         if not fresh:
             config = runs.training_config(config, arguments.given, place)
         config = prepared.settle_tokeniser(config)
-        train = prepared.load_split(config, "train")
-        val = prepared.load_split(config, "val")
-        words = prepared.load_vocabulary(config)
+        captions = prepared.load_captions(config)
         command.import_keras()
         from captioning import backend
 
         with backend.all_devices() as devices:
-            fit(
-                config,
-                place,
-                train,
-                val,
-                words,
-                devices,
-                arguments.actions,
-                fresh,
-            )
+            fit(config, place, captions, devices, arguments.actions, fresh)
     following = command.next_line("evaluate.py", arguments)
     if "test" not in prepared.splits(config):
         following += " --split val"
@@ -91,118 +80,84 @@ def main(arguments: command.Arguments) -> None:
 def fit(
     config: Config,
     place: Path,
-    train: Any,
-    val: Any,
-    words: Any,
+    captions: Any,
     devices: Any,
     actions: Any,
     fresh: bool,
 ) -> None:
-    """Trains on the training split, and judges by the validation split."""
-    from captioning import backend, runs
+    """Trains on the training split, and judges by the validation split.
+
+    Args:
+        config: from `runs.training_config`.
+        place: the run folder.
+        captions: from `prepared.load_captions`.
+        devices: that train.
+        actions: the flags of this script.
+        fresh: whether an old run is set aside first, once nothing is missing.
+    """
+    from captioning import backend
     from captioning.data import prepared
-    from captioning.scoring.metrics import CIDER_IMAGES
-    from captioning.training import (
-        callbacks,
-        loop,
-        schedule,
-        self_critical,
-        warm_start,
-    )
+    from captioning.training import callbacks, loop, self_critical
     from model import build_model
 
     backend.set_seed(config.seed)
-    epochs = schedule.choose_epochs(len(train.images), config.batch_images)
-    # Saved as what they are, so that the run means the same elsewhere.
-    config = dataclasses.replace(
+    config = settle(config, len(captions.train.images))
+    start = place.with_name(actions.start_from) if actions.start_from else None
+    features = open_features(config, place, captions, devices, start, fresh)
+    batches, val_batches = loop.make_batches(
+        config, features, captions, devices
+    )
+    decoder = build_model(config, len(captions.words), features[0].shape[-1])
+    measure = callbacks.ValidationCider(
+        config, decoder, features[1], captions.val, captions.words, devices
+    )
+    points, rate = prepare(
+        config, place, decoder, features[0], batches, measure, start
+    )
+    if is_trained(config, points):
+        print(f"This run is already trained: {ending(config, points)}")
+        return
+    announce(config, place, captions, decoder, points, devices)
+    points.catch_signals()
+    if not crossed(config, points):
+        announce_schedule(config, points.scheduled_epochs, rate.afterwards)
+        watching = [points.judge.averaged, points.judge, points]
+        if devices.writes:
+            folder = prepared.images_dir(config)
+            watching += callbacks.boards(
+                place, actions.tensorboard, measure, folder
+            )
+        loop.run_epochs(batches, val_batches, watching, points, config.epochs)
+    if config.scst_epochs:
+        self_critical.train(
+            config, points, features[0], captions.train.tokens, captions.words
+        )
+    elif points.judge.stopped:
+        print(f"Stopped: {ending(config, points)}")
+    found = str(points.judge)
+    print(found[0].upper() + found[1:])
+
+
+def settle(config: Config, images: int) -> Config:
+    """Settles what a config leaves to this machine and this dataset.
+
+    It is saved as what it is, so that the run means the same elsewhere.
+    """
+    from captioning import backend
+    from captioning.training import schedule
+
+    epochs = schedule.choose_epochs(images, config.batch_images)
+    return dataclasses.replace(
         config,
         precision=backend.set_precision(config),
         epochs=config.epochs or epochs,
     )
-    start = place.with_name(actions.start_from) if actions.start_from else None
-    features, val_features = open_features(
-        config, place, train, val, words, devices, start, fresh
-    )
-    batches, val_batches = loop.make_batches(
-        config, (features, val_features), (train, val), words, devices
-    )
-    decoder = build_model(config, len(words), features.shape[-1])
-    progress = runs.load_progress(place)
-    if start and not progress:
-        warm_start.start_from(decoder, words, start)
-    else:
-        loop.standardise(decoder, features)
-
-    steps = len(batches)
-    scheduled = (progress or {}).get("scheduled_epochs", config.epochs)
-    rate = schedule.Schedule(
-        config.learning_rate, steps, scheduled, config.warmup_share
-    )
-    loop.compile_decoder(decoder, config, rate, steps)
-    measure = callbacks.ValidationCider(
-        config, decoder, val_features, val, words, devices
-    )
-    judge = callbacks.Judge(
-        measure,
-        place,
-        config.cider_every,
-        config.patience,
-        config.epochs,
-        by_loss=len(val.images) < CIDER_IMAGES,
-        writes=devices.process == 0,
-    )
-    points = callbacks.SavePoints(
-        place, batches, judge, scheduled, devices.process == 0
-    )
-    loop.resume(decoder, points)
-    if is_trained(config, points):
-        print(f"This run is already trained: {ending(config, points)}")
-        return
-    print(
-        f"Training {place}: {len(features):,} images, {len(words):,} "
-        f"{words.tokeniser}, {decoder.count_params():,} weights, "
-        f"{config.epochs} epochs, {config.precision}, "
-        f"{devices.number} device{'s' if devices.number > 1 else ''}"
-    )
-    if len(features) < FEW_IMAGES and not start:
-        print(
-            "This is a small training set. A run that starts from another run "
-            "needs fewer images: use --encoder xception --start-from "
-            "pretrained."
-        )
-    if judge.by_loss:
-        print(
-            f"{len(val.images)} validation images are too few for CIDEr to "
-            "tell epochs apart: the validation loss decides which epoch is "
-            "best. (Self-critical training has no validation loss and keeps "
-            "its last epoch.)"
-        )
-    points.catch_signals()
-    if not crossed(config, points):
-        announce_schedule(config, scheduled, rate.afterwards)
-        watching = [judge.averaged, judge, points]
-        if devices.process == 0:
-            watching += callbacks.boards(
-                place,
-                actions.tensorboard,
-                measure,
-                prepared.images_dir(config),
-            )
-        loop.run_epochs(batches, val_batches, watching, points, config.epochs)
-    if config.scst_epochs:
-        self_critical.train(config, points, features, train.tokens, words)
-    elif judge.stopped:
-        print(f"Stopped: {ending(config, points)}")
-    found = str(judge)
-    print(found[0].upper() + found[1:])
 
 
 def open_features(
     config: Config,
     place: Path,
-    train: Any,
-    val: Any,
-    words: Any,
+    captions: Any,
     devices: Any,
     start: Path | None,
     fresh: bool,
@@ -212,9 +167,7 @@ def open_features(
     Args:
         config: its encoder fields.
         place: the run folder.
-        train: the training split.
-        val: the validation split.
-        words: the vocabulary.
+        captions: of the training and the validation split.
         devices: that train.
         start: the folder of the run to start from.
         fresh: whether an old run is set aside first, once nothing is missing.
@@ -230,22 +183,112 @@ def open_features(
     from captioning.training import warm_start
 
     described = describe_features(config)
-    everything = [*train.images, *val.images]
+    images = captions.train.images
+    everything = [*images, *captions.val.images]
     opened = prepared.open_features(config, described, everything)
     places = np.arange(len(everything))
-    features = opened.select(places[: len(train.images)])
-    val_features = opened.select(places[len(train.images) :])
+    features = opened.select(places[: len(images)])
+    val_features = opened.select(places[len(images) :])
+    shape = features.shape[1:]
     if start:
-        warm_start.check(config, start, described, features.shape[1:])
-    if devices.process == 0:
+        warm_start.check(config, start, described, shape)
+    if devices.writes:
         if fresh:
             print(f"Kept the old run as {runs.set_aside(place)}")
-        pixels = prepared.pixel_digests(config, described, train.images)
-        images = runs.digest_images(train.images, pixels)
-        shape = features.shape[1:]
-        runs.begin(config, place, words, described, shape, images, start)
+        pixels = prepared.pixel_digests(config, described, images)
+        seen = runs.digest_images(images, pixels)
+        runs.begin(config, place, captions.words, described, shape, seen, start)
     job.wait("begin")
     return features, val_features
+
+
+def prepare(
+    config: Config,
+    place: Path,
+    decoder: Any,
+    features: Any,
+    batches: Any,
+    measure: Any,
+    start: Path | None,
+) -> tuple[Any, Any]:
+    """Compiles the decoder, and restores it or gives it its first weights.
+
+    Args:
+        config: its training fields.
+        place: the run folder.
+        decoder: the model.
+        features: of the training images.
+        batches: of the training split.
+        measure: captions the validation split.
+        start: the folder of the run to start from.
+
+    Returns:
+        Where training stands, and the schedule of the learning rate.
+    """
+    from captioning import runs
+    from captioning.scoring.metrics import CIDER_IMAGES
+    from captioning.training import callbacks, loop, schedule, warm_start
+
+    progress = runs.load_progress(place)
+    if start and not progress:
+        warm_start.start_from(decoder, measure.words, start)
+    else:
+        loop.standardise(decoder, features)
+    scheduled = config.epochs
+    if progress and (progress["epoch"] or progress["batch"]):
+        scheduled = progress["scheduled_epochs"]
+    steps = len(batches)
+    rate = schedule.Schedule(
+        config.learning_rate, steps, scheduled, config.warmup_share
+    )
+    loop.compile_decoder(decoder, config, rate, steps)
+    judge = callbacks.Judge(
+        measure,
+        place,
+        config.cider_every,
+        config.patience,
+        config.epochs,
+        by_loss=len(measure.split.images) < CIDER_IMAGES,
+        writes=measure.devices.writes,
+    )
+    points = callbacks.SavePoints(
+        place, batches, judge, scheduled, measure.devices.writes
+    )
+    loop.resume(decoder, points)
+    return points, rate
+
+
+def announce(
+    config: Config,
+    place: Path,
+    captions: Any,
+    decoder: Any,
+    points: Any,
+    devices: Any,
+) -> None:
+    """Says what is trained on what, and what to expect of little."""
+    from captioning import runs
+
+    images = len(captions.train.images)
+    print(
+        f"Training {place}: {images:,} images, {len(captions.words):,} "
+        f"{captions.words.tokeniser}, {decoder.count_params():,} weights, "
+        f"{config.epochs} epochs, {config.precision}, "
+        f"{devices.number} device{'s' if devices.number > 1 else ''}"
+    )
+    if images < FEW_IMAGES and not runs.load_description(place).started_from:
+        print(
+            "This is a small training set. A run that starts from another run "
+            "needs fewer images: use --encoder xception --start-from "
+            "pretrained."
+        )
+    if points.judge.by_loss:
+        print(
+            f"{len(captions.val.images)} validation images are too few for "
+            "CIDEr to tell epochs apart: the validation loss decides which "
+            "epoch is best. (Self-critical training has no validation loss and "
+            "keeps its last epoch.)"
+        )
 
 
 def crossed(config: Config, points: Any) -> bool:

@@ -23,6 +23,11 @@ class Devices(NamedTuple):
     process: int = 0  # which of the processes this is
     processes: int = 1
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.process == 0
+
 
 ALONE = Devices()
 

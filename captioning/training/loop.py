@@ -5,10 +5,10 @@ from typing import Any
 
 import keras
 
-from captioning import runs
+from captioning import job, runs
 from captioning.backend import Devices, use_xla
-from captioning.data.prepared import Split
-from captioning.data.vocabulary import Vocabulary, encode
+from captioning.data.prepared import Captions
+from captioning.data.vocabulary import encode
 from captioning.features.joined import Features, channel_statistics
 from captioning.training import objective
 from captioning.training.batches import CaptionBatches
@@ -19,8 +19,7 @@ from config import Config
 def make_batches(
     config: Config,
     features: tuple[Features, Features],
-    splits: tuple[Split, Split],
-    words: Vocabulary,
+    captions: Captions,
     devices: Devices,
 ) -> tuple[CaptionBatches, CaptionBatches]:
     """Batches of the training and of the validation split.
@@ -28,13 +27,13 @@ def make_batches(
     Args:
         config: its training fields.
         features: of both splits.
-        splits: their captions.
-        words: the vocabulary.
+        captions: from `prepared.load_captions`.
         devices: that share each batch.
     """
+    words, longest = captions.words, config.max_caption_length
     encoded = [
-        [encode(each, words, config.max_caption_length) for each in s.tokens]
-        for s in splits
+        [encode(each, words, longest) for each in split.tokens]
+        for split in (captions.train, captions.val)
     ]
     train = CaptionBatches(
         features[0],
@@ -83,6 +82,7 @@ def resume(decoder: Any, points: SavePoints) -> None:
     """
     decoder.optimizer.build(decoder.trainable_variables)
     begun = points.restore(decoder)
+    job.wait("restore")  # before the first process writes what others look for
     points.judge.set_model(decoder)
     if not begun:
         points.start(0)

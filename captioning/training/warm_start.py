@@ -42,7 +42,7 @@ def check(
         for name in named
         if getattr(config, name) != getattr(trained, name)
     ]
-    its_descriptions, its_shape = runs.load_description(run)
+    its_descriptions, its_shape, _ = runs.load_description(run)
     weights = [each["weights"] for each in its_descriptions]
     if not flags and weights != [each["weights"] for each in descriptions]:
         flags = [f"--encoder-weights of {' and '.join(weights)}"]
