@@ -73,7 +73,7 @@ def main(arguments: command.Arguments) -> None:
     """Evaluates a run on a split."""
     from captioning import runs
     from captioning.data import prepared
-    from captioning.files import lock
+    from captioning.files import lock, write_json
     from captioning.scoring import metrics, results, table
 
     given, actions = arguments.given, arguments.actions
@@ -88,7 +88,7 @@ def main(arguments: command.Arguments) -> None:
         members = in_one_precision(members)
     config, run = members[0][0], runs.together(members)
     limited = given.get("limit_images", 0)
-    split = first(prepared.load_split(config, config.split), limited)
+    split = prepared.load_split(config, config.split).first(limited)
     if actions.captions:
         captions = results.read_captions(Path(actions.captions), split)
     trained = runs.load_config(members[0][1])
@@ -112,7 +112,7 @@ def main(arguments: command.Arguments) -> None:
             members, split.images, own=not actions.captions
         )
         figures = results.all_metrics(config, origin, figures, scores)
-        results.write_metrics(part / "metrics.json", figures)
+        write_json(part / "metrics.json", figures, ensure_ascii=False)
         examples = results.write_examples(
             part / "captions.csv", captions, references, scores, counts
         )
@@ -140,6 +140,7 @@ def main(arguments: command.Arguments) -> None:
 
 def compare_evaluations(config: Config, *names: str) -> None:
     """Compares two evaluations, and writes a page about them."""
+    from captioning.data import prepared
     from captioning.scoring import compare
 
     first, second = compare.pair(
@@ -147,7 +148,14 @@ def compare_evaluations(config: Config, *names: str) -> None:
     )
     differences = compare.compare(first, second)
     print(compare.as_text(first, second, differences))
-    page = compare.write_page(first, second, differences)
+    dataset = second.metrics["run"]["dataset"]
+    photographs = prepared.newest_images_dir(config.data_dir, dataset)
+    if photographs is None:
+        print(
+            f"The photographs of {dataset} were not found, and the page shows "
+            "captions alone: run preprocess.py again, or give --data-dir."
+        )
+    page = compare.write_page(first, second, differences, photographs)
     print(f"Wrote {page}. Next: open it to see where they differ most.")
 
 
@@ -156,18 +164,10 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
     if len(members) > 1:
         raise UserError("--export takes one run: give --run-name, not --runs")
     command.import_keras()
-    import model as captioning_model
-    from captioning import backend, runs
     from captioning.decoding import captioner, export
-    from captioning.features import encoder_weights
 
     config, run = members[0]
-    backend.set_precision(config)
-    descriptions, _ = runs.load_description(run)
-    encoder_weights.check(config, descriptions)
-    encoder = captioning_model.build_encoder(config)
-    decoder, words = captioner.load_decoder(config, run)
-    searcher = captioner.build(decoder, config)
+    encoder, searcher, words = captioner.load(config, run)
     export.save(encoder, searcher, words, config.input_size, folder)
     print(
         f"Wrote {folder}: uint8 RGB images (batch, {config.input_size}, "
@@ -201,13 +201,6 @@ def in_one_precision(
     ]
 
 
-def first(split: Any, images: int) -> Any:
-    """The first images of a split; all of them for 0."""
-    if not images:
-        return split
-    return type(split)(*(column[:images] for column in split))
-
-
 def training_captions(config: Config) -> list[str]:
     """What people wrote about the training images."""
     from captioning.data import prepared
@@ -230,6 +223,7 @@ def caption_split(
         teacher-forced ones and the speed; and the former's counts per image.
     """
     import numpy as np
+    import pandas as pd
 
     from captioning.decoding import captioner
     from captioning.scoring import teacher_forced
@@ -253,7 +247,7 @@ def caption_split(
     speed = images / (time.monotonic() - begun)
     counts = count_tokens(config, decoders, features, split, words)
     figures = teacher_forced.figures(counts)
-    table = teacher_forced.per_image(counts, split.images)
+    table = pd.DataFrame(counts._asdict(), index=split.images)
     return found, {**figures, "images_per_second": speed}, table
 
 
@@ -266,7 +260,7 @@ def open_run(
     from captioning.decoding import captioner
     from captioning.features import encoder_weights
 
-    descriptions, _ = runs.load_description(run)
+    descriptions = runs.load_description(run).encoders
     encoder_weights.check(config, descriptions, needed=False)
     features = prepared.open_features(config, descriptions, images)
     decoder, words = captioner.load_decoder(config, run)

@@ -90,7 +90,7 @@ def test_what_is_better_is_told_from_chance(evaluation):
     good = evaluation("good", captions(0.8), 5)
     found = by_title(*compare.pair(poor, good))
     better = ("CIDEr", "BLEU-4", "ROUGE-L", "token accuracy", "perplexity")
-    assert {found[title].verdict for title in better} == {"better"}
+    assert {found[title].verdict for title in better} == {"B is better"}
     assert found["length"].verdict == "different"
     assert found["novel"].interval
     assert found["distinct"].interval == ""
@@ -98,7 +98,7 @@ def test_what_is_better_is_told_from_chance(evaluation):
     assert not any("METEOR" in title for title in found)  # without Java
     assert "images/second" not in found
     back = by_title(*compare.pair(good, poor))
-    assert {back[title].verdict for title in better} == {"worse"}
+    assert {back[title].verdict for title in better} == {"B is worse"}
     # A single image is not enough.
     slightly = {**captions(0.2), IMAGES[-1]: REFERENCES[IMAGES[-1]][0]}
     found = by_title(*compare.pair(poor, evaluation("new", slightly, 3)))
@@ -148,7 +148,7 @@ def test_the_page_shows_where_they_differ_most(evaluation, tmp_path):
     }
     second = evaluation("two", changed, 4)
     pair = compare.pair(first, second)
-    path = compare.write_page(*pair, compare.compare(*pair))
+    path = compare.write_page(*pair, compare.compare(*pair), None)
     assert path == second.place / "compared-with-one-val.html"
     page = path.read_text()
     better, worse = page.split("describes these better")[1:]
@@ -159,8 +159,7 @@ def test_the_page_shows_where_they_differ_most(evaluation, tmp_path):
     assert "&lt;b&gt;" in worse and "<b>" not in page
     assert "data:image" not in page  # the photographs are gone
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "40.jpg")
-    second.metrics["run"]["images_dir"] = str(tmp_path)
-    page = compare.write_page(*pair, []).read_text()
+    page = compare.write_page(*pair, [], tmp_path).read_text()
     assert page.count("data:image/jpeg;base64,") == 1
     assert "http" not in page.replace("http-equiv", "")
 

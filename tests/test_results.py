@@ -154,8 +154,8 @@ def test_tokens_are_counted_for_each_image():
     batch = (inputs, targets, np.ones(6, np.float32), logits)
     counts = teacher_forced.count([batch], 2)
     assert counts.tokens.tolist() == [4, 2]
-    assert counts.hits.tolist() == [2, 0]
-    assert counts.top.tolist() == [2, 1]
+    assert counts.right.tolist() == [2, 0]
+    assert counts.right_top5.tolist() == [2, 1]
     own = np.take_along_axis(logits, targets[:, None], 1)[:, 0]
     loss = np.log(np.exp(logits.astype(float)).sum(1)) - own
     expected = [loss[images == image].sum() for image in (0, 1)]

@@ -22,6 +22,18 @@ SHOWN = 24  # images on the page, of each that one captions better
 # Where less is better, and where neither is.
 LESS_IS_BETTER, NEUTRAL = "perplexity", ("mean_length", "novel_captions")
 NO_INTERVAL = "not tested"
+# Metric -> its column in captions.csv, and the column that it is a share of; an
+# empty one stands for the number of images.
+SHARES = {
+    "meteor": ("meteor", ""),
+    "rouge_l": ("rouge_l", ""),
+    "cider": ("cider", ""),
+    "spice": ("spice", ""),
+    "novel_captions": ("novel", ""),
+    "token_accuracy": ("right", "tokens"),
+    "token_accuracy_top5": ("right_top5", "tokens"),
+    "perplexity": ("loss", "tokens"),
+}
 
 
 class Evaluation(NamedTuple):
@@ -165,37 +177,25 @@ def _sums(
         Metric -> (images, columns), and the statistic of sums of its rows.
     """
     ones = np.ones(len(examples))
+    sums: dict[str, tuple[np.ndarray, Statistic]] = {}
+    for name, (part, whole) in SHARES.items():
+        if part in examples:
+            all_of_them = examples[whole] if whole else ones
+            columns = np.column_stack([examples[part], all_of_them])
+            how = _perplexity if name == "perplexity" else metrics.ratio
+            sums[name] = (columns, how)
     counts = metrics.bleu_counts(
         examples["caption"], examples["references"], tokeniser
     )
-    columns: dict[str, tuple[Any, Any, Statistic]] = {
-        name: (examples.get(name), ones, metrics.ratio)
-        for name in ("meteor", "rouge_l", "cider", "spice")
-    }
-    columns["novel_captions"] = (examples.get("novel"), ones, metrics.ratio)
-    tokens = examples.get("tokens")
-    columns |= {
-        "mean_length": (counts[:, 8], ones, metrics.ratio),
-        "token_accuracy": (examples.get("right"), tokens, metrics.ratio),
-        "token_accuracy_top5": (
-            examples.get("right_top5"),
-            tokens,
-            metrics.ratio,
-        ),
-        "perplexity": (
-            examples.get("loss"),
-            tokens,
-            lambda totals: np.exp(metrics.ratio(totals)),
-        ),
-    }
-    sums = {
-        name: (np.column_stack([part, whole]), statistic)
-        for name, (part, whole, statistic) in columns.items()
-        if part is not None
-    }
+    lengths = np.column_stack([counts[:, 8], ones])
+    sums["mean_length"] = (lengths, metrics.ratio)
     for order in range(1, 5):
         sums[f"bleu{order}"] = (counts, metrics.corpus_bleu(order))
     return sums
+
+
+def _perplexity(totals: np.ndarray) -> np.ndarray:
+    return np.exp(metrics.ratio(totals))
 
 
 def _interval(
@@ -231,7 +231,7 @@ def _verdict(name: str, ends: list[float]) -> str:
     if name in NEUTRAL:
         return "different"
     better = (ends[0] > 0) != (name == LESS_IS_BETTER)
-    return "better" if better else "worse"
+    return "B is better" if better else "B is worse"
 
 
 def as_text(
@@ -259,6 +259,7 @@ def write_page(
     first: Evaluation,
     second: Evaluation,
     differences: list[Difference],
+    images_dir: Path | None,
 ) -> Path:
     """Writes the page with the images where two evaluations differ most.
 
@@ -266,11 +267,11 @@ def write_page(
         first: from `pair`.
         second: from `pair`; the page is written into its folder.
         differences: from `compare`.
+        images_dir: where the photographs are, if they still are.
 
     Returns:
         Its path.
     """
-    images_dir = Path(second.metrics["run"].get("images_dir", ""))
     gain = second.examples["cider"] - first.examples["cider"]
     order = gain.sort_values(kind="stable").index
     half = min(SHOWN, math.ceil(len(order) / 2))
@@ -295,12 +296,15 @@ def write_page(
 
 
 def _shown(
-    image: str, first: Evaluation, second: Evaluation, images_dir: Path
+    image: str,
+    first: Evaluation,
+    second: Evaluation,
+    images_dir: Path | None,
 ) -> Mapping[str, Any]:
     """An image as the page shows it."""
     return {
         "image": image,
-        "photo": report.thumbnail(images_dir / image),
+        "photo": images_dir and report.thumbnail(images_dir / image),
         "references": first.examples.at[image, "references"],
         "captions": [
             (

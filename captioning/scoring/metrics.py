@@ -277,14 +277,11 @@ def bleu_counts(
     Returns:
         As `_bleu_counts`.
     """
-    grouped: dict[tuple[int, bool], Sequence[str]] = {}
-    for number, text in enumerate(captions):
-        grouped[number, True] = [text]
-    for number, texts in enumerate(references):
-        grouped[number, False] = texts
+    pairs = zip(captions, references, strict=True)
+    grouped = {n: [said, *texts] for n, (said, texts) in enumerate(pairs)}
     tokens, _ = tokenise(grouped, tokeniser)
-    made = [tokens[key][0] for key in tokens if key[1]]
-    judged = [[*filter(None, tokens[x, False])] for x in range(len(made))]
+    made = [said for said, *_ in tokens.values()]
+    judged = [[*filter(None, texts)] for _, *texts in tokens.values()]
     return _bleu_counts(_count_ngrams(made, judged))
 
 

@@ -20,7 +20,7 @@ from captioning import runs
 from captioning.data import images as photographs
 from captioning.data import prepared
 from captioning.features import cache as features
-from captioning.files import write_csv, write_text
+from captioning.files import write_csv, write_json, write_text
 from captioning.scoring import errors, figures, report, table
 from captioning.scoring.metrics import Scores
 from config import Config, UserError, defaults, group
@@ -183,7 +183,7 @@ def write_captions(
         for image, number in zip(split.images, split.image_ids, strict=True)
         if image in captions
     ]
-    write_text(path, json.dumps(entries, ensure_ascii=False, indent=0) + "\n")
+    write_json(path, entries, indent=0, ensure_ascii=False)
 
 
 def all_metrics(
@@ -239,7 +239,9 @@ def describe_run(
         "encoder": [config.encoder for config, _ in members],
         "epoch": [runs.best_epoch(place) for _, place in members],
         "seed": [config.seed for config, _ in members],
-        "started_from": [runs.started_from(place) for _, place in members],
+        "started_from": [
+            runs.load_description(place).started_from for _, place in members
+        ],
     }
     several = len(members) > 1
     # Whichever of them were used.
@@ -247,7 +249,6 @@ def describe_run(
     return {
         "run": "+".join(place.name for _, place in members),
         "dataset": members[0][0].dataset,
-        "images_dir": str(prepared.images_dir(members[0][0])),
         **{k: v if several else v[0] for k, v in of_each.items()},
         "precision": members[0][0].precision if own else None,
         "images_trained_on": count_trained_on(members, images),
@@ -265,9 +266,9 @@ def count_trained_on(
     """How many images any of the runs was trained on; None if not known."""
     seen = np.zeros(len(images), bool)
     for config, place in members:
-        descriptions, _ = runs.load_description(place)
+        encoders = runs.load_description(place).encoders
         try:
-            pixels = prepared.pixel_digests(config, descriptions, images)
+            pixels = prepared.pixel_digests(config, encoders, images)
         except UserError:  # captions from a file can be scored without them
             pixels = np.zeros((len(images), features.DIGEST_BYTES), np.uint8)
         same_dataset = config.dataset == runs.load_config(place).dataset
@@ -276,12 +277,6 @@ def count_trained_on(
             return None
         seen |= found
     return int(seen.sum())
-
-
-def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Writes metrics.json."""
-    text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
 
 
 def write_examples(
@@ -298,7 +293,7 @@ def write_examples(
         captions: image -> its caption.
         references: image -> its references.
         scores: of the captions.
-        counts: from `teacher_forced.per_image`, if the model was measured.
+        counts: `teacher_forced.Counts` by image, if the model was measured.
     """
     examples = scores.per_image
     if counts is not None:

@@ -4,20 +4,20 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from captioning.data.vocabulary import UNKNOWN
 from captioning.scoring.metrics import interval, ratio
 
-TOP = 5
-
 
 class Counts(NamedTuple):
-    """Sums over the reference tokens of each image, float64 (images,)."""
+    """Sums over the reference tokens of each image, float64 (images,).
+
+    They are columns of captions.csv, from which runs are compared.
+    """
 
     tokens: np.ndarray  # padding not counted, `<end>` counted
-    hits: np.ndarray  # tokens that the model ranks first
-    top: np.ndarray  # tokens among its first TOP
+    right: np.ndarray  # tokens that the model ranks first
+    right_top5: np.ndarray  # tokens among its first five
     loss: np.ndarray  # negative log-likelihoods, in nats
 
 
@@ -43,7 +43,7 @@ def count(scored: Iterable[tuple[Any, Any, Any, Any]], images: int) -> Counts:
                 for each in inputs["words"]
             ]
         )  # the image of each token, (tokens,)
-        sums = (real, known & (rank == 0), known & (rank < TOP), loss)
+        sums = (real, known & (rank == 0), known & (rank < 5), loss)
         number = len(inputs["features"])
         found.append([np.bincount(owner, each * real, number) for each in sums])
     columns = map(np.concatenate, zip(*found, strict=True))
@@ -70,17 +70,6 @@ def _judge(rows: np.ndarray, tokens: np.ndarray) -> tuple[Any, Any]:
     return rank, np.log(total) - (own - highest)[:, 0]
 
 
-def per_image(counts: Counts, images: list[str]) -> pd.DataFrame:
-    """The counts as columns of captions.csv, from which runs are compared."""
-    columns = {
-        "tokens": counts.tokens,
-        "right": counts.hits,
-        "right_top5": counts.top,
-        "loss": counts.loss,
-    }
-    return pd.DataFrame(columns, index=images)
-
-
 def figures(counts: Counts) -> dict[str, Any]:
     """The teacher-forced metrics, as metrics.json has them.
 
@@ -89,10 +78,10 @@ def figures(counts: Counts) -> dict[str, Any]:
         accuracy over resampled images.
     """
     tokens = counts.tokens.sum()
-    hits = np.column_stack([counts.hits, counts.tokens])  # (images, 2)
+    right = np.column_stack([counts.right, counts.tokens])  # (images, 2)
     return {
-        "token_accuracy": float(counts.hits.sum() / tokens),
-        "token_accuracy_top5": float(counts.top.sum() / tokens),
+        "token_accuracy": float(counts.right.sum() / tokens),
+        "token_accuracy_top5": float(counts.right_top5.sum() / tokens),
         "perplexity": float(np.exp(counts.loss.sum() / tokens)),
-        "intervals": {"token_accuracy": interval(hits, ratio)},
+        "intervals": {"token_accuracy": interval(right, ratio)},
     }
