@@ -14,6 +14,7 @@ docs/experiments.md has what was tried and what each change brought.
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -95,8 +96,6 @@ LAYOUTS = (
 # What a token is: a word, or in a script without spaces each character.
 WORDS, CHARACTERS = "words", "characters"
 TOKENISERS = ("auto", WORDS, CHARACTERS)
-# The values of fields that older saved configs lack.
-LEFT_OUT = {"tokeniser": WORDS}
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 SPLITS = ("train", "val", "test")
 SPLIT_SYNONYMS = {"dev": "val", "validation": "val", "valid": "val"}
@@ -366,8 +365,8 @@ class Config:
         return self.image_size * self.magnification
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            _check(each, getattr(self, each.name))
+        for name, each in FIELDS.items():
+            _check(each, getattr(self, name))
         check_name("dataset", self.dataset)
         if self.run_name:
             check_name("run_name", self.run_name)
@@ -383,11 +382,16 @@ class Config:
             )
 
 
+FIELDS = {each.name: each for each in dataclasses.fields(Config)}
+
+
 def _check(each: dataclasses.Field, value: Any) -> None:
     """Checks a value against the type and the limits of its field."""
     kind: Any = each.type
     if not isinstance(value, (int, float) if kind is float else kind):
         raise UserError(f"{each.name} {value!r} is not of type {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{each.name} {value} is not a finite number")
     least, most = each.metadata.get("least"), each.metadata.get("most")
     if least is not None and not value >= least:
         raise UserError(f"{each.name} {value} is below {least}")
@@ -434,8 +438,7 @@ def flag(name: str) -> str:
 
 def group(name: str) -> list[str]:
     """The names of the fields of a group, in order."""
-    fields = dataclasses.fields(Config)
-    return [each.name for each in fields if each.metadata["group"] == name]
+    return [n for n, each in FIELDS.items() if each.metadata["group"] == name]
 
 
 def check_name(field_name: str, name: str) -> str:
@@ -528,9 +531,9 @@ def defaults(dataset: str) -> Config:
 def _sample_defaults(given: Collection[str]) -> dict[str, Any]:
     """Fields that have another default for the sample, and are not given."""
     return {
-        each.name: each.metadata["sample"]
-        for each in dataclasses.fields(Config)
-        if "sample" in each.metadata and each.name not in given
+        name: each.metadata["sample"]
+        for name, each in FIELDS.items()
+        if "sample" in each.metadata and name not in given
     }
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from captioning import job, streams
 from config import (
-    LEFT_OUT,
+    FIELDS,
     SPLIT_SYNONYMS,
     Config,
     UserError,
@@ -173,7 +173,7 @@ def _parser(
         added.append(parser.add_argument(*names, **how))
     shown = FIELDS_OF.get(script, ()) if not everything else ()
     groups: dict[str, Any] = {}
-    for each in dataclasses.fields(Config):
+    for each in FIELDS.values():
         name = each.metadata["group"]
         hidden = shown and (
             (name not in shown and each.name not in NAMING)
@@ -221,15 +221,13 @@ def _read_config(path: str) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--config {path} cannot be read: {reason}") from None
-    known = {each.name for each in dataclasses.fields(Config)}
-    unknown = sorted(fields.keys() - known)
+    unknown = sorted(fields.keys() - FIELDS.keys())
     if unknown:
         raise UserError(
             f"--config {path} is from another version, with "
             f"{' and '.join(unknown)}: remove these fields"
         )
     places = {*group("place")}
-    fields = {**LEFT_OUT, **fields}
     return {name: x for name, x in fields.items() if name not in places}
 
 
@@ -269,8 +267,7 @@ def parse(
         if here := ELSEWHERE.get(word.replace("_", "-")):
             hint = f"; use {here}" if here.startswith("--") else f"; {here}"
         parser.error(f"unknown {kind} {word}{hint}")
-    names = {each.name for each in dataclasses.fields(Config)}
-    given = {k: v for k, v in vars(known).items() if k in names}
+    given = {k: v for k, v in vars(known).items() if k in FIELDS}
     try:
         saved = _read_config(known.config) if known.config else {}
         given = saved | given

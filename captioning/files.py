@@ -72,8 +72,9 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, in one line; libraries may say a lot."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UserError) else text[:200]
 
 
 @contextlib.contextmanager
@@ -96,7 +97,7 @@ def reading(
         yield
     except kinds as error:
         raise UserError(
-            f"{path} cannot be read ({reason(error)[:100]}): {advice}"
+            f"{path} cannot be read ({reason(error)}): {advice}"
         ) from None
 
 
@@ -112,6 +113,18 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically, as UTF-8."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """Writes a JSON file atomically.
+
+    Args:
+        path: of the file.
+        value: what JSON can hold; NaN is an error.
+        **options: of `json.dumps`.
+    """
+    options = {"indent": 2, "allow_nan": False, **options}
+    write_text(path, json.dumps(value, **options) + "\n")
 
 
 def write_csv(path: Path, rows: Any, columns: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -21,10 +21,10 @@ from captioning.files import (
     reading,
     reason,
     write_csv,
-    write_text,
+    write_json,
 )
 from config import (
-    LEFT_OUT,
+    FIELDS,
     OPEN,
     SAMPLE,
     Config,
@@ -46,6 +46,14 @@ CONFIG, VOCABULARY = "config.json", "vocabulary.json"
 FEATURES, IMAGES = "features.json", "training_images.csv"
 WEIGHTS, STATE = "model.weights.h5", "last/state.npz"
 PRETRAINED = "pretrained"  # the run that comes with the project
+
+
+class Description(NamedTuple):
+    """The features that a run was trained on, and the run it started from."""
+
+    encoders: list[dict[str, Any]]  # of the features of each
+    shape: tuple[int, int]  # of all joined, (regions, channels)
+    started_from: str  # its name; empty if from scratch
 
 
 def folder(config: Config) -> Path:
@@ -115,8 +123,7 @@ def _reading(path: Path) -> contextlib.AbstractContextManager[None]:
 
 def save_config(config: Config, place: Path) -> None:
     """Writes the config that trains a run."""
-    text = json.dumps(dataclasses.asdict(config), indent=2)
-    write_text(place / CONFIG, text + "\n")
+    write_json(place / CONFIG, dataclasses.asdict(config))
 
 
 def load_config(place: Path, training: bool = False) -> Config:
@@ -135,16 +142,14 @@ def load_config(place: Path, training: bool = False) -> Config:
     if not path.exists():
         raise UserError(_no_run(place))
     with _reading(path):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        fields = {**LEFT_OUT, **saved}
-        known = {each.name for each in dataclasses.fields(Config)}
-        config = Config(**{k: v for k, v in fields.items() if k in known})
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        config = Config(**{k: v for k, v in fields.items() if k in FIELDS})
     needed = [*group("model"), *group("data"), *group("encoder")]
     needed += group("training") if training else []
     wrong = [name for name in needed if name not in fields]
     if training:
         wrong += [name for name in OPEN if fields.get(name) == OPEN[name]]
-        wrong += sorted(fields.keys() - known)
+        wrong += sorted(fields.keys() - FIELDS.keys())
     if wrong:
         raise UserError(
             f"{path} is from another version, which differs in "
@@ -351,15 +356,14 @@ def begin(
     """
     images = images.sort_values(["name", "pixels"], ignore_index=True)
     if (place / STATE).exists():
-        began = started_from(place)
+        began = load_description(place)
         known = _load_images(place)
         own = images if known is None else known[known["name"] != ""]
         for what, same in {
             "vocabulary has": vocabulary.load(place / VOCABULARY) == words,
-            "encoder has": load_description(place)
-            == (descriptions, tuple(shape)),
+            "encoder has": began[:2] == (descriptions, tuple(shape)),
             "training images have": images.equals(own),
-            "starting run has": not start or start.name == began,
+            "starting run has": not start or start.name == began.started_from,
         }.items():
             if not same:
                 raise UserError(
@@ -373,31 +377,25 @@ def begin(
             images = pd.concat([images, before.assign(name="")])
         fields = {"encoders": descriptions, "shape": shape}
         fields["started_from"] = start.name if start else ""
-        write_text(place / FEATURES, json.dumps(fields, indent=2) + "\n")
+        write_json(place / FEATURES, fields)
         vocabulary.save(words, place / VOCABULARY)
         write_csv(place / IMAGES, images)
     save_config(config, place)
 
 
-def load_description(
-    place: Path,
-) -> tuple[list[dict[str, Any]], tuple[int, int]]:
-    """Reads what the features were that a run was trained on.
+def load_description(place: Path) -> Description:
+    """Reads what a run was trained on.
 
-    Returns:
-        The description of each encoder's, and the shape of all joined,
-        (regions, channels).
+    Raises:
+        UserError: if it is not there, or damaged.
     """
     path = place / FEATURES
     with _reading(path):
         fields = json.loads(path.read_text(encoding="utf-8"))
         regions, channels = fields["shape"]
-        return fields["encoders"], (regions, channels)
-
-
-def started_from(place: Path) -> str:
-    """The name of the run that a run started from; empty if from scratch."""
-    return str(read_json(place / FEATURES).get("started_from", ""))
+        return Description(
+            fields["encoders"], (regions, channels), fields["started_from"]
+        )
 
 
 def digest_images(names: Sequence[str], pixels: np.ndarray) -> pd.DataFrame:

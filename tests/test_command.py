@@ -110,7 +110,9 @@ def test_a_boolean_field_is_a_pair_of_flags(monkeypatch, capsys):
     made = dataclasses.make_dataclass(
         "Made", [("a_gate", bool, field)], bases=(Config,), frozen=True
     )
+    fields = {each.name: each for each in dataclasses.fields(made)}
     monkeypatch.setattr(command, "Config", made)
+    monkeypatch.setattr(command, "FIELDS", fields)
     assert parse("--no-a-gate").given == {"a_gate": False}
     assert parse("--no-a-gate").config.a_gate is False
     assert parse("--a-gate").config.a_gate is True

@@ -1,7 +1,6 @@
 """What preprocess.py leaves for the other scripts."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -112,17 +111,8 @@ def test_an_open_tokeniser_is_what_was_made_last(config):
         assert prepared.settle_tokeniser(config) == config
 
 
-def test_a_folder_that_names_no_tokeniser_has_words(config):
-    """It keeps its name, and a run of characters does not take it."""
+def test_captions_that_were_tokenised_otherwise_are_told(config):
     prepared.save(config, dataset(PLAIN))
-    path = prepared.folder(config) / "dataset.json"
-    fields = json.loads(path.read_text())
-    del fields["tokeniser"]
-    path.write_text(json.dumps(fields))
-    names = {n: fields[n] for n in group("data") if n != "tokeniser"}
-    text = json.dumps(names, sort_keys=True).encode()
-    assert path.parent.name == f"text-{hashlib.sha256(text).hexdigest()[:8]}"
-    assert prepared.load_split(config, "val").images == ["m.png"]
     other = dataclasses.replace(config, tokeniser="characters")
     told = refusal(prepared.load_split, other, "val")
     assert "--tokeniser characters (now it has words)" in told
@@ -231,7 +221,7 @@ def test_the_vocabulary_sees_the_training_captions_only(config):
     ]
     words, _ = prepared.save(config, dataset(captions))
     assert words.words == (*SPECIAL_WORDS, "dog")
-    assert prepared.load_vocabulary(config) == words
+    assert prepared.load_captions(config).words == words
 
 
 # --- refused --------------------------------------------------------------

@@ -103,9 +103,7 @@ def test_a_config_of_another_version_is_not_filled_in(place, changes, decodes):
         assert next(iter(changes)) in refusal(decode)
 
 
-def test_a_run_that_names_no_tokeniser_has_words(place):
-    save(place, tokeniser=None)
-    assert resume().tokeniser == decode().tokeniser == "words"
+def test_the_tokeniser_is_that_of_the_run(place):
     save(place, tokeniser="characters")
     assert resume().tokeniser == decode().tokeniser == "characters"
     assert "--tokeniser characters" in refusal(decode, "--tokeniser", "words")
@@ -309,7 +307,7 @@ def test_a_run_is_complete_without_the_data(tmp_path):
     assert runs.load_config(tmp_path) == config
     assert vocabulary.load(tmp_path / "vocabulary.json") == WORDS
     found = runs.load_description(tmp_path)
-    assert found == (BEGUN["descriptions"], BEGUN["shape"])
+    assert found == (BEGUN["descriptions"], BEGUN["shape"], "")
 
 
 @pytest.mark.parametrize(
@@ -367,7 +365,7 @@ def test_images_of_the_run_that_a_run_started_from_count_too(tmp_path):
     runs.save_state(new, [], {})
     for start in (old, None):
         runs.begin(TRAINED, new, **own, start=start)
-        assert runs.started_from(new) == "old"
+        assert runs.load_description(new).started_from == "old"
     message = refusal(runs.begin, TRAINED, new, *own.values(), tmp_path / "no")
     assert "the starting run has changed" in message
 

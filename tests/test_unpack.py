@@ -210,7 +210,10 @@ def test_the_photographs_are_found_afterwards(tmp_path):
         )
         assert code == 0, err
     wanted = Config(
-        dataset="photos", min_word_count=1, data_dir=str(tmp_path / "data")
+        dataset="photos",
+        min_word_count=1,
+        tokeniser="words",
+        data_dir=str(tmp_path / "data"),
     )
     folder = prepared.images_dir(wanted)
     assert (folder / "train" / "0.jpg").read_bytes() == photo(0)

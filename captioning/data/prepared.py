@@ -10,6 +10,7 @@ unpacked/           images and captions, if the dataset came in archives
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +24,10 @@ from captioning.data.datasets import Dataset
 from captioning.data.vocabulary import Vocabulary
 from captioning.features import cache as features
 from captioning.features.joined import Features
-from captioning.files import read_json, reading, write_csv, write_text
+from captioning.files import read_json, reading, write_csv, write_json
 from config import (
     CHARACTERS,
-    LEFT_OUT,
+    FIELDS,
     OPEN,
     SPLITS,
     WORDS,
@@ -48,6 +49,18 @@ class Split(NamedTuple):
     captions: list[list[str]]  # as written, of each image
     tokens: list[list[list[str]]]  # the same, tokenised
 
+    def first(self, images: int) -> "Split":
+        """Its first images; all of them for 0."""
+        return Split(*(column[: images or None] for column in tuple(self)))
+
+
+class Captions(NamedTuple):
+    """What a run is trained and judged on, but for the features."""
+
+    train: Split
+    val: Split
+    words: Vocabulary
+
 
 def directory(config: Config) -> Path:
     """Where a dataset is."""
@@ -68,13 +81,9 @@ def folder(config: Config) -> Path:
     """The text folder of a dataset.
 
     It is named by a digest of the values of all data fields, so that neither
-    a quick try nor an edited default overwrites anything. Of the tokeniser only
-    `characters` counts, so that folders that name none stay those of words.
+    a quick try nor an edited default overwrites anything.
     """
-    fields = _fields(config)
-    if fields["tokeniser"] != CHARACTERS:
-        del fields["tokeniser"]
-    text = json.dumps(fields, sort_keys=True)
+    text = json.dumps(_fields(config), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return root(config) / f"text-{digest}"
 
@@ -102,9 +111,8 @@ def features_folder(config: Config, description: dict[str, Any]) -> Path:
 
 def _fields(config: Config) -> dict[str, Any]:
     """The data fields; 1 and 1.0 are one value."""
-    fields = dataclasses.fields(Config)
-    kinds: dict[str, Any] = {each.name: each.type for each in fields}
-    return {n: kinds[n](getattr(config, n)) for n in group("data")}
+    kinds: dict[str, Any] = {n: FIELDS[n].type for n in group("data")}
+    return {n: kind(getattr(config, n)) for n, kind in kinds.items()}
 
 
 def check_source(config: Config, images_dir: Path) -> None:
@@ -174,7 +182,7 @@ def save(
     fields = _fields(config)
     fields["directory"] = str(directory(config).resolve())
     fields["images_dir"] = str(dataset.images_dir.resolve())
-    write_text(place / "dataset.json", json.dumps(fields, indent=2) + "\n")
+    write_json(place / "dataset.json", fields)
     return words, len(repaired)
 
 
@@ -211,6 +219,17 @@ def load_split(config: Config, split: str) -> Split:
     )
 
 
+def load_captions(config: Config) -> Captions:
+    """Reads the captions that a run is trained and judged on.
+
+    Raises:
+        UserError: as `load_split`.
+    """
+    train, val = (load_split(config, split) for split in ("train", "val"))
+    words = vocabulary.load(folder(config) / "vocabulary.json")
+    return Captions(train, val, words)
+
+
 def splits(config: Config) -> list[str]:
     """The splits that a preprocessed dataset has."""
     table = _read(config)
@@ -236,9 +255,14 @@ def images_dir(config: Config) -> Path:
     return Path(found.get("images_dir", ""))
 
 
-def load_vocabulary(config: Config) -> Vocabulary:
-    """Reads the vocabulary of the training split."""
-    return vocabulary.load(folder(config) / "vocabulary.json")
+def newest_images_dir(data_dir: str, dataset: str) -> Path | None:
+    """Where the images of a dataset are, if they are where they were last."""
+    notes = Path(data_dir, "cache", dataset).glob("text-*/dataset.json")
+    for path in sorted(notes, key=os.path.getmtime, reverse=True):
+        found = read_json(path).get("images_dir", "")
+        if os.path.isdir(found):
+            return Path(found)
+    return None
 
 
 def open_features(
@@ -316,7 +340,6 @@ def _check_fields(config: Config, place: Path) -> None:
             f"there is no preprocessed dataset in {place}: run preprocess.py "
             f"first, with the same flags{_other_tokeniser(config)}"
         )
-    found = {**LEFT_OUT, **found}
     for name, wanted in _fields(config).items():
         if found.get(name) != wanted:
             raise UserError(

@@ -10,7 +10,6 @@ import fnmatch
 import functools
 import hashlib
 import itertools
-import json
 import lzma
 import os
 import posixpath
@@ -34,7 +33,7 @@ from captioning.files import (
     read_json,
     reading,
     write_csv,
-    write_text,
+    write_json,
 )
 from config import UserError
 
@@ -183,7 +182,7 @@ def _unpack(directory: Path, place: Path, sources: list[str]) -> list[str]:
     if "captions.csv" not in seen:
         (place / "captions.csv").unlink(missing_ok=True)
     source = {"source": str(directory.resolve())}
-    write_text(place / _NOTES / "source.json", json.dumps(source))
+    write_json(place / _NOTES / "source.json", source, indent=None)
     names = {x.casefold(): x for x in seen} if _ignores_case(place) else None
     total = sum(done[name].size for name in left)
     with tqdm(
@@ -196,7 +195,7 @@ def _unpack(directory: Path, place: Path, sources: list[str]) -> list[str]:
     _sweep(place, {*seen}, {_note(place, name) for name in sources})
     messages = _write_captions(place, done, seen)
     noted = {"states": states, "messages": messages}
-    write_text(complete, json.dumps(noted))
+    write_json(complete, noted, indent=None)
     return messages
 
 
@@ -292,7 +291,7 @@ def _unpack_source(
     path, note = directory / source, _note(place, source)
     # It was begun, and has not changed: what is there is complete.
     begun = read_json(note).get("state") == done.state
-    write_text(note, json.dumps(done._asdict()))
+    write_json(note, done._asdict(), indent=None)
     mine = {}
 
     def save(name: str, data: bytes) -> None:
@@ -333,7 +332,7 @@ def _unpack_source(
     # The images must be on the disk before the note that they are.
     if len(mine) > 1 and hasattr(os, "sync"):
         os.sync()
-    write_text(note, json.dumps(done._asdict()))
+    write_json(note, done._asdict(), indent=None)
     return done
 
 

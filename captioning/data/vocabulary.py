@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from captioning.files import write_text
+from captioning.files import write_json
 from config import CHARACTERS, WORDS, UserError
 
 PAD, START, END, UNKNOWN = range(4)
@@ -247,7 +247,7 @@ def lacks_spaces(captions: Iterable[Sequence[str]]) -> bool:
 def save(vocabulary: Vocabulary, path: Path) -> None:
     """Writes a vocabulary as JSON."""
     fields = {"tokeniser": vocabulary.tokeniser, "words": vocabulary.words}
-    write_text(path, json.dumps(fields, ensure_ascii=False))
+    write_json(path, fields, indent=None, ensure_ascii=False)
 
 
 def load(path: Path) -> Vocabulary:
@@ -259,7 +259,7 @@ def load(path: Path) -> Vocabulary:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         words = tuple(fields["words"])
-        tokeniser = fields.get("tokeniser", WORDS)
+        tokeniser = fields["tokeniser"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a vocabulary ({error}): run preprocess.py again"

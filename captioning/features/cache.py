@@ -36,7 +36,7 @@ from captioning.files import (
     read_json,
     reading,
     write_csv,
-    write_text,
+    write_json,
 )
 from config import ENCODERS, SCENES, UserError, flag
 
@@ -135,8 +135,7 @@ def create(
         if len(new) or was != now:
             write_csv(folder / "images.csv", table)
         if was != now:
-            text = json.dumps({**meta, "images_dir": now}, indent=2)
-            write_text(folder / "meta.json", text + "\n")
+            write_json(folder / "meta.json", {**meta, "images_dir": now})
         _lengthen_array(folder / "features.npy", full, keep=marked > 0)
         _lengthen(folder / "digests.bin", DIGEST_BYTES * len(table))
         _lengthen(folder / "finished.bin", len(table))
