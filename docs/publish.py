@@ -33,7 +33,7 @@ def main(arguments: command.Arguments) -> None:
     run = Path(arguments.actions.run)
     place = Path(arguments.actions.folder)
     config = runs.load_config(run)
-    descriptions, _ = runs.load_description(run)
+    descriptions = runs.load_description(run).encoders
     for each in descriptions:
         if each["weights"] != ENCODERS[each["encoder"]].imagenet:
             raise UserError(

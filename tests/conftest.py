@@ -18,7 +18,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 LONG = (
-    "test_lost_process test_pipeline test_scripts test_export test_metrics"
+    "test_lost_process test_distribution test_pipeline test_scripts "
+    "test_backends test_notebook test_export test_metrics"
 ).split()
 
 

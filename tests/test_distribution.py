@@ -11,7 +11,16 @@ import pytest
 
 from captioning import job
 from config import UserError
-from tests.jobs import end, make_home, on_jax, start, start_job
+from tests.jobs import (
+    DATA,
+    TRAINING,
+    end,
+    make_home,
+    on_jax,
+    start,
+    start_job,
+)
+from tests.scripts import good
 
 pytestmark = pytest.mark.skipif(
     os.name == "nt", reason="needs fork, and signals"
@@ -23,7 +32,7 @@ def home(tmp_path_factory) -> Path:
     """A folder with a run on one device, by the name of `one`."""
     folder = tmp_path_factory.mktemp("home")
     make_home(folder)
-    end(start(folder, "one"))
+    good("train.py", *DATA, *TRAINING, "--run-name", "one", folder=folder)
     return folder
 
 
@@ -63,7 +72,8 @@ def test_self_critical_training_of_two_processes_is_that_of_one(home):
         place = home / "checkpoints" / run
         shutil.copytree(home / "checkpoints" / "one", place)
     flags = ("--scst-epochs", "1")
-    end(start(home, runs[0], *flags))
+    words = [*DATA, *TRAINING, "--run-name", runs[0], *flags]
+    good("train.py", *words, folder=home)
     printed, _ = end(*start_job(home, runs[1], 2, *flags))
     assert "2 devices" in printed and "reward" in printed
     histories, states = [], []

@@ -126,7 +126,7 @@ def test_another_backend_refuses_to_export(run, tmp_path):
 @pytest.mark.skipif(not TENSORFLOW, reason="it refuses whatever is asked")
 def test_what_cannot_be_exported_is_told_in_one_line(run, tmp_path):
     config, place, *_ = run
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         evaluate.export_run([(config, place)], tmp_path)
     with pytest.raises(UserError, match="one run"):
         evaluate.export_run([(config, place)] * 2, tmp_path / "program")

@@ -102,7 +102,7 @@ def test_weights_are_given_for_all_encoders_or_for_each():
     assert weights("auto") == ["imagenet"] * 2
     assert weights("a.h5,auto") == ["a.h5", "imagenet"]
     assert weights("a,b.h5", encoder="vgg16") == ["a,b.h5"]
-    with pytest.raises(UserError, match="names 3 for 2 encoders"):
+    with pytest.raises(UserError, match="lists 3 for 2 encoders"):
         weights("a,b,c")
 
 

@@ -351,6 +351,7 @@ def test_meteor_is_that_of_pycocoevalcap(monkeypatch):
     captions = {**CAPTIONS, "2.jpg": ""}
     # METEOR's protocol separates by three bars.
     references = {**REFERENCES, "1.jpg": ["A dog ||| runs", "The ||| dog"]}
+    meteor = Meteor()  # whose process starts beside the project's
     with monkeypatch.context() as patch:
         for name in java.OPTIONS:
             patch.setenv(name, "-Duser.language=de -Duser.country=DE")
@@ -359,7 +360,6 @@ def test_meteor_is_that_of_pycocoevalcap(monkeypatch):
         {**REFERENCES, "1.jpg": ["A dog runs", "The dog"]}
     )
     made = {image: [text] for image, text in CAPTIONS.items()}
-    meteor = Meteor()
     expected, _ = meteor.compute_score(judged, {**made, "2.jpg": [""]})
     assert found["meteor"] == pytest.approx(expected, abs=1e-9)
     assert 0 < expected < meteor.compute_score(judged, made)[0] < 1

@@ -27,7 +27,7 @@ def test_it_is_small_and_needs_only_what_keras_downloads():
     assert sum(x.stat().st_size for x in PLACE.iterdir()) < MOST
     config = runs.load_config(PLACE)
     assert config.run_name == PLACE.name and not config.dataset_dir
-    descriptions, _ = runs.load_description(PLACE)
+    descriptions = runs.load_description(PLACE).encoders
     encoder_weights.check(config, descriptions)
     for name, imagenet in each_encoder(config):
         assert encoder_weights.fingerprint(name, imagenet) != imagenet

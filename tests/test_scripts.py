@@ -4,9 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import urllib.request
 from pathlib import Path
-from unittest import mock
 
 import h5py
 import numpy as np
@@ -43,6 +43,14 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    """Drawing them takes longer than an epoch; test_pipeline looks at them."""
+    from captioning.training import callbacks
+
+    monkeypatch.setattr(callbacks, "write_curves", lambda *_: None)
+
+
 def interrupt(epoch: int, batch: int, *flags, folder: Path) -> None:
     """Ends train.py at a saved point: after a batch of an epoch, from 0."""
     from captioning.training import callbacks
@@ -52,12 +60,13 @@ def interrupt(epoch: int, batch: int, *flags, folder: Path) -> None:
     def save_and_end(points):
         save(points)
         if (points.epoch, points.batch) == (epoch, batch):
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(callbacks, "SAVE_SECONDS", 0)
         patch.setattr(callbacks.SavePoints, "save", save_and_end)
-        assert run("train.py", *flags, folder=folder).returncode == 130
+        done = run("train.py", *flags, folder=folder)
+    assert done.returncode == 130 and "Saving" in done.stdout
 
 
 def evaluation(home: Path, run: str, name: str) -> dict:
@@ -128,40 +137,80 @@ def test_runs_are_averaged(home):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
-def test_a_killed_run_ends_as_if_it_had_not_been(home):
-    """Terminated, then killed, then given again: equal bit for bit."""
-    flags = [*FLAGS, *TRAINING, "--run-name", "killed"]
-    place = home / "checkpoints" / "killed"
-    started = process("train.py", *flags, folder=home)
-    while (runs.load_progress(place) or {"epoch": 0})["epoch"] == 0:
-        assert started.poll() is None, "the run ended without a saved epoch"
-    started.terminate()
-    out, errors = started.communicate()
-    assert started.returncode == 130 and "Traceback" not in errors
-    assert "Saving" in out
-    started = process("train.py", *flags, folder=home)
-    while "Resuming after 1 epochs" not in told(started):
-        pass
+def test_a_killed_run_ends_as_if_it_had_not_been(home, monkeypatch):
+    """With more epochs than before; killed and then terminated.
+
+    The rate does not jump up, and the screen says what it does.
+    """
+    flags = [*FLAGS, *TRAINING, "--epochs", "4", "--run-name"]
+    trained, cut, half = (
+        home / "checkpoints" / each for each in (RUN, "cut", "half")
+    )
+    for place in (cut, cut.with_name("longer")):
+        shutil.copytree(trained, place)
+    printed = good("train.py", *flags, "longer", folder=home)
+    assert "keeps the schedule of 2 epochs" in printed
+    started = process("train.py", *flags, "cut", folder=home)
+    while runs.load_progress(cut)["epoch"] == 2:
+        assert started.poll() is None, started.stderr.read()
     started.kill()
-    started.communicate()
-    printed = good("train.py", *flags, folder=home)
-    assert "Resuming after 1 epochs" in printed
-    assert_same_run(home, RUN, "killed")
+    _, errors = started.communicate()
+    assert "Traceback" not in errors
+    interrupt(3, 2, *flags, "cut", folder=home)
+    shutil.copytree(cut, half)
+    printed = good("train.py", *flags, "cut", folder=home)
+    assert "Resuming after 3 epochs and 2 steps" in printed
+    assert_same_run(home, "longer", "cut")
+    rates = pd.read_csv(cut / "history.csv")["learning_rate"]
+    assert rates[1] == pytest.approx(0, abs=1e-9)
+    assert 0 < rates[2] == rates[3] < 0.6e-3
+    assert "raise --epochs" in good("train.py", *flags, "cut", folder=home)
+    check_that_half_an_epoch_is_left_behind(home, monkeypatch)
+
+
+def check_that_half_an_epoch_is_left_behind(home: Path, monkeypatch) -> None:
+    """By self-critical training, after fewer epochs of cross-entropy."""
+    from captioning.training import self_critical
+
+    draw, drawn = self_critical.Rounds.sample, []
+
+    def watched(rounds, epoch, number):
+        drawn.append(number)
+        return draw(rounds, epoch, number)
+
+    monkeypatch.setattr(self_critical, "ROUND_IMAGES", 13)
+    monkeypatch.setattr(self_critical.Rounds, "sample", watched)
+    flags = [*FLAGS, *TRAINING, "--run-name", "half"]
+    flags += ["--epochs", "3", "--scst-epochs", "1"]
+    good("train.py", *flags, folder=home)
+    assert drawn == [0, 1]
 
 
 def test_a_run_that_is_killed_just_after_its_first_weights_resumes(home):
+    """From the state before its first step, to the same end."""
     from captioning.training import callbacks
 
-    flags = [*FLAGS, "--run-name", "early", "--epochs", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            callbacks.SavePoints, "on_epoch_end", mock.Mock(side_effect=OSError)
-        )
-        bad("train.py", *flags, folder=home)
+    flags = [*FLAGS, *TRAINING, "--run-name", "early"]
     place = home / "checkpoints" / "early"
+    save, end = runs.save_state, callbacks.SavePoints.on_epoch_end
+
+    def save_the_first(place, variables, progress):
+        if not progress["epoch"]:
+            save(place, variables, progress)
+
+    def fail_at_the_second(points, epoch, logs):
+        if epoch == 1:
+            raise OSError
+        end(points, epoch, logs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "save_state", save_the_first)
+        patch.setattr(callbacks.SavePoints, "on_epoch_end", fail_at_the_second)
+        bad("train.py", *flags, folder=home)
     assert (place / "model.weights.h5").exists()
+    assert runs.load_progress(place)["epoch"] == 0
     good("train.py", *flags, folder=home)
-    assert runs.load_progress(place)["epoch"] == 1
+    assert_same_run(home, RUN, "early")
 
 
 def test_self_critical_training_is_resumed_between_two_rounds(
@@ -184,45 +233,6 @@ def test_self_critical_training_is_resumed_between_two_rounds(
     history = pd.read_csv(broken / "history.csv")
     assert len(history) == 4 and history["reward"].notna().sum() == 2
     assert "trained" in good("train.py", *flags, "sampled", folder=home)
-
-
-def test_self_critical_training_does_not_take_up_a_half_epoch(
-    home, monkeypatch
-):
-    """One of cross-entropy, that fewer epochs have left behind."""
-    from captioning.training import self_critical
-
-    draw, drawn = self_critical.Rounds.sample, []
-
-    def watched(rounds, epoch, number):
-        drawn.append(number)
-        return draw(rounds, epoch, number)
-
-    flags = [*FLAGS, *TRAINING, "--cider-every", "1", "--run-name", "half"]
-    interrupt(1, 1, *flags, folder=home)
-    monkeypatch.setattr(self_critical, "ROUND_IMAGES", 13)
-    monkeypatch.setattr(self_critical.Rounds, "sample", watched)
-    flags += ["--epochs", "1", "--scst-epochs", "1"]
-    good("train.py", *flags, folder=home)
-    assert drawn == [0, 1]
-
-
-def test_more_epochs_keep_the_schedule_and_stay_exact(home):
-    """The rate does not jump up, and the screen says what it does."""
-    flags = [*FLAGS, *TRAINING, "--epochs", "4", "--run-name"]
-    for name in ("longer", "cut"):
-        place = home / "checkpoints" / name
-        shutil.copytree(home / "checkpoints" / RUN, place)
-    printed = good("train.py", *flags, "longer", folder=home)
-    assert "keeps the schedule of 2 epochs" in printed
-    interrupt(2, 2, *flags, "cut", folder=home)
-    printed = good("train.py", *flags, "cut", folder=home)
-    assert "Resuming after 2 epochs and 2 steps" in printed
-    assert_same_run(home, "longer", "cut")
-    rates = pd.read_csv(place / "history.csv")["learning_rate"]
-    assert rates[1] == pytest.approx(0, abs=1e-9)
-    assert 0 < rates[2] == rates[3] < 0.6e-3
-    assert "raise --epochs" in good("train.py", *flags, "cut", folder=home)
 
 
 def test_a_run_that_patience_ended_says_so(home):
@@ -370,14 +380,18 @@ def test_what_differs_goes_to_a_folder_of_its_own(home, monkeypatch):
         backend, "_multiplies_bfloat16", lambda: other != "float32"
     )
     for more, name, images, beam_size in (
-        (["--limit-images", "1"], "val-limit1", 1, Config.beam_size),
         (["--beam-size", "2"], "val-beam2", 2, 2),
-        (["--precision", "auto"], f"val-{other}", 2, Config.beam_size),
+        (
+            ["--precision", "auto", "--limit-images", "1"],
+            f"val-{other}-limit1",
+            1,
+            Config.beam_size,
+        ),
     ):
         good("evaluate.py", *flags, *more, folder=home)
         found = evaluation(home, RUN, name)
         assert (found["images"], found["beam_size"]) == (images, beam_size)
-        precision = other if name == f"val-{other}" else trained
+        precision = other if other in name else trained
         assert found["run"]["precision"] == precision
         assert {*os.listdir(folder / "evaluation" / name)} == results.FILES
     assert (folder / "evaluation/val/metrics.json").read_bytes() == before

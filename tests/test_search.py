@@ -132,24 +132,27 @@ def repeats(words, n: int) -> bool:
     return n > 0 and len(set(found)) < len(found)
 
 
-def exhaustive(decoder, features, exponent, least, most, ngram=0):
+def exhaustive(decoders, features, exponent, least, most, ngram=0):
     """The best of all captions there are, and its normalised score.
 
-    Every caption of a length stands beside every other: nothing is pruned.
+    Every caption of a length stands beside every other: nothing is pruned. Of
+    several decoders, the probabilities are averaged at every word.
     """
-    content = np.arange(len(SPECIAL_WORDS), decoder.vocabulary_size)
-    steps = Steps(decoder, features)
+    content = np.arange(len(SPECIAL_WORDS), decoders[0].vocabulary_size)
+    steps = [Steps(d, f) for d, f in zip(decoders, features, strict=True)]
     captions, totals, best = [()], np.zeros(1), (-np.inf, ())
     for length in range(most + 1):
         last = [words[-1] if words else START for words in captions]
-        found, _ = steps(*last)  # (captions, vocabulary)
+        likely = [np.exp(each(*last)[0]) for each in steps]
+        found = np.log(np.mean(likely, axis=0))  # (captions, vocabulary)
         for words, score in zip(captions, totals + found[:, END], strict=True):
             if length >= least and not repeats(words, ngram):
                 score /= ((6 + length) / 6) ** exponent
                 best = max(best, (score, (*words, END)))
         captions = [(*words, w) for words in captions for w in content.tolist()]
         totals = (totals[:, None] + found[:, content]).ravel()
-        steps.split(len(content))
+        for each in steps:
+            each.split(len(content))
     return best
 
 
@@ -166,7 +169,7 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds(
     seed, exponent, least, ngram
 ):
     decoder, features = tiny(seed, 3), some_features(seed, 1)
-    score, words = exhaustive(decoder, features, exponent, least, 3, ngram)
+    score, words = exhaustive([decoder], [features], exponent, least, 3, ngram)
     # As many as there are captions of three words.
     found = search(decoder, features, 27, exponent, least, ngram=ngram)
     assert tuple(found["words"][0, 0][: len(words)]) == words
@@ -431,23 +434,13 @@ def test_two_models_are_averaged_in_probability_at_every_step():
     """They may differ in their features; each has a state of its own."""
     decoders = [tiny(37, 3), tiny(38, 3)]
     features = [some_features(37, 1), some_features(38, 1)[:, :2]]
-    best = (-np.inf, ())
-    for length in (1, 2, 3):
-        for words in itertools.product(range(4, 7), repeat=length):
-            words, total, last = (*words, END), 0.0, START
-            both = [
-                Steps(d, f) for d, f in zip(decoders, features, strict=True)
-            ]
-            for word in words:
-                likely = [np.exp(each(last)[0][0, word]) for each in both]
-                total, last = total + np.log(np.mean(likely)), word
-            best = max(best, (total / ((6 + length) / 6) ** 0.7, words))
+    score, words = exhaustive(decoders, features, 0.7, 1, 3)
     found = search(decoders, features, 27)
-    assert tuple(found["words"][0, 0][: len(best[1])]) == best[1]
-    assert found["scores"][0, 0] == pytest.approx(best[0], abs=1e-4)
+    assert tuple(found["words"][0, 0][: len(words)]) == words
+    assert found["scores"][0, 0] == pytest.approx(score, abs=1e-4)
     for decoder, each in zip(decoders, features, strict=True):
         alone = search(decoder, each, 27)
-        assert alone["scores"][0, 0] != pytest.approx(best[0], abs=1e-3)
+        assert alone["scores"][0, 0] != pytest.approx(score, abs=1e-3)
 
 
 def test_the_average_is_of_probabilities():

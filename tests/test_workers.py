@@ -99,7 +99,7 @@ def keep_out(folder: Path, *flags: str) -> None:
     """Runs preprocess.py, which another process at work has to keep out."""
     code, _, err = run(folder, *flags)
     assert code == 1 and len(err.splitlines()) == 1
-    assert "another process is at work" in err
+    assert "another process is using" in err
 
 
 def start_encoding(folder: Path, *flags: str) -> subprocess.Popen:
