@@ -33,6 +33,12 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def empty() -> keras.Model:
+    """A network that no test gives weights."""
+    return network(0)
+
+
 def network(seed: int) -> keras.Model:
     keras.utils.set_random_seed(seed)
     return keras.applications.MobileNetV2(include_top=False, weights=None)
@@ -93,12 +99,14 @@ def test_weights_that_keras_has_changed_are_not_taken_for_others(monkeypatch):
         ("new format.h5", r"to end in \.weights\.h5"),
     ],
 )
-def test_any_other_file_is_named_in_one_line(folder, name, told, monkeypatch):
+def test_any_other_file_is_named_in_one_line(
+    folder, empty, name, told, monkeypatch
+):
     few = ("vgg16", "vgg19", "mobilenetv2")  # to build all takes a minute
     some = {name: ENCODERS[name] for name in few}
     monkeypatch.setattr(encoder_weights, "ENCODERS", some)
     with pytest.raises(UserError, match=told) as error:
-        encoder_weights.load(network(0), str(folder / name), "mobilenetv2")
+        encoder_weights.load(empty, str(folder / name), "mobilenetv2")
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
@@ -135,11 +143,11 @@ def test_other_weights_are_refused_where_the_features_are_cached_too():
     encoder_weights.check(moved, [other], needed=False)
 
 
-def test_a_download_that_fails_without_a_word_is_told(monkeypatch):
-    built, failing = network(0), mock.Mock(side_effect=ConnectionResetError)
+def test_a_download_that_fails_without_a_word_is_told(empty, monkeypatch):
+    failing = mock.Mock(side_effect=ConnectionResetError)
     monkeypatch.setattr(keras.applications, "MobileNetV2", failing)
     with pytest.raises(UserError, match=r"downloaded \(ConnectionResetError\)"):
-        encoder_weights.load(built, "imagenet", "mobilenetv2")
+        encoder_weights.load(empty, "imagenet", "mobilenetv2")
 
 
 def test_a_run_on_another_layer_has_to_be_trained_again():
