@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def fingerprint(encoder: str, weights: str) -> str:
         return f"random-{RANDOM_SEED}"
     if weights == "imagenet":
         return ENCODERS[encoder].imagenet
-    return digest(_weights_in(_path(weights)))
+    return digest(_of_weights_in(_path(weights), lambda each: each[()]))
 
 
 def _path(weights: str) -> str:
@@ -204,7 +204,8 @@ def _imagenet_weights(network: keras.Model, encoder: str) -> list[np.ndarray]:
 
 
 def _load_file(network: keras.Model, path: str, encoder: str) -> None:
-    found = Counter(weight.shape for weight in _weights_in(path))
+    # Not the values, which may be half a gigabyte.
+    found = Counter(_of_weights_in(path, lambda each: each.shape))
     wanted = _shapes_of(network)
     if found != wanted:
         raise UserError(
@@ -225,13 +226,13 @@ def _shapes_of(network: keras.Model) -> Shapes:
     return Counter(tuple(weight.shape) for weight in network.weights)
 
 
-def _weights_in(path: str) -> list[np.ndarray]:
-    """A model's weights in a file, without those of its optimizer."""
-    found: list[np.ndarray] = []
+def _of_weights_in(path: str, take: Callable[[h5py.Dataset], Any]) -> list[Any]:
+    """What `take` gives of each weight in a file but for the optimizer's."""
+    found = []
 
     def enter(name: str, entry: Any) -> None:
         if isinstance(entry, h5py.Dataset) and "optimizer" not in name:
-            found.append(entry[()])
+            found.append(take(entry))
 
     try:
         with open(path, "rb"):  # h5py's errors say less
