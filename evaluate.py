@@ -256,13 +256,12 @@ def open_run(
 ) -> tuple[Any, Any, Any]:
     """Opens a run: its decoder, vocabulary, and the images' features."""
     from captioning import runs
-    from captioning.data import prepared
     from captioning.decoding import captioner
-    from captioning.features import encoder_weights
+    from captioning.features import encoder_weights, store
 
     descriptions = runs.load_description(run).encoders
     encoder_weights.check(config, descriptions, needed=False)
-    features = prepared.open_features(config, descriptions, images)
+    features = store.open_features(config, descriptions, images)
     decoder, words = captioner.load_decoder(config, run)
     return decoder, words, features
 

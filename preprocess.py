@@ -50,7 +50,7 @@ ACTIONS = [
 def main(arguments: command.Arguments) -> None:
     """Preprocesses a dataset."""
     from captioning.data import checks, prepared, unpack
-    from captioning.features import workers
+    from captioning.features import store, workers
     from captioning.files import lock
 
     config = arguments.config
@@ -77,7 +77,7 @@ def main(arguments: command.Arguments) -> None:
     worker = arguments.actions.worker
     if worker and not encode_part(config, dataset, described, *worker):
         return
-    folders = [prepared.features_folder(config, each) for each in described]
+    folders = [store.folder(config, each) for each in described]
     with ExitStack() as held:
         for features in sorted(folders):
             held.enter_context(workers.alone(features))
@@ -130,7 +130,7 @@ def each_alone(
     behind.
     """
     import model
-    from captioning.data import prepared
+    from captioning.features import store
 
     found = []
     pairs = zip(each_encoder(config), described, strict=True)
@@ -139,7 +139,7 @@ def each_alone(
             config, encoder=name, encoder_weights=weights
         )
         build = functools.cache(functools.partial(model.build_encoder, alone))
-        if not prepared.features_folder(config, description).exists():
+        if not store.folder(config, description).exists():
             build()
         found.append(OneEncoder(alone, description, build))
     return found
@@ -168,7 +168,7 @@ def encode_part(
         Whether it was the last, and has to complete the cache.
     """
     from captioning.data import prepared
-    from captioning.features import workers
+    from captioning.features import store, workers
 
     def encode(encoder: OneEncoder) -> None:
         cache = open_cache(encoder, dataset)
@@ -178,7 +178,7 @@ def encode_part(
     for encoder in each_alone(config, described):
         # Whoever is the last with the last encoder is the last with all.
         others = workers.do_part(
-            prepared.features_folder(config, encoder.description),
+            store.folder(config, encoder.description),
             place.name,
             number,
             of,
@@ -247,8 +247,7 @@ def open_cache(encoder: OneEncoder, dataset: Any) -> Any:
     import keras
 
     import model
-    from captioning.data import prepared
-    from captioning.features import cache
+    from captioning.features import cache, store
 
     versions = {
         "keras": keras.version(),
@@ -257,7 +256,7 @@ def open_cache(encoder: OneEncoder, dataset: Any) -> Any:
         "precision": keras.config.dtype_policy().name,
     }
     return cache.create(
-        prepared.features_folder(encoder.config, encoder.description),
+        store.folder(encoder.config, encoder.description),
         encoder.description,
         versions,
         dataset.images_dir,

@@ -178,14 +178,14 @@ def open_features(
     import numpy as np
 
     from captioning import runs
-    from captioning.data import prepared
+    from captioning.features import store
     from captioning.features.encoder_weights import describe_features
     from captioning.training import warm_start
 
     described = describe_features(config)
     images = captions.train.images
     everything = [*images, *captions.val.images]
-    opened = prepared.open_features(config, described, everything)
+    opened = store.open_features(config, described, everything)
     places = np.arange(len(everything))
     features = opened.select(places[: len(images)])
     val_features = opened.select(places[len(images) :])
@@ -195,7 +195,7 @@ def open_features(
     if devices.writes:
         if fresh:
             print(f"Kept the old run as {runs.set_aside(place)}")
-        pixels = prepared.pixel_digests(config, described, images)
+        pixels = store.pixel_digests(config, described, images)
         seen = runs.digest_images(images, pixels)
         runs.begin(config, place, captions.words, described, shape, seen, start)
     job.wait("begin")

@@ -15,6 +15,7 @@ import pytest
 from captioning.data import prepared
 from captioning.data.images import read_image
 from captioning.features import cache as features
+from captioning.features import store
 from config import Config, UserError, resolve
 from tests.processes import make_photos, run, start
 
@@ -64,7 +65,7 @@ def config(**fields) -> Config:
 def features_of(wanted: Config, split: str) -> dict[str, np.ndarray]:
     """Image -> its features, as train.py gets them."""
     images = prepared.load_split(wanted, split).images
-    opened = prepared.open_features(wanted, [DESCRIPTION], images)
+    opened = store.open_features(wanted, [DESCRIPTION], images)
     found = opened[np.arange(len(images))]
     return dict(zip(images, found, strict=True))
 

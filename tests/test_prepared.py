@@ -16,6 +16,7 @@ from captioning.data import prepared
 from captioning.data.datasets import Dataset
 from captioning.data.vocabulary import SPECIAL_WORDS, tokenise
 from captioning.features import cache as features
+from captioning.features import store
 from config import Config, UserError, group
 
 DESCRIPTION = features.describe("resnet50", "conv5", "random-0", 8)
@@ -92,11 +93,11 @@ def test_the_other_fields_leave_the_folder_as_it_is():
 
 def test_features_are_shared_by_all_text_folders():
     one, other = Config(), Config(limit_images=3, min_word_count=9)
-    place = prepared.features_folder(one, DESCRIPTION)
-    assert place == prepared.features_folder(other, DESCRIPTION)
+    place = store.folder(one, DESCRIPTION)
+    assert place == store.folder(other, DESCRIPTION)
     assert place.parent == Path("data/cache/sample/features")
     another = {**DESCRIPTION, "layer": "conv4"}
-    assert place != prepared.features_folder(one, another)
+    assert place != store.folder(one, another)
 
 
 def test_an_open_tokeniser_is_what_was_made_last(config):
@@ -259,7 +260,7 @@ def test_a_split_that_is_not_there_is_told_with_those_that_are(config):
 def cache(config) -> features.Cache:
     """Finished features of two images, and a row that is not finished."""
     prepared.save(config, dataset(PLAIN))
-    place = prepared.features_folder(config, DESCRIPTION)
+    place = store.folder(config, DESCRIPTION)
     names, images = ["a.png", "m.png", "z.png"], Path("images")
     made = features.create(place, DESCRIPTION, {}, images, names, (4, 3))
     made.features[:] = np.arange(3)[:, None, None]
@@ -269,18 +270,18 @@ def cache(config) -> features.Cache:
 
 def test_features_come_in_the_order_of_the_images(config, cache):
     images = ["z.png", "a.png", "z.png"]
-    found = prepared.open_features(config, [DESCRIPTION], images)
+    found = store.open_features(config, [DESCRIPTION], images)
     assert found[np.arange(3)][:, 0, 0].tolist() == [2, 0, 2]
 
 
 @pytest.mark.parametrize("names", [["z.png", "m.png"], ["z.png", "new.png"]])
 def test_features_that_are_not_finished_are_refused(config, cache, names):
-    message = refusal(prepared.open_features, config, [DESCRIPTION], names)
+    message = refusal(store.open_features, config, [DESCRIPTION], names)
     assert "lacks the features of 1 images" in message
     assert "run preprocess.py again" in message
 
 
 def test_features_of_another_encoder_are_not_there(config, cache):
     other = {**DESCRIPTION, "weights": "imagenet"}
-    message = refusal(prepared.open_features, config, [other], ["a.png"])
+    message = refusal(store.open_features, config, [other], ["a.png"])
     assert "run preprocess.py first" in message

@@ -16,14 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from captioning.data import vocabulary
 from captioning.data.datasets import Dataset
 from captioning.data.vocabulary import Vocabulary
-from captioning.features import cache as features
-from captioning.features.joined import Features
 from captioning.files import read_json, reading, write_csv, write_json
 from config import (
     CHARACTERS,
@@ -102,11 +99,6 @@ def settle_tokeniser(config: Config) -> Config:
         return path.stat().st_mtime_ns if path.exists() else 0
 
     return max(choices, key=when)
-
-
-def features_folder(config: Config, description: dict[str, Any]) -> Path:
-    """The folder of the features that `features.describe` describes."""
-    return root(config) / "features" / features.key(description)
 
 
 def _fields(config: Config) -> dict[str, Any]:
@@ -263,72 +255,6 @@ def newest_images_dir(data_dir: str, dataset: str) -> Path | None:
         if os.path.isdir(found):
             return Path(found)
     return None
-
-
-def open_features(
-    config: Config,
-    descriptions: Sequence[dict[str, Any]],
-    images: Sequence[str],
-) -> Features:
-    """Opens the features of some images.
-
-    Args:
-        config: its data fields.
-        descriptions: of each encoder, from `encoder_weights`.
-        images: their names.
-
-    Raises:
-        UserError: if features are missing, incomplete, or of images in
-            another folder.
-    """
-    opened = [_open_cache(config, each, images) for each in descriptions]
-    return Features(
-        [cache.features for cache, _ in opened], [rows for _, rows in opened]
-    )
-
-
-def pixel_digests(
-    config: Config,
-    descriptions: Sequence[dict[str, Any]],
-    images: Sequence[str],
-) -> np.ndarray:
-    """Digests of the pixels of some images, uint8 (images, bytes).
-
-    Raises:
-        UserError: as `open_features`.
-    """
-    # All encoders were given the same pixels.
-    cache, rows = _open_cache(config, descriptions[0], images)
-    return features.load_digests(cache)[rows]
-
-
-def _open_cache(
-    config: Config, description: dict[str, Any], images: Sequence[str]
-) -> tuple[features.Cache, np.ndarray]:
-    """Opens the cache of an encoder, and finds the row of each image."""
-    place = features_folder(config, description)
-    cache = features.load(place, description)
-    _check_images_dir(config, place)
-    rows = np.array([cache.row.get(image, -1) for image in images], int)
-    missing = int(np.sum((rows < 0) | (cache.finished[rows] == 0)))
-    if missing:
-        raise UserError(
-            f"{cache.folder} lacks the features of {missing:,} images: run "
-            "preprocess.py again with the same flags; it resumes where it "
-            "stopped"
-        )
-    return cache, rows
-
-
-def _check_images_dir(config: Config, place: Path) -> None:
-    """Refuses features that were since taken from another folder."""
-    was, now = images_dir(config), features.images_dir(place)
-    if str(was) != now and was.is_dir():
-        raise UserError(
-            f"the images of {folder(config)} were in {was}, and the features "
-            f"in {place} are now of those in {now}: run preprocess.py again "
-            "with the same flags"
-        )
 
 
 def _check_fields(config: Config, place: Path) -> None:

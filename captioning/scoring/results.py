@@ -20,6 +20,7 @@ from captioning import runs
 from captioning.data import images as photographs
 from captioning.data import prepared
 from captioning.features import cache as features
+from captioning.features import store
 from captioning.files import write_csv, write_json, write_text
 from captioning.scoring import errors, figures, report, table
 from captioning.scoring.metrics import Scores
@@ -268,7 +269,7 @@ def count_trained_on(
     for config, place in members:
         encoders = runs.load_description(place).encoders
         try:
-            pixels = prepared.pixel_digests(config, encoders, images)
+            pixels = store.pixel_digests(config, encoders, images)
         except UserError:  # captions from a file can be scored without them
             pixels = np.zeros((len(images), features.DIGEST_BYTES), np.uint8)
         same_dataset = config.dataset == runs.load_config(place).dataset
