@@ -132,9 +132,10 @@ def open_run(arguments: command.Arguments) -> tuple[Config, Path]:
 
     Says so where it has never seen a photograph.
     """
-    from captioning import runs
+    from captioning import run_configs
 
-    config, run = runs.decoding_config(choose_run(arguments), arguments.given)
+    wanted = choose_run(arguments)
+    config, run = run_configs.decoding_config(wanted, arguments.given)
     if config.dataset == SAMPLE:
         print(
             f"Note: {run} was trained only on the sample's drawn scenes; its "
@@ -176,7 +177,7 @@ def load_captioner(config: Config, run: Path, one_by_one: bool) -> Any:
     """A function from the pixels of photographs to the captions of each.
 
     Args:
-        config: from `runs.decoding_config`.
+        config: from `run_configs.decoding_config`.
         run: the run folder.
         one_by_one: whether each photograph is a batch of its own.
     """

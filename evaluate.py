@@ -71,7 +71,7 @@ SHOWN = 5  # captions printed
 
 def main(arguments: command.Arguments) -> None:
     """Evaluates a run on a split."""
-    from captioning import runs
+    from captioning import run_configs, runs
     from captioning.data import prepared
     from captioning.files import lock, write_json
     from captioning.scoring import metrics, results, table
@@ -80,13 +80,13 @@ def main(arguments: command.Arguments) -> None:
     if actions.compare:
         compare_evaluations(arguments.config, *actions.compare)
         return
-    members = runs.members(arguments.config, given, actions.runs)
+    members = run_configs.members(arguments.config, given, actions.runs)
     if actions.export:
         export_run(members, Path(actions.export))
         return
     if not actions.captions:
         members = in_one_precision(members)
-    config, run = members[0][0], runs.together(members)
+    config, run = members[0][0], run_configs.together(members)
     limited = given.get("limit_images", 0)
     split = prepared.load_split(config, config.split).first(limited)
     if actions.captions:

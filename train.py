@@ -54,7 +54,7 @@ FEW_IMAGES = 1000
 
 def main(arguments: command.Arguments) -> None:
     """Trains a run, or resumes it."""
-    from captioning import runs
+    from captioning import run_configs, runs
     from captioning.data import prepared
     from captioning.files import lock
 
@@ -63,7 +63,7 @@ def main(arguments: command.Arguments) -> None:
         fresh = arguments.actions.fresh and place.exists()
         config = arguments.config
         if not fresh:
-            config = runs.training_config(config, arguments.given, place)
+            config = run_configs.training_config(config, arguments.given, place)
         config = prepared.settle_tokeniser(config)
         captions = prepared.load_captions(config)
         command.import_keras()
@@ -88,7 +88,7 @@ def fit(
     """Trains on the training split, and judges by the validation split.
 
     Args:
-        config: from `runs.training_config`.
+        config: from `run_configs.training_config`.
         place: the run folder.
         captions: from `prepared.load_captions`.
         devices: that train.

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from captioning import command, runs
+from captioning import command, run_configs, runs
 from captioning.data import vocabulary
 from captioning.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioning.features import cache as features
@@ -59,14 +59,15 @@ def resume(*flags: str) -> Config:
     """The config that train.py takes with flags like those of TRAINED."""
     arguments = command.parse("", arguments=[*LIKE_TRAINED, *flags])
     place = runs.folder(arguments.config)
-    return runs.training_config(arguments.config, arguments.given, place)
+    return run_configs.training_config(arguments.config, arguments.given, place)
 
 
 def decode(*flags: str) -> Config:
     """The config that evaluate.py and caption.py take."""
     arguments = command.parse("", arguments=flags)
-    config, place = runs.decoding_config(arguments.config, arguments.given)
-    assert place == runs.folder(arguments.config)
+    wanted = arguments.config
+    config, place = run_configs.decoding_config(wanted, arguments.given)
+    assert place == runs.folder(wanted)
     return config
 
 
@@ -154,7 +155,7 @@ def test_a_run_is_resumed_with_its_config_but_for_a_few_fields(
     assert resume(*flags) == dataclasses.replace(TRAINED, **changes)
     # A run that does not exist yet takes them all.
     given = command.parse("", arguments=[*LIKE_TRAINED, *flags]).config
-    assert runs.training_config(given, {}, place / "new") == given
+    assert run_configs.training_config(given, {}, place / "new") == given
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_what_shapes_a_run_does_not_change(place, flags, was):
 def test_a_default_edited_since_is_refused_or_noticed(place, capsys):
     """Refused where it trains a run; of its model, the run's value counts."""
     arguments = command.parse("", arguments=[])
-    message = refusal(runs.training_config, *arguments[:2], place)
+    message = refusal(run_configs.training_config, *arguments[:2], place)
     assert "give --learning-rate 0.01" in message
     save(place, decoder_units=256)
     for find, flags in (
@@ -236,14 +237,16 @@ def test_averaged_runs_have_a_folder_that_is_no_run(place):
     save(place.with_name("b"))
     for each in (place, place.with_name("b")):
         vocabulary.save(WORDS, each / "vocabulary.json")
-    members = runs.members(Config(), {}, [NAME, "b"])
+    members = run_configs.members(Config(), {}, [NAME, "b"])
     both = place.with_name(f"{NAME}+b")
-    assert runs.together(members) == both
-    assert runs.together(members[:1]) == place
+    assert run_configs.together(members) == both
+    assert run_configs.together(members[:1]) == place
     save(both)
-    assert f"{both} is a run of its own" in refusal(runs.together, members)
+    assert f"{both} is a run of its own" in refusal(
+        run_configs.together, members
+    )
     save(place.with_name("b"), max_caption_length=9)
-    message = refusal(runs.members, Config(), {}, [NAME, "b"])
+    message = refusal(run_configs.members, Config(), {}, [NAME, "b"])
     assert "differ in vocabulary or max_caption_length" in message
 
 

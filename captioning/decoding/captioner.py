@@ -58,7 +58,7 @@ def load(
     """Loads all of a trained run that captions photographs.
 
     Args:
-        config: from `runs.decoding_config`.
+        config: from `run_configs.decoding_config`.
         run: the run folder.
 
     Returns:
@@ -79,7 +79,7 @@ def of_photographs(
     """A function from the pixels of photographs to the captions of each.
 
     Args:
-        config: from `runs.decoding_config`.
+        config: from `run_configs.decoding_config`.
         run: the run folder.
         batch: photographs that are encoded and searched at a time.
     """
@@ -107,7 +107,7 @@ def load_decoder(
     """Builds the decoder of a trained run, with its best weights.
 
     Args:
-        config: from `runs.decoding_config`.
+        config: from `run_configs.decoding_config`.
         run: the run folder.
 
     Returns:
