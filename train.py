@@ -230,10 +230,11 @@ def prepare(
     from captioning.training import callbacks, loop, schedule, warm_start
 
     progress = runs.load_progress(place)
-    if start and not progress:
-        warm_start.start_from(decoder, measure.words, start)
-    else:
-        loop.standardise(decoder, features)
+    if not progress:
+        if start:
+            warm_start.start_from(decoder, measure.words, start)
+        else:
+            loop.standardise(decoder, features)
     scheduled = config.epochs
     if progress and (progress["epoch"] or progress["batch"]):
         scheduled = progress["scheduled_epochs"]
