@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from captioning import command  # noqa: E402
+from config import Config, resolve  # noqa: E402
 
 IMAGES, REGIONS, CHANNELS = 50, 49, 2048
 UNITS, WORDS, LENGTH, BEAM = 512, 8000, 20, 5
@@ -102,7 +103,10 @@ def main(arguments: command.Arguments) -> None:
     from captioning.decoding import captioner, search
     from model import CaptioningModel
 
-    precision = backend.set_precision(arguments.config)
+    # As photographs are captioned, and not the drawn sample.
+    fields = {**arguments.given, "dataset": "flickr8k"}
+    config = resolve(Config(**fields), fields)
+    precision = backend.set_precision(config)
     keras.utils.set_random_seed(0)
     decoder = CaptioningModel(WORDS, UNITS, UNITS, UNITS)
     decoder.build((None, None, CHANNELS))
@@ -125,10 +129,10 @@ def main(arguments: command.Arguments) -> None:
         captions[name] = np.asarray(found["words"])[:, 0]
         rates[name] = IMAGES / took
         print(f"{name:12} {rates[name]:7.1f} images/s ({precision})")
-    configured = captioner.build(decoder, arguments.config)
+    configured = captioner.build(decoder, config)
     configured.predict_on_batch(features)
     took = seconds(lambda: configured.predict_on_batch(features))
-    name = f"beam of {arguments.config.beam_size}"
+    name = f"beam of {config.beam_size}"
     print(f"{name:12} {IMAGES / took:7.1f} images/s, as configured")
     few = 3
     ours = [[w for w in each if w != PAD] for each in captions["while loop"]]

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from captioning import command  # noqa: E402
 from captioning.data import datasets, vocabulary  # noqa: E402
-from config import Config, UserError  # noqa: E402
+from config import Config, UserError, resolve  # noqa: E402
 from tests.benchmarks import floors, yardsticks  # noqa: E402
 from tests.benchmarks.yardsticks import (  # noqa: E402
     CHANNELS,
@@ -222,7 +222,9 @@ def main(arguments: command.Arguments) -> None:
     from captioning import backend
     from captioning.training import loop
 
-    config = arguments.config
+    # The decoder of photographs, and not the small one of the drawn sample.
+    fields = {**arguments.given, "dataset": "flickr8k"}
+    config = resolve(Config(**fields), fields)
     captions = draw_captions(config)
     owners = np.repeat(np.arange(len(captions)), [*map(len, captions)])
     rows = np.concatenate(captions)  # (captions, steps + 1)
