@@ -15,7 +15,7 @@ from captioning import runs
 from captioning.backend import TENSORFLOW
 from captioning.data import prepared, vocabulary
 from captioning.data.vocabulary import END, SPECIAL_WORDS, Vocabulary
-from captioning.features import encoder_weights
+from captioning.features import encoder_weights, store
 from config import Config, UserError
 
 # Prints the captions and scores of the images in a file.
@@ -83,7 +83,7 @@ def run(tmp_path_factory):
 def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
     config, place, pixels, features = run
     rows = np.arange(len(features))
-    monkeypatch.setattr(prepared, "open_features", lambda *_: features)
+    monkeypatch.setattr(store, "open_features", lambda *_: features)
     words = vocabulary.load(place / "vocabulary.json").words[4:]
     split = prepared.Split(
         list(rows), list(rows), [], [[[words[0]]]] * len(rows)
