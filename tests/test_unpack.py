@@ -300,6 +300,46 @@ def test_a_source_that_changed_is_unpacked_again(tmp_path):
     assert not (dataset.images_dir / "1.jpg").exists()
 
 
+def test_a_source_that_changed_is_new_however_often_it_is_stopped(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "data" / "photos"
+    old = {f"a/{n}.jpg": photo(n) for n in range(4)}
+    text = "image,caption\n" + "".join(f"{n}.jpg,a dog\n" for n in range(4))
+    write_zip(folder, {**old, "captions.csv": text.encode()})
+    find(tmp_path)
+    new = {name: data[::-1] for name, data in old.items()}  # of the same sizes
+    write_zip(folder, {**new, "captions.csv": text.encode()})
+    replace, left = os.replace, [3]
+
+    def dying(source, target):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            find(tmp_path)
+    place = find(tmp_path).images_dir
+    for name, data in new.items():
+        assert (place / Path(name).name).read_bytes() == data
+
+
+def test_a_text_in_capitals_beside_captions_stops_nothing(tmp_path):
+    files = {"0.jpg": photo(0), "0.txt": "a dog", "README.TXT": "read me"}
+    write_zip(tmp_path / "data" / "photos", files)
+    assert [*find(tmp_path).table["caption"]] == ["a dog"]
+
+
+def test_a_folder_of_windows_is_no_file(tmp_path):
+    files = {"Images\\": b"", "Images\\0.jpg": photo(0)}
+    files["captions.csv"] = b"image,caption\n0.jpg,a dog\n"
+    write_zip(tmp_path / "data" / "photos", files)
+    assert [*find(tmp_path).table["caption"]] == ["a dog"]
+
+
 # --- what cannot be used --------------------------------------------------
 
 

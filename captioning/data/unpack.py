@@ -128,7 +128,7 @@ def find_dataset(
 
 
 def _sources(directory: Path) -> tuple[str, list[str], list[str], list[str]]:
-    """The kind of the archives, they, the texts, and archives not used."""
+    """The kind of archive, the archives, the texts, and archives not used."""
     there = dict.fromkeys(datasets.list_files(directory).values())
     paths = [
         path
@@ -160,7 +160,7 @@ def _is_by_product(path: str, there: dict[str, None]) -> bool:
 
 
 def _unpack(directory: Path, place: Path, sources: list[str]) -> list[str]:
-    """Unpacks what is not yet; returns lines that the user should see."""
+    """Unpacks what is left to; returns lines that the user should see."""
     _check_source(directory, place)
     done = {each: _load(directory, place, each) for each in sources}
     states = {name: each.state for name, each in done.items()}
@@ -192,7 +192,8 @@ def _unpack(directory: Path, place: Path, sources: list[str]) -> list[str]:
             done[name] = _unpack_source(
                 directory, place, name, done[name], seen, names, bar
             )
-    _sweep(place, {*seen}, {_note(place, name) for name in sources})
+    notes = {_note(place, name) for name in sources}
+    _sweep(place, {*seen}, {place / _NOTES / "source.json", *notes})
     messages = _write_captions(place, done, seen)
     noted = {"states": states, "messages": messages}
     write_json(complete, noted, indent=None)
@@ -231,8 +232,7 @@ def _sweep(place: Path, files: set[str], notes: set[Path]) -> None:
     """Deletes what is of no source any more."""
     for path in place.rglob("*"):
         name = path.relative_to(place).as_posix()
-        kept = path in notes or path.name == "source.json"
-        if path.is_file() and name not in files and not kept:
+        if path.is_file() and name not in files and path not in notes:
             path.unlink()
 
 
@@ -289,7 +289,7 @@ def _unpack_source(
         What is to be noted of it.
     """
     path, note = directory / source, _note(place, source)
-    # It was begun, and has not changed: what is there is complete.
+    # It was begun, and has not changed: what is equal stays.
     begun = read_json(note).get("state") == done.state
     write_json(note, done._asdict(), indent=None)
     mine = {}
@@ -339,7 +339,7 @@ def _unpack_source(
 def _write(target: Path, data: bytes, begun: bool) -> None:
     """Writes a file atomically, unless it is there already."""
     try:
-        if begun and target.exists() and target.stat().st_size == len(data):
+        if begun and target.is_file() and target.read_bytes() == data:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(".part")
@@ -397,7 +397,7 @@ def _unpack_archive(path: Path, prefix: str, save: _Save) -> list[Row]:
     for name, _, data in _members(path, read=True):
         name = posixpath.join(prefix, name)
         stem, ending = posixpath.splitext(name)
-        if ending.lower() in datasets.SIDECARS and len(data) < _MAX_SIDECAR:
+        if ending in datasets.SIDECARS and len(data) < _MAX_SIDECAR:
             texts[name] = data
         else:
             save(name, data)
@@ -461,7 +461,8 @@ def _zip(path: Path) -> Iterator[_Member]:
             kind = stat.S_IFMT(member.external_attr >> 16)
             is_file = kind in (0, stat.S_IFREG)
             opens = functools.partial(archive.open, member)
-            if not member.is_dir():
+            # A folder of Windows may end in its own separator.
+            if not member.filename.endswith(("/", "\\")):
                 yield member.filename, member.file_size, is_file, opens
 
 
