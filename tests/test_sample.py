@@ -219,3 +219,13 @@ def test_another_dataset_in_the_folder_is_not_touched(tmp_path: Path):
     with pytest.raises(UserError, match="not the drawn sample"):
         sample.write_sample(tmp_path, images=4)
     assert contents(tmp_path) == {"captions.csv": b"image,caption\n"}
+
+
+def test_nor_is_one_in_another_layout(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "scene_00001.jpg").write_bytes(b"a photograph")
+    (tmp_path / "captions.txt").write_text("image,caption\n", encoding="utf-8")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="not the drawn sample"):
+        sample.write_sample(tmp_path, images=4)
+    assert contents(tmp_path) == before

@@ -386,17 +386,21 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     table, note = folder / "captions.csv", folder / "sample.json"
     drawn = json.dumps({"drawing": DRAWING, "seed": SEED, "images": images})
     names = [f"scene_{number:05d}.jpg" for number in range(images)]
+    if not note.exists() and any(folder.glob("[!.]*")):
+        raise UserError(
+            f"{folder} contains a dataset that is not the drawn sample: rename "
+            "it and name it with --dataset, or give --data-dir to draw the "
+            "sample elsewhere"
+        )
     if table.exists():
-        if not note.exists():
-            raise UserError(
-                f"{folder} contains a dataset that is not the drawn sample: "
-                "name it with --dataset, or give another --dataset-dir"
-            )
         there = {path.name for path in folder.glob("images/scene_*.jpg")}
         if note.read_text(encoding="utf-8") == drawn and there == set(names):
             return
-        table.unlink()
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+        table.unlink(missing_ok=True)
+    # The note comes first: its folder is the sample's, finished or not.
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(note, drawn.encode())
+    (folder / "images").mkdir(exist_ok=True)
     held_out = max(1, round(images / 12))
     sizes = images - 2 * held_out, held_out, held_out
     rows = []
@@ -414,7 +418,6 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     for path in {*folder.glob("images/scene_*.jpg")} - {*paths}:
-        path.unlink()
-    _write(note, drawn.encode())
+        path.unlink(missing_ok=True)
     frame = pd.DataFrame(rows, columns=["image", "caption", "split"])
     _write(table, frame.to_csv(index=False, lineterminator="\n").encode())
