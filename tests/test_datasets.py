@@ -798,6 +798,36 @@ def test_a_run_in_the_dataset_folder_has_no_list(tmp_path):
     assert dataset.messages == []
 
 
+def test_captions_beside_images_are_no_lists_of_theirs(tmp_path):
+    """Not even that of a train, which has a word that is another image."""
+    files = {"train.txt": "a train\n", "dog.txt": "a dog beside a train\n"}
+    write(tmp_path, files, "train.jpg", "dog.jpg")
+    dataset = find(tmp_path)
+    assert captions_of(dataset) == {
+        "dog.jpg": ["a dog beside a train"],
+        "train.jpg": ["a train"],
+    }
+    assert "lists" not in "".join(dataset.messages)
+
+
+def test_a_file_beside_an_image_without_a_caption_is_reported(tmp_path):
+    files = {"a.txt": "a dog\n", "b.json": '{"labels": ["dog"]}'}
+    dataset = find(write(tmp_path, files, "a.jpg", "b.jpg"))
+    assert dataset.skipped == [("b.jpg", "no caption in b.json")]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "caption,image,image_number\na dog,a.jpg,1\n\na cat,b.jpg,2\n",
+        "number,caption,image\n1,a dog,a.jpg\n4 dogs run\n2,a cat,b.jpg\n",
+    ],
+)
+def test_a_row_that_ends_before_its_image_stops_nothing(tmp_path, table):
+    found = captions_of(plain(tmp_path, table))
+    assert found == {"a.jpg": ["a dog"], "b.jpg": ["a cat"]}
+
+
 def test_lists_in_json_are_said_not_to_be_read(tmp_path):
     lists = {"train.json": LISTED[:15], "val.JSON": LISTED[15:]}
     dataset = listed(tmp_path, lists)

@@ -237,7 +237,9 @@ def _dicts(items: Any) -> list[dict[str, Any]]:
 
 
 def _string(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    """A text that can be written to a file; JSON can hold half an emoji."""
+    text = value if isinstance(value, str) else ""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _number(value: Any) -> int | None:
@@ -438,7 +440,8 @@ def _fit(
         reason = f"caption with {glue.strip(' ')!r} but no quotes"
         notes.repaired.append((record[columns.image], reason))
     # Flickr30k has a row "2199200615.jpg| 4   A dog runs ...".
-    if len(record) == caption and columns.names[caption - 1].endswith("number"):
+    cut = columns.image < caption == len(record)
+    if cut and columns.names[caption - 1].endswith("number"):
         damaged = re.match(r"(\d+)\s+(.*)", record[-1])
         if damaged:
             reason = "no separator before the caption"

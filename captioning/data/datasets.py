@@ -121,7 +121,8 @@ def find_dataset(
             raise
         layout = "sidecar"
     notes = found.notes
-    others = [path for path in files.values() if path not in found.paths]
+    # A name in form D is there twice.
+    others = [p for p in dict.fromkeys(files.values()) if p not in found.paths]
     shares = (val_share, test_share)
     rows, how = split_rows(found.rows, directory, others, shares, notes)
     if not rows:
@@ -137,7 +138,8 @@ def find_dataset(
     words = map(vocabulary.tokenise, table["caption"])
     table["tokens"] = [*map(" ".join, words)]
     table["image_id"] = _image_ids(rows)
-    paths = [directory / path for path in found.paths]
+    shown = found.paths[:1] if layout == "sidecar" else found.paths
+    paths = [directory / path for path in shown]
     return Dataset(
         table,
         directory / found.folder,
@@ -330,20 +332,25 @@ def _read_sidecars(directory: Path, files: _Files) -> _Found:
     """Reads the captions beside the images: a.txt or a.json of a.jpg."""
     notes = Notes([], [], [])
     there = dict.fromkeys(files.values())
-    records = []
+    records, taken = [], []
     for image in there:
         stem, ending = posixpath.splitext(image)
         names = [stem + each for each in SIDECARS if stem + each in there]
         if names and ending.lower() in ENDINGS:
+            taken += names
             text = caption_files.read_text(directory / names[0], notes)
-            records.append(caption_files.read_sidecar(image, text))
-    kept = list(filter(None, records))
-    rows = _clean([*caption_files.read_records(kept, notes)], notes)
+            record = caption_files.read_sidecar(image, text)
+            if record:
+                records.append(record)
+            else:
+                reason = f"no caption in {posixpath.basename(names[0])}"
+                notes.skipped.append((image, reason))
+    rows = _clean([*caption_files.read_records(records, notes)], notes)
     folders = {posixpath.dirname(row.image) for row in rows} or {""}
     folder = posixpath.commonpath(folders)
     start = len(folder) + 1 if folder else 0
     rows = [row._replace(image=row.image[start:]) for row in rows]
-    return _Found([folder or "."], rows, folder, notes)
+    return _Found([folder or ".", *taken], rows, folder, notes)
 
 
 def _find_images(
