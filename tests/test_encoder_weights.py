@@ -29,6 +29,8 @@ def folder(tmp_path_factory):
     whole = (folder / "right.weights.h5").read_bytes()
     (folder / "half.weights.h5").write_bytes(whole[: len(whole) // 2])
     (folder / "text.h5").write_text("no weights")
+    with h5py.File(folder / "names.h5", "w") as file:
+        file["names"] = ["a", "b"]
     (folder / "new format.h5").write_bytes(whole)
     return folder
 
@@ -96,6 +98,7 @@ def test_weights_that_keras_has_changed_are_not_taken_for_others(monkeypatch):
         ("top.weights.h5", "all layers of mobilenetv2 and more"),
         ("half.weights.h5", "incomplete"),
         ("text.h5", "not a weights file"),
+        ("names.h5", "not a weights file"),
         ("new format.h5", r"to end in \.weights\.h5"),
     ],
 )

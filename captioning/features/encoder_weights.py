@@ -232,6 +232,8 @@ def _of_weights_in(path: str, take: Callable[[h5py.Dataset], Any]) -> list[Any]:
 
     def enter(name: str, entry: Any) -> None:
         if isinstance(entry, h5py.Dataset) and "optimizer" not in name:
+            if entry.dtype.kind not in "fiu":
+                raise ValueError(f"{name} is not a weight")
             found.append(take(entry))
 
     try:
