@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning.data import prepared
+from captioning.data import prepared, vocabulary
 from captioning.data.datasets import Dataset
 from captioning.data.vocabulary import SPECIAL_WORDS, tokenise
 from captioning.features import cache as features
@@ -251,6 +252,15 @@ def test_a_split_that_is_not_there_is_told_with_those_that_are(config):
     message = refusal(prepared.load_split, config, "test")
     assert "no split test" in message and "only train and val" in message
     assert "--split val" in message
+
+
+def test_what_is_half_written_over_does_not_count(config, monkeypatch):
+    prepared.save(config, dataset(PLAIN))
+    monkeypatch.setattr(vocabulary, "save", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepared.save(config, dataset([*PLAIN, ("n.png", "train", "A bee.")]))
+    message = refusal(prepared.load_captions, config)
+    assert "run preprocess.py" in message
 
 
 # --- features -------------------------------------------------------------

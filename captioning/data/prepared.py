@@ -161,6 +161,8 @@ def save(
     words = vocabulary.build(training, config.min_word_count, unit)
     repaired = [*dataset.repaired, *cut]
     place = folder(config)
+    # Without it, the folder does not count until all of it is written.
+    (place / "dataset.json").unlink(missing_ok=True)
     if (table["image_id"] == table["image"]).all():
         table = table.drop(columns="image_id")
     write_csv(place / "captions.csv", table)
@@ -242,13 +244,13 @@ def _read(config: Config) -> pd.DataFrame:
 
 
 def images_dir(config: Config) -> Path:
-    """Where the images were when they were preprocessed, if they were."""
+    """Where the images were when they were preprocessed; Path() if never."""
     found = read_json(folder(config) / "dataset.json")
     return Path(found.get("images_dir", ""))
 
 
 def newest_images_dir(data_dir: str, dataset: str) -> Path | None:
-    """Where the images of a dataset are, if they are where they were last."""
+    """Where a dataset's images were last, if that folder still exists."""
     notes = Path(data_dir, "cache", dataset).glob("text-*/dataset.json")
     for path in sorted(notes, key=os.path.getmtime, reverse=True):
         found = read_json(path).get("images_dir", "")
