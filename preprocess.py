@@ -123,10 +123,10 @@ class OneEncoder(NamedTuple):
 def each_alone(
     config: Config, described: list[dict[str, Any]]
 ) -> list[OneEncoder]:
-    """The encoders that a config joins, each for itself.
+    """The encoders that a config joins, each on its own.
 
     Those that have no features yet are built at once: weights that cannot be
-    loaded are told before the first image is encoded, and leave no folder
+    loaded are reported before the first image is encoded, and leave no folder
     behind.
     """
     import model
@@ -213,7 +213,7 @@ def encode_images(
     # All of them first: this reserves the disk that they need.
     caches = [open_cache(each, dataset) for each in encoders]
     for encoder, cache in zip(encoders, caches, strict=True):
-        # Each gets the same pixels, and has the same to say of them.
+        # All get the same pixels, so the notes are the same for each.
         notes = fill_cache(encoder, cache, dataset)
     lost = dataset.table["image"].isin([image for image, _ in notes.skipped])
     table = dataset.table[~lost].reset_index(drop=True)
@@ -304,8 +304,8 @@ def fill_cache(
     )
     if notes.changed:
         print(
-            f"{notes.changed:,} images changed after they had been encoded, "
-            "and were encoded again"
+            f"{notes.changed:,} images changed after they had been encoded: "
+            "those that can be read were encoded again"
         )
     return notes
 

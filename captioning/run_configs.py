@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from captioning import runs
-from captioning.data import vocabulary
 from config import OPEN, Config, UserError, defaults, flag, group
 
 # What may change when a run is resumed; its result depends on all other fields
@@ -152,11 +151,11 @@ def members(
         for name in names
     ]
     (config, place), *others = found
-    words = vocabulary.load(place / runs.VOCABULARY)
+    words = runs.load_vocabulary(place)
     for other, its_place in others:
         if (
             other.max_caption_length != config.max_caption_length
-            or vocabulary.load(its_place / runs.VOCABULARY) != words
+            or runs.load_vocabulary(its_place) != words
         ):
             raise UserError(
                 f"{place} and {its_place} differ in vocabulary or "

@@ -36,6 +36,7 @@ UNKNOWN_PIXELS = "0" * 16
 CONFIG, VOCABULARY = "config.json", "vocabulary.json"
 FEATURES, IMAGES = "features.json", "training_images.csv"
 WEIGHTS, STATE = "model.weights.h5", "last/state.npz"
+AGAIN = "start over with train.py --fresh"
 PRETRAINED = "pretrained"  # the run that comes with the project
 
 
@@ -81,7 +82,7 @@ def set_aside(place: Path) -> Path:
     """Renames a run folder out of the way; returns its new path.
 
     Raises:
-        UserError: if it is no run.
+        UserError: if it is not a run.
     """
     refuse_other_folder(place)
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -106,7 +107,7 @@ def refuse_other_folder(place: Path) -> None:
 
 
 def _reading(path: Path) -> contextlib.AbstractContextManager[None]:
-    return reading(path, "start over with train.py --fresh")
+    return reading(path, AGAIN)
 
 
 # --- the config --------------------------------------------------------------
@@ -191,7 +192,7 @@ def begin(
         known = _load_images(place)
         own = images if known is None else known[known["name"] != ""]
         for what, same in {
-            "vocabulary has": vocabulary.load(place / VOCABULARY) == words,
+            "vocabulary has": load_vocabulary(place) == words,
             "encoder has": began[:2] == (descriptions, tuple(shape)),
             "training images have": images.equals(own),
             "starting run has": not start or start.name == began.started_from,
@@ -227,6 +228,15 @@ def load_description(place: Path) -> Description:
         return Description(
             fields["encoders"], (regions, channels), fields["started_from"]
         )
+
+
+def load_vocabulary(place: Path) -> vocabulary.Vocabulary:
+    """Reads the vocabulary of a run.
+
+    Raises:
+        UserError: if it is not there, or damaged.
+    """
+    return vocabulary.load(place / VOCABULARY, AGAIN)
 
 
 def digest_images(names: Sequence[str], pixels: np.ndarray) -> pd.DataFrame:

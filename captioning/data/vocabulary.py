@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from captioning.files import write_json
-from config import CHARACTERS, WORDS, UserError
+from captioning.files import reading, write_json
+from config import CHARACTERS, WORDS
 
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
@@ -187,7 +187,7 @@ def encode(
     """Turns captions into rows of word numbers.
 
     A caption longer than `max_length` is cut there and gets no `<end>`: the
-    decoder shall not learn to stop in the middle of a sentence.
+    decoder must not learn to stop in the middle of a sentence.
 
     Args:
         captions: tokenised captions.
@@ -250,22 +250,19 @@ def save(vocabulary: Vocabulary, path: Path) -> None:
     write_json(path, fields, indent=None, ensure_ascii=False)
 
 
-def load(path: Path) -> Vocabulary:
+def load(path: Path, advice: str = "run preprocess.py again") -> Vocabulary:
     """Reads a vocabulary.
+
+    Args:
+        path: of the file.
+        advice: what to do if it cannot be read.
 
     Raises:
         UserError: if the file is not one that `save` wrote.
     """
-    try:
+    with reading(path, advice):
         fields = json.loads(path.read_text(encoding="utf-8"))
         words = tuple(fields["words"])
-        tokeniser = fields["tokeniser"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a vocabulary ({error}): run preprocess.py again"
-        ) from None
-    if words[: len(SPECIAL_WORDS)] != SPECIAL_WORDS:
-        raise UserError(
-            f"{path} lacks the special words: run preprocess.py again"
-        )
-    return Vocabulary(words, tokeniser)
+        if words[: len(SPECIAL_WORDS)] != SPECIAL_WORDS:
+            raise ValueError("it lacks the special words")
+        return Vocabulary(words, fields["tokeniser"])

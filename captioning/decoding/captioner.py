@@ -113,7 +113,7 @@ def load_decoder(
     Returns:
         The decoder and its vocabulary.
     """
-    words = vocabulary.load(run / runs.VOCABULARY)
+    words = runs.load_vocabulary(run)
     _, channels = runs.load_description(run).shape
     decoder = build_model(config, len(words), channels)
     runs.load_weights(decoder, run)

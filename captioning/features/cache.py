@@ -45,7 +45,7 @@ from config import ENCODERS, SCENES, UserError, flag
 PREPROCESSING = "opencv-area-1"
 DIGEST_BYTES = 16
 FILE = ["size", "modified"]  # columns of images.csv: bytes, nanoseconds
-# It says more, or finishes what was begun.
+# That run says more, or finishes what was begun.
 AGAIN = "run preprocess.py again with the same flags"
 
 
@@ -165,7 +165,7 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
 
 
 def _that_fit(folder: Path, description: dict[str, Any]) -> str:
-    """The end of an error: with which other flags a dataset has features."""
+    """The end of an error: the flags with which there are features."""
     found = []
     here = {"magnification": 1, **description}
     for path in sorted(folder.glob("*/meta.json")):

@@ -203,10 +203,10 @@ def fill(
 def _check_again(
     cache: features.Cache, images_dir: Path, names: Sequence[str], size: int
 ) -> tuple[list[tuple[str, str]], int]:
-    """Takes back finished rows whose image is another one by now.
+    """Takes back finished rows whose image has changed since.
 
-    Files of the size and time that they had are not opened, but for those
-    that were repaired: the reason is reported in every run.
+    Files whose size and time are unchanged are not opened, except those that
+    were repaired: the reason is reported in every run.
 
     Returns:
         Image and reason of those that were repaired and are unchanged; how
@@ -221,8 +221,7 @@ def _check_again(
     repaired, found = [], {}
     suspects = in_batches([names[int(place)] for place in again])
     batches = read_ahead(images_dir, suspects, size)
-    total = -(-len(again) // BATCH)
-    bar = tqdm(batches, "Checking files", total, unit="batch", delay=2)
+    bar = tqdm(batches, "Checking files", len(suspects), unit="batch", delay=2)
     for each in itertools.chain.from_iterable(bar):
         row = cache.row[each.name]
         if each.digest != table[row].tobytes():
