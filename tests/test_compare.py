@@ -218,5 +218,33 @@ def test_a_part_of_the_images_is_compared_on_what_is_shared(evaluation):
     first, second = compare.pair(whole, evaluation("part", part, 4))
     assert [*first.examples.index] == [*second.examples.index] == [*part]
     found = by_title(first, second)
-    assert found["BLEU-4"].first == found["BLEU-4"].second
+    for metric in ("BLEU-4", "CIDEr"):
+        assert found[metric].first == found[metric].second
+    assert "different captions" not in found  # of all images, not of these
     assert isinstance(first.examples, pd.DataFrame)
+
+
+def test_captions_are_counted_as_they_were_or_not_at_all(
+    evaluation, monkeypatch
+):
+    """Whatever the reason was for another tokeniser."""
+    made = {
+        name: evaluation(name, captions(share), 4)
+        for name, share in (("one", 0.5), ("two", 0.7))
+    }
+    made["one"].metrics["tokenizer"] = "nltk Treebank (Java was stopped)"
+    assert compare.pair(*made.values())
+    for each in made.values():
+        each.metrics["tokenizer"] = "PTB (Stanford CoreNLP 3.4.1, Java)"
+    with pytest.raises(UserError, match="compare them where there is Java"):
+        compare.pair(*made.values())
+
+
+def test_the_page_shows_what_one_captions_better_and_no_tie(evaluation):
+    one = evaluation("one", captions(0.5), 4)
+    two = evaluation("two", captions(0.55), 4)
+    first, second = compare.pair(one, two)
+    page = compare.write_page(first, second, [], None).read_text()
+    assert "B describes these better" in page
+    assert "A describes these better" not in page
+    assert page.count('<span class="none">') == 3

@@ -1,4 +1,4 @@
-"""Two evaluations of the same images: what differs, and is it more than chance.
+"""Two evaluations of the same images: what differs by more than chance.
 
 Both are resampled together, image by image (paired bootstrap; Koehn 2004,
 section 4): an image that is hard for one is hard for the other, so a difference
@@ -6,7 +6,6 @@ shows long before the intervals of the two scores part.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from captioning.files import read_json, reading, write_text
 from captioning.scoring import metrics, report, table
 from config import CHARACTERS, WORDS, UserError
 
-SHOWN = 24  # images on the page, of each that one captions better
+SHOWN = 24  # images on the page for each side
 # Where less is better, and where neither is.
 LESS_IS_BETTER, NEUTRAL = "perplexity", ("mean_length", "novel_captions")
 NO_INTERVAL = "not tested"
@@ -104,7 +103,7 @@ def pair(first: Evaluation, second: Evaluation) -> list[Evaluation]:
             f"{first.place} and {second.place} have different references "
             "for the same images: evaluate one of them again"
         )
-    names = [each.metrics["tokenizer"] for each in (first, second)]
+    names = [_kind(each.metrics["tokenizer"]) for each in (first, second)]
     if names[0] != names[1]:
         remedy = "evaluate one of them again, both with Java or both without"
         if CHARACTERS in names:
@@ -116,10 +115,29 @@ def pair(first: Evaluation, second: Evaluation) -> list[Evaluation]:
             f"{first.place} was tokenised by {names[0]} and {second.place} by "
             f"{names[1]}: {remedy}"
         )
+    unit = CHARACTERS if CHARACTERS in names else WORDS
+    _, here = metrics.tokenise({0: ["a dog"]}, unit)
+    if _kind(here) != names[0]:
+        raise UserError(
+            f"{first.place} and {second.place} were tokenised by {names[0]}, "
+            f"and here there is only {here}: compare them where there is Java, "
+            "or evaluate both again"
+        )
+    for each, examples in zip((first, second), ours, strict=True):
+        if len(shared) < each.metrics["images"]:
+            # CIDEr depends on how rare words are among all images.
+            examples["cider"] = metrics.cider_per_image(
+                examples["caption"], examples["references"], unit
+            )
     return [
         each._replace(examples=examples)
         for each, examples in zip((first, second), ours, strict=True)
     ]
+
+
+def _kind(tokenizer: str) -> str:
+    """The name of a tokenizer without its version, or why it was taken."""
+    return tokenizer.partition(" (")[0]
 
 
 def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
@@ -134,6 +152,8 @@ def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
         a, b = (each.metrics.get(name) for each in pairs)
         if a is None or b is None or name == "images_per_second":
             continue
+        if not whole and name not in sums:
+            continue  # it is of other images, too
         ends: list[float] = []
         if name in sums and name in others:
             (counts, statistic), (other, _) = sums[name], others[name]
@@ -273,16 +293,14 @@ def write_page(
         Its path.
     """
     gain = second.examples["cider"] - first.examples["cider"]
-    order = gain.sort_values(kind="stable").index
-    half = min(SHOWN, math.ceil(len(order) / 2))
     sections = {
-        "B describes these better": [*order[::-1][:half]],
-        "A describes these better": [*order[: len(order) - half][:half]],
+        "B describes these better": gain[gain > 0].nlargest(SHOWN).index,
+        "A describes these better": gain[gain < 0].nsmallest(SHOWN).index,
     }
     page = report.template("scoring/compare.html.jinja").render(
         first=first.name,
         second=second.name,
-        images=len(order),
+        images=len(gain),
         differences=differences,
         sections={
             title: [_shown(image, first, second, images_dir) for image in some]

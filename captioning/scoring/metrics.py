@@ -277,12 +277,41 @@ def bleu_counts(
     Returns:
         As `_bleu_counts`.
     """
+    made, judged = _tokens(captions, references, tokeniser)
+    return _bleu_counts(_count_ngrams(made, judged))
+
+
+def cider_per_image(
+    captions: Iterable[str],
+    references: Iterable[Sequence[str]],
+    tokeniser: str = WORDS,
+) -> np.ndarray:
+    """CIDEr of each image, by how rare words are among these images alone.
+
+    Args:
+        captions: of each image, as written.
+        references: of each image, as written.
+        tokeniser: `words` or `characters`.
+
+    Returns:
+        Float (images,).
+    """
+    made, judged = _tokens(captions, references, tokeniser)
+    said = {n: [caption] for n, caption in enumerate(made)}
+    return Cider().compute_score(dict(enumerate(judged)), said)[1]
+
+
+def _tokens(
+    captions: Iterable[str],
+    references: Iterable[Sequence[str]],
+    tokeniser: str,
+) -> tuple[list[str], list[list[str]]]:
+    """Captions, and references with a word in them, with spaces at tokens."""
     pairs = zip(captions, references, strict=True)
     grouped = {n: [said, *texts] for n, (said, texts) in enumerate(pairs)}
     tokens, _ = tokenise(grouped, tokeniser)
     made = [said for said, *_ in tokens.values()]
-    judged = [[*filter(None, texts)] for _, *texts in tokens.values()]
-    return _bleu_counts(_count_ngrams(made, judged))
+    return made, [[*filter(None, texts)] for _, *texts in tokens.values()]
 
 
 def _count_ngrams(
