@@ -183,7 +183,7 @@ class Config:
     dataset: str = _data(SAMPLE, "'sample', or the name of a folder in data/")
     # A folder may hold the same captions in two layouts; see data/README.md.
     layout: str = _data("auto", "layout of the captions", choices=LAYOUTS)
-    # For a quick try.
+    # For a quick trial.
     limit_images: int = _data(0, "first N images of each split (0: all)", 0)
     # Chinese, Japanese or Thai as people write it has no words to split at.
     tokeniser: str = _data(
@@ -249,6 +249,12 @@ class Config:
     decoder_units: int = _model(
         512, "width of LSTM and annotation vectors", 1, sample=128
     )
+    # A word's embedding begins near zero, and most words are too rare to move
+    # it far at the rate of the other weights: docs/experiments.md. The decoder
+    # multiplies by it, in captioning too.
+    embedding_rate: float = _model(
+        16.0, "the word embeddings' rate, as a multiple of learning_rate", 0.01
+    )
 
     # --- training: fixed once a run has begun, but for epochs and patience
     # On Flickr8k the validation loss is lowest after seven epochs of a
@@ -276,11 +282,6 @@ class Config:
     # scores of the captions: docs/experiments.md.
     learning_rate: float = _training(
         1e-3, "peak rate, after the warm-up", 0, sample=3e-3
-    )
-    # A word's embedding begins near zero, and most words are too rare to move
-    # it far at the rate of the other weights: docs/experiments.md.
-    embedding_rate: float = _training(
-        16.0, "the word embeddings' rate, as a multiple of learning_rate", 0
     )
     # Adam's second moments need some hundred steps before they are worth
     # following at full speed.
@@ -503,8 +504,8 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
     home = os.path.realpath(os.path.join(config.data_dir, SAMPLE))
     if sample and config.dataset_dir and place != home:
         raise UserError(
-            f"the dataset in {place} cannot be called like the built-in "
-            f"{SAMPLE}: give it another name with --dataset"
+            f"the dataset in {place} cannot have the name of the built-in "
+            f"{SAMPLE}: give it another with --dataset"
         )
     if sample:
         config = dataclasses.replace(config, **_sample_defaults(given))
