@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning import command, job
-from config import Config, check_name
+from config import Config, UserError, check_name
 
 ACTIONS = [
     command.Action(
@@ -103,6 +103,11 @@ def fit(
     backend.set_seed(config.seed)
     config = settle(config, len(captions.train.images))
     start = place.with_name(actions.start_from) if actions.start_from else None
+    if start == place:
+        raise UserError(
+            f"{place} cannot start from itself: give another --run-name"
+        )
+    callbacks.check_boards(actions.tensorboard)
     features = open_features(config, place, captions, devices, start, fresh)
     batches, val_batches = loop.make_batches(
         config, features, captions, devices
@@ -114,6 +119,12 @@ def fit(
     points, rate = prepare(
         config, place, decoder, features[0], batches, measure, start
     )
+    if crossed(config, points) and not points.judge.best_epoch:
+        raise UserError(
+            f"{place} has no weights yet, because no epoch up to "
+            f"{points.epoch} was measured: give --epochs {points.epoch + 1} or "
+            "more"
+        )
     if is_trained(config, points):
         print(f"This run is already trained: {ending(config, points)}")
         return
@@ -307,7 +318,7 @@ def is_trained(config: Config, points: Any) -> bool:
 def announce_schedule(
     config: Config, scheduled: int, afterwards: float
 ) -> None:
-    """Says so where the learning rate follows another number of epochs.
+    """Says so if the learning rate follows a schedule of another length.
 
     Args:
         config: its epochs.
@@ -330,7 +341,8 @@ def ending(config: Config, points: Any) -> str:
     """Why a run does not train any further, and what would make it."""
     judge = points.judge
     if points.self_critical:
-        why = f"{points.self_critical_epochs()} self-critical epochs are done"
+        last = points.self_critical_epochs()
+        why = f"self-critical epoch {last} was the last"
         more = "--scst-epochs (--epochs no longer counts)"
     elif judge.stopped:
         measure = "validation loss" if judge.by_loss else "CIDEr"
@@ -341,7 +353,7 @@ def ending(config: Config, points: Any) -> str:
         )
         more = "--patience"
     else:
-        why = f"{points.epoch} epochs are done"
+        why = f"epoch {points.epoch} was the last"
         more = "--epochs"
     return f"{why}; {judge}. To train further, raise {more}."
 

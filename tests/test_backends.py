@@ -114,7 +114,7 @@ def test_on_jax_nothing_imports_tensorflow(home):
     assert not (place / "tensorboard").exists()
 
 
-def test_tensorboard_without_tensorflow_is_refused(monkeypatch, tmp_path):
+def test_tensorboard_without_tensorflow_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorflow"):
-        callbacks.boards(tmp_path, True, None, tmp_path)
+        callbacks.check_boards(True)

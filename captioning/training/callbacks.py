@@ -30,7 +30,16 @@ from model import build_model
 
 SHOWN = 4  # validation images in TensorBoard
 SAVE_SECONDS = 180  # between two saved points within an epoch
-BEST = ("best", "best_loss", "best_epoch", "since_best")  # of Judge
+# What a saved point has of `Judge`, and of `SavePoints`.
+BEST = ("best", "best_loss", "best_epoch", "since_best")
+KEPT = (
+    "epoch",
+    "batch",
+    "seconds",
+    "history",
+    "cross_entropy_epochs",
+    "rewards",
+)
 
 
 class Averaged(keras.callbacks.Callback):
@@ -299,10 +308,8 @@ class SavePoints(keras.callbacks.Callback):
             return False
         for name in BEST:
             setattr(self.judge, name, progress[name])
-        self.epoch, self.batch = progress["epoch"], progress["batch"]
-        self.history, self.seconds = progress["history"], progress["seconds"]
-        self.cross_entropy_epochs = progress.get("cross_entropy_epochs")
-        self.rewards = progress.get("rewards", [])
+        for name in KEPT:
+            setattr(self, name, progress[name])
         return True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -319,14 +326,14 @@ class SavePoints(keras.callbacks.Callback):
             self.epoch, self.batch, self.seconds = epoch, 0, 0.0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Stops a run whose loss is no number; saves now and then."""
+        """Stops a run whose loss is not a number; saves now and then."""
         self.batch += 1
         self.check(logs["loss"])
         if self.batch < len(self.batches.order):
             self.save_if_due()
 
     def check(self, loss: float) -> None:
-        """Stops a run whose loss is no number."""
+        """Stops a run whose loss is not a number."""
         if not np.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {self.batch} of epoch "
@@ -367,14 +374,10 @@ class SavePoints(keras.callbacks.Callback):
         if not self.writes:
             return
         progress = {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "seconds": self.seconds + time.monotonic() - self.begun,
             **{name: getattr(self.judge, name) for name in BEST},
-            "history": self.history,
+            **{name: getattr(self, name) for name in KEPT},
+            "seconds": self.seconds + time.monotonic() - self.begun,
             "scheduled_epochs": self.scheduled_epochs,
-            "cross_entropy_epochs": self.cross_entropy_epochs,
-            "rewards": self.rewards,
         }
         with one_device():  # the others do not take part
             runs.save_state(self.place, self.variables(), progress)
@@ -432,6 +435,19 @@ class ShownCaptions(keras.callbacks.Callback):
         writer.close()
 
 
+def check_boards(asked: bool) -> None:
+    """Checks that TensorBoard can be logged for, if that was asked for.
+
+    Raises:
+        UserError: if TensorFlow is not installed.
+    """
+    if asked and not importlib.util.find_spec("tensorflow"):
+        raise UserError(
+            "--tensorboard needs TensorFlow: pip install tensorflow, or leave "
+            "it out"
+        )
+
+
 def boards(
     place: Path, asked: bool, measure: ValidationCider, images_dir: Path
 ) -> list[keras.callbacks.Callback]:
@@ -442,17 +458,9 @@ def boards(
         asked: whether that is worth importing TensorFlow on another backend.
         measure: captions the validation split.
         images_dir: where its photographs are.
-
-    Raises:
-        UserError: if TensorFlow is not installed.
     """
     if not (asked or TENSORFLOW):
         return []
-    if not importlib.util.find_spec("tensorflow"):
-        raise UserError(
-            "--tensorboard needs TensorFlow: pip install tensorflow, or leave "
-            "it out"
-        )
     logs = place / "tensorboard"
     return [
         keras.callbacks.TensorBoard(logs),

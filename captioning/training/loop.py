@@ -78,7 +78,7 @@ def compile_decoder(
 def resume(decoder: Any, points: SavePoints) -> None:
     """Restores a run from its last saved point, or saves the first one.
 
-    A run then has a state before it has weights, whenever it is killed.
+    So a run that has weights also has a state, whenever it is killed.
     """
     decoder.optimizer.build(decoder.trainable_variables)
     begun = points.restore(decoder)
@@ -89,7 +89,7 @@ def resume(decoder: Any, points: SavePoints) -> None:
         points.save()
         return
     if points.epoch or points.batch:
-        print(f"Resuming after {points.epoch} epochs and {points.batch} steps")
+        print(f"Resuming after epoch {points.epoch}, step {points.batch}")
     if points.self_critical:
         return  # which has another optimizer
     if points.batch:
