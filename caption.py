@@ -162,7 +162,7 @@ def find_photos(named: list[str]) -> tuple[list[str], int]:
     """The photographs that arguments name, and how many names are wrong."""
     from captioning.data import photographs
 
-    found = photographs.find(named, sys.stdin)
+    found = photographs.find(named, sys.stdin or [])
     for name, told in [*found.missing, *found.others]:
         command.tell(f"{name}: {told}")
     if not found.photographs:

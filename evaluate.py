@@ -88,6 +88,8 @@ def main(arguments: command.Arguments) -> None:
         members = in_one_precision(members)
     config, run = members[0][0], run_configs.together(members)
     limited = given.get("limit_images", 0)
+    if limited == config.limit_images:
+        limited = 0  # these are all images of the run's split
     split = prepared.load_split(config, config.split).first(limited)
     if actions.captions:
         captions = results.read_captions(Path(actions.captions), split)
