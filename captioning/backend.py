@@ -151,7 +151,7 @@ def accelerators() -> list[Any]:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether all that computes does so in hardware."""
+    """Whether every device does so in hardware."""
     devices = accelerators()
     if not devices:
         return _cpu_multiplies_bfloat16()
@@ -159,7 +159,7 @@ def _multiplies_bfloat16() -> bool:
 
 
 def _capability(device: Any) -> tuple[int, ...]:
-    """CUDA's compute capability of a device; what is no GPU has enough."""
+    """CUDA's compute capability of a device; all but a GPU have enough."""
     if TENSORFLOW:
         import tensorflow as tf
 

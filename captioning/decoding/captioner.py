@@ -30,7 +30,8 @@ class Hypothesis(NamedTuple):
     caption: str  # the words as one string
     score: float  # normalised log-probability
     log_probability: float
-    agreement: float  # with the others, which orders them; 0 if none is asked
+    # With the whole beam, which orders it; 0 without consensus.
+    agreement: float
 
 
 class Captioned(NamedTuple):

@@ -1,4 +1,4 @@
-"""Which of a beam's captions the others agree with most.
+"""Which caption of a beam agrees most with the whole beam.
 
 The most likely caption does not have the best expected score; the one most
 similar to the other likely captions does (minimum Bayes risk, Kumar and Byrne
@@ -18,7 +18,7 @@ SIGMA = 6.0
 
 
 def agreement(words: Any, log_probabilities: Any, temperature: float) -> Any:
-    """The expected similarity of each caption to the others of its image.
+    """The expected similarity of each caption to those of its beam.
 
     Args:
         words: int32 (images, hypotheses, steps), padded; `<end>` is a word.

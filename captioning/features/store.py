@@ -75,7 +75,7 @@ def _open_cache(
 
 
 def _check_images_dir(config: Config, place: Path) -> None:
-    """Refuses features that were since taken from another folder."""
+    """Refuses features that have since been computed from another folder."""
     was, now = prepared.images_dir(config), cache.images_dir(place)
     if str(was) != now and was.is_dir():
         raise UserError(

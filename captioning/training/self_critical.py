@@ -278,8 +278,8 @@ def train(
     """
     job.wait("self-critical")  # the first process may still be writing
     with one_device():
-        # Sampling and judging is no work for several devices: each process does
-        # all of it, and they agree.
+        # Sampling and scoring are not shared out: every process does all of it,
+        # with the same result.
         judge, measure = points.judge, points.judge.measure
         decoder = measure.decoder = measure.captioner
         measure.devices = ALONE
