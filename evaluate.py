@@ -19,6 +19,7 @@ another by more than chance, and shows the images where they differ most.
 
 import dataclasses
 import functools
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,12 @@ def main(arguments: command.Arguments) -> None:
         # Before anything is scored: hours of work are on disk first.
         results.write_captions(part / "captions.json", split, captions)
         references = dict(zip(split.images, split.captions, strict=True))
+        training = prepared.load_split(config, "train").captions
         scores = metrics.score(
-            captions, references, training_captions(config), config.tokeniser
+            captions,
+            references,
+            itertools.chain.from_iterable(training),
+            config.tokeniser,
         )
         origin = results.describe_run(
             members, split.images, own=not actions.captions
@@ -201,14 +206,6 @@ def in_one_precision(
         (dataclasses.replace(config, precision=precision), place)
         for config, place in members
     ]
-
-
-def training_captions(config: Config) -> list[str]:
-    """What people wrote about the training images."""
-    from captioning.data import prepared
-
-    captions = prepared.load_split(config, "train").captions
-    return [caption for each in captions for caption in each]
 
 
 def caption_split(

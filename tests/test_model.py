@@ -419,7 +419,7 @@ def test_a_tiny_set_can_be_overfitted():
     decoder.compile(
         keras.optimizers.Adam(0.02),
         SmoothedCrossEntropy(),
-        weighted_metrics=[TokenAccuracy()],
+        weighted_metrics=[TokenAccuracy("token_accuracy")],
         jit_compile=use_xla(),
     )
     decoder.fit(data, epochs=4, verbose=0)

@@ -133,12 +133,6 @@ def test_the_special_words_have_their_numbers():
     assert words.numbers["a"] == 4
 
 
-def test_the_share_of_unknown_words_is_one_of_all_words():
-    captions = [["a", "dog", "barks"], [], ["cat"]]
-    assert vocabulary.unknown_share(captions, WORDS) == 0.5
-    assert vocabulary.unknown_share([], WORDS) == 0
-
-
 @pytest.mark.parametrize(
     ("caption", "lacks"),
     [

@@ -209,23 +209,6 @@ def encode(
     return rows
 
 
-def unknown_share(
-    captions: Iterable[Sequence[str]], vocabulary: Vocabulary
-) -> float:
-    """The share of the words in captions that are outside a vocabulary.
-
-    Args:
-        captions: tokenised captions.
-        vocabulary: the words that are known.
-    """
-    known = vocabulary.numbers
-    total = unknown = 0
-    for caption in captions:
-        total += len(caption)
-        unknown += sum(word not in known for word in caption)
-    return unknown / max(total, 1)
-
-
 def lacks_spaces(captions: Iterable[Sequence[str]]) -> bool:
     """Whether captions are in a script without spaces between words.
 

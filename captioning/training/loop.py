@@ -70,7 +70,7 @@ def compile_decoder(
     decoder.compile(
         objective.build_optimizer(config, rate, steps),
         objective.SmoothedCrossEntropy(config.label_smoothing),
-        weighted_metrics=[objective.TokenAccuracy()],
+        weighted_metrics=[objective.TokenAccuracy("token_accuracy")],
         jit_compile=use_xla(),
     )
 

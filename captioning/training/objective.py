@@ -42,9 +42,6 @@ class TokenAccuracy(keras.metrics.Mean):
     as they do now and then in bfloat16, each is ranked first.
     """
 
-    def __init__(self, name: str = "token_accuracy", **options: Any) -> None:
-        super().__init__(name=name, **options)
-
     def update_state(
         self, targets: Any, logits: Any, sample_weight: Any = None
     ) -> None:
