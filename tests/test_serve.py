@@ -151,7 +151,8 @@ def test_a_right_to_left_caption_runs_from_right_to_left(
 ):
     monkeypatch.setattr(f"{__name__}.WORDS", ["رجل", "يمشي"])
     find(page, "#file")[0].send_keys(picture)
-    wait(page, "!$('found').hidden")
+    # Until the photograph is loaded, the page moves away from the mouse.
+    wait(page, "!$('found').hidden && $('picture').naturalWidth === 448")
     buttons = find(page, "#words button")
     assert buttons[1].rect["x"] > buttons[2].rect["x"]
     buttons[1].click()
