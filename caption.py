@@ -130,7 +130,7 @@ def choose_run(arguments: command.Arguments) -> Config:
 def open_run(arguments: command.Arguments) -> tuple[Config, Path]:
     """The config and the folder of the run that captions.
 
-    Says so where it has never seen a photograph.
+    Warns if it has never seen a photograph.
     """
     from captioning import run_configs
 

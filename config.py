@@ -39,8 +39,8 @@ class Encoder(NamedTuple):
     # The layer whose output is cached as annotation vectors; LAST is the last
     # one, where Keras gives it another name every time.
     layer: str
-    # Identifies the ImageNet weights of Keras, where they were at hand to take
-    # the digest of: a local file of the same weights is known by it.
+    # A digest of Keras's ImageNet weights, where we had them: a local file of
+    # the same weights is then recognised.
     imagenet: str = "imagenet"
 
 

@@ -17,7 +17,7 @@ from config import OPEN, Config, UserError, defaults, flag, group
 # of these groups.
 CHANGEABLE = ("epochs", "patience", "scst_epochs")
 # What else evaluate.py and caption.py may be given: which images to caption,
-# and where the encoder's weights are now. `limit_images` is theirs to obey.
+# and where the encoder's weights are now. They apply `limit_images` themselves.
 EVALUATED = ("dataset", "layout", "val_share", "test_share", "encoder_weights")
 
 

@@ -121,7 +121,7 @@ def read(paths: Sequence[Path], layout: str, notes: Notes) -> list[list[Row]]:
     Args:
         paths: the files.
         layout: one of LAYOUTS.
-        notes: takes what is skipped, repaired and to be said.
+        notes: collects what was skipped or repaired, and what to tell the user.
 
     Returns:
         The rows of each file.

@@ -199,7 +199,7 @@ def _read_lists(
         if unread:
             notes.messages.append(
                 f"Not used as split lists: {', '.join(unread)}; names are read "
-                "from .txt, .lst, .csv and .tsv."
+                "only from .txt, .lst, .csv and .tsv."
             )
         return "", []
     for each in best.lists:

@@ -110,7 +110,7 @@ def check(
     Args:
         config: its encoder fields.
         descriptions: from `runs.load_description`.
-        needed: whether a missing file is an error; it is none where the
+        needed: whether a missing file is an error; it is not where the
             features are cached.
 
     Raises:

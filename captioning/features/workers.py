@@ -42,8 +42,8 @@ def do_part(
         work: does the part.
 
     Returns:
-        The workers that are not done. For one worker only it is empty, even
-        if several finish at once.
+        The workers that are not done; empty for exactly one worker, even if
+        several finish at once.
 
     Raises:
         UserError: if another process has this part, works alone, or is a
