@@ -240,6 +240,12 @@ def test_captions_are_counted_as_they_were_or_not_at_all(
         compare.pair(*made.values())
 
 
+def test_no_difference_is_minus_zero():
+    assert compare._signed(-1e-9, "{:.3f}") == "+0.000"
+    assert compare._signed(-1e-9, "{:.1%}") == "+0.0"
+    assert compare._signed(-43, "{:,.0f}") == "-43"
+
+
 def test_the_page_shows_what_one_captions_better_and_no_tie(evaluation):
     one = evaluation("one", captions(0.5), 4)
     two = evaluation("two", captions(0.55), 4)

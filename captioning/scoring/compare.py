@@ -237,10 +237,13 @@ def _interval(
 
 
 def _signed(value: float, form: str) -> str:
-    """A difference with its sign; of percentages in percentage points."""
+    """A difference with its sign; of percentages in percentage points.
+
+    Zero has a plus, whichever side it was rounded from.
+    """
     if form.endswith("%}"):
-        return f"{100 * value:+.1f}"
-    return form.replace("{:", "{:+").format(value)
+        return f"{100 * value:+z.1f}"
+    return form.replace("{:", "{:+z").format(value)
 
 
 def _verdict(name: str, ends: list[float]) -> str:
