@@ -41,7 +41,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(tmp_path):
         done = epochs_of(state)
     flags = ["--epochs", str(done + 1)]
     printed, _ = end(*start_job(tmp_path, "lost", 2, *flags))
-    assert f"Resuming after epoch {done}," in printed
+    assert f"Resuming in epoch {done + 1}, after" in printed
     history = pd.read_csv(tmp_path / "checkpoints" / "lost" / "history.csv")
     assert len(history) == done + 1
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]

@@ -159,7 +159,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(home, monkeypatch):
     interrupt(3, 2, *flags, "cut", folder=home)
     shutil.copytree(cut, half)
     printed = good("train.py", *flags, "cut", folder=home)
-    assert "Resuming after epoch 3, step 2" in printed
+    assert "Resuming in epoch 4, after step 2" in printed
     assert_same_run(home, "longer", "cut")
     rates = pd.read_csv(cut / "history.csv")["learning_rate"]
     assert rates[1] == pytest.approx(0, abs=1e-9)
@@ -228,7 +228,7 @@ def test_self_critical_training_is_resumed_between_two_rounds(
     assert "reward" in printed and "CIDEr on val" in printed
     interrupt(3, 1, *flags, "broken", folder=home)
     printed = good("train.py", *flags, "broken", folder=home)
-    assert "Resuming after epoch 3, step 1" in printed
+    assert "Resuming in epoch 4, after step 1" in printed
     assert_same_run(home, "sampled", "broken")
     history = pd.read_csv(broken / "history.csv")
     assert len(history) == 4 and history["reward"].notna().sum() == 2

@@ -122,7 +122,10 @@ def find_dataset(
         layout = "sidecar"
     notes = found.notes
     # A name in form D is there twice.
-    others = [p for p in dict.fromkeys(files.values()) if p not in found.paths]
+    used = {*found.paths}
+    others = [
+        path for path in dict.fromkeys(files.values()) if path not in used
+    ]
     shares = (val_share, test_share)
     rows, how = split_rows(found.rows, directory, others, shares, notes)
     if not rows:

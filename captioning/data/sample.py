@@ -386,7 +386,8 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     table, note = folder / "captions.csv", folder / "sample.json"
     drawn = json.dumps({"drawing": DRAWING, "seed": SEED, "images": images})
     names = [f"scene_{number:05d}.jpg" for number in range(images)]
-    if not note.exists() and any(folder.glob("[!.]*")):
+    # In this order: another process that draws begins with the note.
+    if any(folder.glob("[!.]*")) and not note.exists():
         raise UserError(
             f"{folder} contains a dataset that is not the drawn sample: rename "
             "it and name it with --dataset, or give --data-dir to draw the "
@@ -394,7 +395,8 @@ def write_sample(folder: Path, images: int = 2400) -> None:
         )
     if table.exists():
         there = {path.name for path in folder.glob("images/scene_*.jpg")}
-        if note.read_text(encoding="utf-8") == drawn and there == set(names):
+        same = note.read_text(encoding="utf-8") == drawn and there == set(names)
+        if same and table.exists():  # still: another process may draw anew
             return
         table.unlink(missing_ok=True)
     # The note comes first: its folder is the sample's, finished or not.

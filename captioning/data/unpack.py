@@ -160,7 +160,7 @@ def _is_by_product(path: str, there: dict[str, None]) -> bool:
 
 
 def _unpack(directory: Path, place: Path, sources: list[str]) -> list[str]:
-    """Unpacks what is left to; returns lines that the user should see."""
+    """Unpacks what is left; returns lines that the user should see."""
     _check_source(directory, place)
     done = {each: _load(directory, place, each) for each in sources}
     states = {name: each.state for name, each in done.items()}
@@ -289,7 +289,7 @@ def _unpack_source(
         What is to be noted of it.
     """
     path, note = directory / source, _note(place, source)
-    # It was begun, and has not changed: what is equal stays.
+    # It was begun, and has not changed: files that are equal are kept.
     begun = read_json(note).get("state") == done.state
     write_json(note, done._asdict(), indent=None)
     mine = {}

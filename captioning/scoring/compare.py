@@ -118,10 +118,11 @@ def pair(first: Evaluation, second: Evaluation) -> list[Evaluation]:
     unit = CHARACTERS if CHARACTERS in names else WORDS
     _, here = metrics.tokenise({0: ["a dog"]}, unit)
     if _kind(here) != names[0]:
+        how = "without" if here == metrics.PTB else "with"
         raise UserError(
             f"{first.place} and {second.place} were tokenised by {names[0]}, "
-            f"and here there is only {here}: compare them where there is Java, "
-            "or evaluate both again"
+            f"and here by {here}: evaluate both again here, or compare them "
+            f"{how} Java"
         )
     for each, examples in zip((first, second), ours, strict=True):
         if len(shared) < each.metrics["images"]:

@@ -89,7 +89,9 @@ def resume(decoder: Any, points: SavePoints) -> None:
         points.save()
         return
     if points.epoch or points.batch:
-        print(f"Resuming after epoch {points.epoch}, step {points.batch}")
+        print(
+            f"Resuming in epoch {points.epoch + 1}, after step {points.batch}"
+        )
     if points.self_critical:
         return  # which has another optimizer
     if points.batch:
