@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from unicodedata import normalize
 
@@ -814,6 +816,15 @@ def test_a_file_beside_an_image_without_a_caption_is_reported(tmp_path):
     files = {"a.txt": "a dog\n", "b.json": '{"labels": ["dog"]}'}
     dataset = find(write(tmp_path, files, "a.jpg", "b.jpg"))
     assert dataset.skipped == [("b.jpg", "no caption in b.json")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_nor_does_a_name_that_is_no_utf_8_stop_that(tmp_path):
+    write(tmp_path, {"a.txt": "a dog\n"}, "a.jpg")
+    for ending, content in ((".jpg", "x"), (".json", '{"labels": []}')):
+        path = os.path.join(os.fsencode(tmp_path), b"\xff" + ending.encode())
+        Path(os.fsdecode(path)).write_text(content)
+    assert find(tmp_path).skipped == [("?.jpg", "no caption in ?.json")]
 
 
 @pytest.mark.parametrize(

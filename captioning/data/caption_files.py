@@ -236,7 +236,7 @@ def _dicts(items: Any) -> list[dict[str, Any]]:
     return [item for item in items if isinstance(item, dict)]
 
 
-def _string(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A text that can be written to a file; JSON can hold half an emoji."""
     text = value if isinstance(value, str) else ""
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -249,12 +249,12 @@ def _number(value: Any) -> int | None:
 
 def _read_karpathy(text: str, path: Path, notes: Notes) -> Iterator[Row]:
     for image in _dicts(_parse_document(text, path, "images")["images"]):
-        folder, file = map(_string, map(image.get, ("filepath", "filename")))
+        folder, file = map(as_text, map(image.get, ("filepath", "filename")))
         name = posixpath.join(folder, file)
-        split = _string(image.get("split"))
+        split = as_text(image.get("split"))
         number = _number(image.get("cocoid"))
         for sentence in _dicts(image.get("sentences")):
-            yield Row(name, _string(sentence.get("raw")), split, number)
+            yield Row(name, as_text(sentence.get("raw")), split, number)
 
 
 def _read_coco(text: str, path: Path, notes: Notes) -> Iterator[Row]:
@@ -263,13 +263,13 @@ def _read_coco(text: str, path: Path, notes: Notes) -> Iterator[Row]:
     split = path.stem.lower().removeprefix("captions_").rstrip("0123456789")
     # Keys are text: an image_id that is a list could not be looked up.
     names = {
-        str(image.get("id")): _string(image.get("file_name"))
+        str(image.get("id")): as_text(image.get("file_name"))
         for image in _dicts(document["images"])
     }
     for annotation in _dicts(document["annotations"]):
         number = annotation.get("image_id")
         name = names.get(str(number), "")
-        caption = _string(annotation.get("caption"))
+        caption = as_text(annotation.get("caption"))
         yield Row(name, caption, split_name(split), _number(number))
 
 
@@ -479,14 +479,14 @@ def _cell(record: Record, name: str) -> str:
     """The text in a column of a record; empty if there is none."""
     fields, columns = record
     there = name in columns.names
-    return _string(fields[columns.names.index(name)]) if there else ""
+    return as_text(fields[columns.names.index(name)]) if there else ""
 
 
 def _rows_of(
     fields: Sequence[Any], columns: _Columns, split: str, notes: Notes
 ) -> Iterator[Row]:
     """The captions of one record, whose values may be lists."""
-    image = _string(fields[columns.image])
+    image = as_text(fields[columns.image])
     try:
         lists = [_captions_in(fields[column]) for column in columns.captions]
     except (ValueError, RecursionError):
@@ -504,7 +504,7 @@ def _captions_in(value: Any) -> list[str]:
     Raises:
         ValueError: if it is a list that cannot be read.
     """
-    text = _string(value).strip()
+    text = as_text(value).strip()
     if _LIST_BEGINS.match(text) or _PRINTED_LIST.fullmatch(text):
         value = _parse_list(text)
     return _texts(value)
@@ -516,7 +516,7 @@ def _texts(value: Any) -> list[str]:
         return [text for each in value for text in _texts(each)]
     if isinstance(value, dict):
         raise ValueError("an object instead of a text")
-    return [_string(value)]
+    return [as_text(value)]
 
 
 def _parse_list(text: str) -> Any:

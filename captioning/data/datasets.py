@@ -347,7 +347,9 @@ def _read_sidecars(directory: Path, files: _Files) -> _Found:
                 records.append(record)
             else:
                 reason = f"no caption in {posixpath.basename(names[0])}"
-                notes.skipped.append((image, reason))
+                # The name of a file may hold bytes that are not UTF-8.
+                told = caption_files.as_text(image)
+                notes.skipped.append((told, caption_files.as_text(reason)))
     rows = _clean([*caption_files.read_records(records, notes)], notes)
     folders = {posixpath.dirname(row.image) for row in rows} or {""}
     folder = posixpath.commonpath(folders)
@@ -429,8 +431,7 @@ def _clean(rows: list[Row], notes: Notes) -> list[Row]:
     """Rows with safe image names and captions of words; notes the rest."""
     kept = []
     for row in rows:
-        # JSON can hold surrogates, which cannot be written to a file.
-        image = row.image.encode("utf-8", "replace").decode("utf-8").strip()
+        image = row.image.strip()
         reason = unsafe(image)
         if reason:
             notes.skipped.append((image, reason))

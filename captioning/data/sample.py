@@ -396,7 +396,8 @@ def write_sample(folder: Path, images: int = 2400) -> None:
     if table.exists():
         there = {path.name for path in folder.glob("images/scene_*.jpg")}
         same = note.read_text(encoding="utf-8") == drawn and there == set(names)
-        if same and table.exists():  # still: another process may draw anew
+        # Asked again: another process may have begun to draw since.
+        if same and table.exists():
             return
         table.unlink(missing_ok=True)
     # The note comes first: its folder is the sample's, finished or not.

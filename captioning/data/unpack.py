@@ -324,10 +324,7 @@ def _unpack_source(
         rows = _unpack_table(path, source, prefix, save)
     else:
         rows = _unpack_archive(path, prefix, save)
-    listed = [
-        [text.encode("utf-8", "replace").decode() for text in row[:3]]
-        for row in rows
-    ]
+    listed = [[*row[:3]] for row in rows]
     done = done._replace(finished=True, files=mine, rows=listed)
     # The images must be on the disk before the note that they are.
     if len(mine) > 1 and hasattr(os, "sync"):
