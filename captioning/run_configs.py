@@ -32,8 +32,8 @@ def training_config(
         place: the run folder.
 
     Raises:
-        UserError: if a field has changed that must not, or the folder is no
-            run.
+        UserError: if a field has changed that must not, or the folder is not
+            a run.
     """
     if not (place / runs.CONFIG).exists():
         runs.refuse_other_folder(place)

@@ -22,14 +22,7 @@ from captioning.files import (
     write_csv,
     write_json,
 )
-from config import (
-    FIELDS,
-    OPEN,
-    SAMPLE,
-    Config,
-    UserError,
-    group,
-)
+from config import FIELDS, OPEN, SAMPLE, Config, UserError, group
 
 UNKNOWN_PIXELS = "0" * 16
 # The files of a run folder; each is read in one function and written in one.
