@@ -7,8 +7,9 @@ Needs the captions of a dataset, by default REAL_DATA_DIR/data/flickr8k, for
 their lengths; words and features are random: 49x2048 features, 8,000 words.
 Prints captions a second of `train.py` and of two decoders written as they are
 in many repositories, in turns; the share that our step reaches of the
-processor's matrix-product peak; the share of it that loading takes; and the
-memory that training has for itself with the features of 31,783 images. The
+processor's matrix-product peak; the share of it that loading takes; when the
+first step ends, which includes compiling; and the memory that training has for
+itself with the features of 31,783 images. The
 yardsticks compute in float32, ours in what `--precision` says. PyTorch's needs
 torch (`pip install torch`) and is left out without it. Nothing here gates: the
 figures depend on the machine.
@@ -129,7 +130,10 @@ def own_memory() -> float:
 def measure_memory(
     config: Config, decoder: Any, folder: Path, captions: list[np.ndarray]
 ) -> None:
-    """Prints the memory of some steps on a large file; warms the decoder."""
+    """Prints the first step's time and the memory of some steps.
+
+    Their features are in a large file. The decoder is warm afterwards.
+    """
     import keras
 
     shape = (MANY_ROWS, REGIONS, CHANNELS)
@@ -139,11 +143,15 @@ def measure_memory(
     rows = np.random.default_rng(0).choice(MANY_ROWS, images, replace=False)
     some = list(itertools.islice(itertools.cycle(captions), images))
     batches = make_batches(config, features, rows, some)
-    used = [own_memory()]
-    watch = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: used.append(own_memory())
-    )
+    used, ends = [own_memory()], [time.perf_counter()]
+
+    def after_step(batch: int, logs: Any) -> None:
+        used.append(own_memory())
+        ends.append(time.perf_counter())
+
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=after_step)
     decoder.fit(batches, shuffle=False, verbose=0, callbacks=[watch])
+    print(f"first step: ends {ends[1] - ends[0]:.1f} s after `fit` begins")
     print(
         f"memory: {used[0]:,.0f} MB before training, {max(used):,.0f} MB at "
         f"most and {used[-1]:,.0f} MB after {len(batches)} steps on random "
