@@ -72,6 +72,7 @@ _NOT_ZERO: dict[tuple[bool, ...], str] = {
     (True, False, True, False): "utf-16-le",
     (False, True, False, True): "utf-16-be",
 }
+_SURROGATES = re.compile("[\ud800-\udfff]")
 # The line that tells Excel the separator of a CSV file.
 _EXCEL_SEPARATOR = re.compile(r'"?sep=(.)"?[^\n]*\n', re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"[^\t\n]+#\d+\t")
@@ -238,8 +239,7 @@ def _dicts(items: Any) -> list[dict[str, Any]]:
 
 def as_text(value: Any) -> str:
     """A text that can be written to a file; JSON can hold half an emoji."""
-    text = value if isinstance(value, str) else ""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return _SURROGATES.sub("?", value) if isinstance(value, str) else ""
 
 
 def _number(value: Any) -> int | None:

@@ -222,7 +222,8 @@ def list_files(directory: Path) -> _Files:
         folders[:] = [n for n in folders if n[0] != "." and n != "__MACOSX"]
         names = [n for n in names if n[0] != "."]
         below = Path(here).relative_to(directory)
-        paths += [(below / name).as_posix() for name in folders + names]
+        prefix = (below / "_").as_posix()[:-1]
+        paths += [prefix + name for name in folders + names]
         if len(below.parts) == _MAX_DEPTH:
             folders.clear()
     # The shallowest first, then by name.
@@ -326,9 +327,15 @@ def _read(
         folders.append(folder)
         found += _look_up(rows, folder, files, notes)
     folder = posixpath.commonpath(folders) if folders[1:] else folders[0]
-    start = len(folder) + 1 if folder else 0
-    rows = [row._replace(image=row.image[start:]) for row in found]
-    return _Found(paths, rows, folder, notes)
+    return _Found(paths, _below(folder, found), folder, notes)
+
+
+def _below(folder: str, rows: list[Row]) -> list[Row]:
+    """Rows whose images are named from a folder on, which may be empty."""
+    if not folder:
+        return rows
+    start = len(folder) + 1
+    return [row._replace(image=row.image[start:]) for row in rows]
 
 
 def _read_sidecars(directory: Path, files: _Files) -> _Found:
@@ -353,8 +360,7 @@ def _read_sidecars(directory: Path, files: _Files) -> _Found:
     rows = _clean([*caption_files.read_records(records, notes)], notes)
     folders = {posixpath.dirname(row.image) for row in rows} or {""}
     folder = posixpath.commonpath(folders)
-    start = len(folder) + 1 if folder else 0
-    rows = [row._replace(image=row.image[start:]) for row in rows]
+    rows = _below(folder, rows)
     return _Found([folder or ".", *taken], rows, folder, notes)
 
 
@@ -367,7 +373,12 @@ def _find_images(
     """
     # Images may lie in one folder where the captions name two (COCO's
     # train2014 and val2014), or one that was called otherwise.
-    flat = [row._replace(image=row.image.split("/")[-1]) for row in rows]
+    flat = [
+        row._replace(image=row.image.split("/")[-1])
+        if "/" in row.image
+        else row
+        for row in rows
+    ]
     parts = dict.fromkeys((near, ""))
     for part, names in itertools.product(parts, (rows, flat)):
         folder = _folder_of({_nfc(row.image) for row in names}, files, part)

@@ -66,8 +66,7 @@ def split_rows(
     else:
         # Lists name images that are missing too.
         missing = {i for i, why in notes.skipped if why.startswith("missing")}
-        index = _index(images | missing)
-        how, pairs = _read_lists(directory, files, images, index, notes)
+        how, pairs = _read_lists(directory, files, images, missing, notes)
         reason = UNSPLIT[1]
     if how:
         splits = _one_split(pairs, images, notes)
@@ -174,7 +173,7 @@ def _read_lists(
     directory: Path,
     files: Collection[str],
     images: set[str],
-    index: _Index,
+    missing: set[str],
     notes: Notes,
 ) -> tuple[str, list[tuple[str, str]]]:
     """Reads the split lists that name the most images.
@@ -185,7 +184,7 @@ def _read_lists(
     Raises:
         UserError: if the lists are those of another dataset.
     """
-    groups = _group_lists(directory, files, index, notes)
+    groups = _group_lists(directory, files, images | missing, notes)
     best = max(groups, key=lambda g: (len(g.images), g.has_train), default=None)
     if best and not _belongs(best, images):
         if best.has_train:
@@ -223,14 +222,17 @@ def _is_json_list(path: str) -> bool:
 
 
 def _group_lists(
-    directory: Path, files: Iterable[str], index: _Index, notes: Notes
+    directory: Path, files: Iterable[str], images: set[str], notes: Notes
 ) -> list[_Group]:
     groups: dict[str, _Group] = {}
+    index: _Index = {}
     for path in files:
         folder, name = posixpath.split(path)
         match = _LIST.fullmatch(name)
         if not match or not (directory / path).is_file():
             continue
+        # Only now: it takes more memory than the captions of a million images.
+        index = index or _index(images)
         text = read_text(directory / path, notes)
         if text.startswith(_OF_A_RUN):
             continue
