@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from captioning import runs
-from captioning.backend import TENSORFLOW
-from captioning.training import callbacks
+from captioning.backend import TENSORFLOW, set_seed
+from captioning.training import callbacks, objective
 from captioning.training.schedule import Schedule, choose_epochs
 
 
@@ -94,6 +94,33 @@ def test_self_critical_epochs_without_a_loss(judge):
     epochs = [(0.3, 5), (0.2, None), (0.3, None), (0.4, None)]
     assert judge(epochs)[0] == [1, 4]
     assert judge(epochs, by_loss=True)[0] == [1, 2, 3, 4]
+
+
+def test_measuring_changes_no_weight():
+    """The averaged weights are measured, and the trained ones come back."""
+    generator = np.random.default_rng(0)
+    data = generator.normal(size=(8, 2)), generator.normal(size=8)
+    weights = []
+    for measured in (data, None):
+        set_seed(0)
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile(objective.AdamW(0.1, use_ema=True), "mse")
+        averaged = callbacks.Averaged()
+        for _ in range(2):
+            model.fit(
+                *data,
+                epochs=2,
+                batch_size=4,
+                shuffle=False,
+                verbose=0,
+                validation_data=measured,
+                callbacks=[averaged],
+            )
+        weights.append(model.get_weights())
+        with averaged:
+            assert not np.array_equal(model.get_weights()[0], weights[-1][0])
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_what_patience_goes_by_comes_back(tmp_path):
