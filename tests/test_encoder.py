@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+from captioning.features import networks
 from captioning.features.encoder_weights import describe_features
 from captioning.features.extraction import BATCH, encode
 from config import Config
@@ -91,6 +92,18 @@ def test_random_features_fit_into_float16(encoder):
     # Far from both ends of float16, 6e-8 and 65504.
     assert 0.01 < found.std() < 50
     assert np.abs(found).max() < 10_000
+
+
+def test_activations_beyond_float16_become_the_largest(tmp_path):
+    """Some networks have a few, which would be infinite."""
+    network = networks.build("scenes")
+    network.layers[-1].bias.assign(np.resize([1e6, 1, -1e6], 256))
+    path = tmp_path / "large.weights.h5"
+    network.save_weights(path)
+    config = random(encoder="scenes", image_size=32, encoder_weights=str(path))
+    images = np.random.randint(0, 256, (1, 32, 32, 3), np.uint8)
+    found = np.asarray(build_encoder(config).predict_on_batch(images))
+    assert found.max() == np.finfo(np.float16).max and found.min() == 0
 
 
 @pytest.mark.parametrize(
