@@ -4,11 +4,11 @@
     python caption.py --dataset flickr30k --attention maps photographs/
     python caption.py --serve
 
-Captions photographs, and all those in folders, with a trained run: the newest
-of yours that was trained on photographs, or else the pretrained one. Prints a
-line `photo<TAB>caption` for each. A `-` reads a list of photographs from
-standard input, one per line. With --serve, it opens a page on this machine
-where you drop photographs instead.
+Captions photographs, and all those in folders, with a trained run: your newest
+one trained on photographs, or else the pretrained one. Prints a line
+`photo<TAB>caption` for each. A `-` reads a list of photographs from standard
+input, one per line. With --serve, it opens a page on this machine instead, to
+drop photographs on.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ ACTIONS = [
         {
             "metavar": "DIR",
             "default": "",
-            "help": "write a figure per photograph to this folder that shows "
-            "where the model looked at each word",
+            "help": "write to this folder a figure for each photograph, "
+            "showing where the model looked at each word",
         },
     ),
     command.Action(
@@ -68,7 +68,7 @@ ACTIONS = [
 # Up to this many photographs are captioned one at a time: a full batch costs
 # the same however few photographs it holds.
 FEW = 8
-# Characters that would break a line `photo<TAB>caption` of a file's name.
+# Characters in a file's name that would break a line `photo<TAB>caption`.
 ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 
@@ -112,7 +112,7 @@ def main(arguments: command.Arguments) -> int:
 
 
 def choose_run(arguments: command.Arguments) -> Config:
-    """The config, with a run of photographs where none is named."""
+    """The config, with a run trained on photographs if it names no run."""
     from captioning import runs
 
     config = arguments.config

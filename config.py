@@ -10,7 +10,7 @@ of preprocess.py, three quarters of an hour of train.py, and three minutes of
 evaluate.py; cores that multiply bfloat16 need about a quarter of that.
 Training takes 2 GB of memory, and reads 2.8 GB of features that are best cached
 in memory too.
-docs/experiments.md has what was tried and what each change brought.
+docs/experiments.md says what was tried and what each change gained.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ class Encoder(NamedTuple):
     application: str  # class in keras.applications; empty: ours
     module: str  # module in keras.applications with its preprocess_input
     # The layer whose output is cached as annotation vectors; LAST is the last
-    # one, where Keras gives it another name every time.
+    # one, for networks in which Keras names it differently every time.
     layer: str
-    # A digest of Keras's ImageNet weights, where we had them: a local file of
-    # the same weights is then recognised.
+    # A digest of Keras's ImageNet weights, where we had them, by which a local
+    # file of the same weights is recognised.
     imagenet: str = "imagenet"
 
 
@@ -223,22 +223,22 @@ class Config:
         "the encoder scenes; for others imagenet, or random on the sample); "
         "with several encoders, one for all or one each, separated by commas",
     )
-    # What the encoders were trained at.
+    # The size that the encoders were trained on.
     image_size: int = _encoder(
         224,
-        "side in pixels, before magnification; images are resized to it whole",
+        "side in pixels, before magnification; images are resized, not cropped",
         32,
         2048,
     )
     # The encoder sees more in a photograph that is enlarged. Its regions are
     # averaged back to those of image_size, so that nothing after it is slower.
-    # What the sample draws is large already.
+    # The sample's objects are drawn large already.
     magnification: int = _encoder(
         2, "enlarge images this many times", 1, 8, sample=1
     )
 
     # --- model: the shape of the decoder; fixed once a run is trained
-    # 512 is what the yardsticks of the field use; the word embeddings are as
+    # 512 is what the models we compare with use; the word embeddings are as
     # wide, so that the deep output adds all three without another projection.
     embedding_units: int = _model(
         512, "width of a word embedding", 1, sample=128
@@ -260,23 +260,24 @@ class Config:
     # On Flickr8k the validation loss is lowest after seven epochs of a
     # schedule of twelve; eight lets the learning rate fall in time. A small
     # dataset has few steps to an epoch and needs more of them. The rate falls
-    # over the epochs that a run begins with. Fewer, given later, end it before
-    # that; more are trained at the average rate of the last scheduled epoch,
-    # which fine-tunes and is not the same as a longer schedule.
+    # over the epochs that a run begins with. If they are lowered later, the run
+    # ends before that; if they are raised, the rest are trained at the average
+    # rate of the last scheduled epoch, which fine-tunes and is not the same as
+    # a longer schedule.
     epochs: int = _training(
         0,
         "passes over the training captions (0: 8, or up to 30 if few)",
         0,
     )
-    # Counted in measurements of CIDEr, not in epochs. Equal CIDEr is decided
-    # by the validation loss and never counts against a run; where fewer than
-    # twenty validation images make CIDEr a matter of chance, the loss decides.
+    # Counted in measurements of CIDEr, not in epochs. Ties are broken by the
+    # validation loss and never count against a run; if fewer than twenty
+    # validation images make CIDEr a matter of chance, the loss alone decides.
     patience: int = _training(4, "stop after N CIDEr values below the best", 1)
     # Every image brings all of its captions, so that its keys are computed
     # once: 32 images are 160 captions per step.
     batch_images: int = _training(32, "images per training step", 1, sample=16)
     captions_per_image: int = _training(
-        5, "captions per image and step; the others wait an epoch", 1
+        5, "captions per image and step; the others follow in later epochs", 1
     )
     # Higher rates raise the token accuracy a little further, and lower the
     # scores of the captions: docs/experiments.md.
@@ -351,8 +352,8 @@ class Config:
         sample=1.0,
     )
     min_caption_length: int = _decoding(1, "shortest caption, in tokens", 1)
-    # Captions of ten words seldom repeat themselves; small models that do are
-    # helped by 2 or 3.
+    # Captions of ten words seldom repeat themselves; for small models that do,
+    # 2 or 3 helps.
     no_repeat_ngram: int = _decoding(
         0, "never repeat an n-gram of this many tokens (0: allowed)", 0
     )
@@ -481,16 +482,16 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
         given: the fields that were given as flags.
 
     Raises:
-        UserError: if a dataset cannot be called as its folder is, or lies
-            among the caches.
+        UserError: if a dataset cannot take its folder's name, or lies inside
+            the cache folder.
     """
     dataset = config.dataset
     place = os.path.realpath(config.dataset_dir)
     caches = os.path.realpath(os.path.join(config.data_dir, "cache"))
     if config.dataset_dir and Path(caches) in Path(place).parents:
         raise UserError(
-            f"the dataset in {place} lies among the caches, which are written "
-            f"to {caches}: move it, or give another --data-dir"
+            f"the dataset in {place} lies inside the cache folder, {caches}: "
+            "move it, or give another --data-dir"
         )
     if is_named_by_folder(config, given):
         dataset = os.path.basename(place)

@@ -7,11 +7,11 @@
     python evaluate.py --compare before after
     python evaluate.py --export program
 
-Captions a split with beam search, scores the captions and leaves everything in
-checkpoints/<run>/evaluation/<split>/. Another search or fewer images go to a
-folder of their own: evaluation/<split>-beam5-limit100/. --captions scores a
+Captions a split with beam search, scores the captions and writes everything to
+checkpoints/<run>/evaluation/<split>/. A different search or fewer images get
+their own folder: evaluation/<split>-beam5-limit100/. --captions scores a
 file of captions (COCO's results format) instead. --runs averages the
-probabilities of several runs at every word; what they reach together is in
+probabilities of several runs at every word; their joint results are in
 checkpoints/<run>+<run>/. --compare says whether one evaluation is better than
 another by more than chance, and shows the images where they differ most.
 --export scores nothing: it writes the run as one program, from pixels to words.
@@ -159,8 +159,8 @@ def compare_evaluations(config: Config, *names: str) -> None:
     photographs = prepared.newest_images_dir(config.data_dir, dataset)
     if photographs is None:
         print(
-            f"The photographs of {dataset} were not found, and the page shows "
-            "captions alone: run preprocess.py again, or give --data-dir."
+            f"The photographs of {dataset} were not found, so the page shows "
+            "only captions: run preprocess.py again, or give --data-dir."
         )
     page = compare.write_page(first, second, differences, photographs)
     print(f"Wrote {page}. Next: open it to see where they differ most.")

@@ -104,8 +104,8 @@ def _networks(
     Returns:
         The network, and the part of it that ends in the feature map (batch,
         height, width, channels). The map of an enlarged image is averaged in
-        squares, so that it has no more regions than that of a plain one; where
-        it does not divide, the last squares are what remains.
+        squares, so that it has no more regions than that of a plain one; if it
+        does not divide evenly, the last squares are smaller.
 
     Raises:
         UserError: if the network does not take images as small as these.
@@ -124,7 +124,7 @@ def _networks(
 
 
 def _size_of_response(network: keras.Model) -> float:
-    """The scale of what random filters make of noise.
+    """The scale of a network's response to noise, with random filters.
 
     Without trained normalisation, activations grow or shrink from layer to
     layer, in deep networks beyond the range of float16. A power of two, so
@@ -565,7 +565,7 @@ def doubly_stochastic_penalty(
     Returns:
         The mean over captions.
     """
-    # By the captions of a terrace, in it and after it; by none at the end.
+    # What regions receive in a terrace and those after it; nothing at the end.
     received = attention[-1][:0, 0]  # (captions, regions)
     for alpha, word in reversed([*zip(attention, words, strict=True)]):
         real = ops.cast(ops.expand_dims(word != PAD, -1), "float32")

@@ -7,8 +7,8 @@
 Reads the dataset in data/<dataset>/ (the default one, `sample`, is drawn on
 the spot), runs every image once through each frozen encoder, and leaves the
 result in data/cache/<dataset>/. If it is killed, the same command resumes where
-it stopped. Several workers (0/4, 1/4, 2/4 and 3/4) encode a part of the images
-each, on one machine or on several that share the disk; the last one to finish
+it stopped. Several workers (0/4, 1/4, 2/4 and 3/4) each encode a part of the
+images, on one machine or on several that share the disk; the last one to finish
 writes the rest.
 """
 
@@ -218,8 +218,8 @@ def encode_images(
     lost = dataset.table["image"].isin([image for image, _ in notes.skipped])
     table = dataset.table[~lost].reset_index(drop=True)
     skipped = dataset.skipped + notes.skipped
-    # What the captions lost is a share of the whole dataset, not of the few
-    # images of a limit.
+    # With a limit, images that the captions lost do not count: they are a share
+    # of the whole dataset.
     checks.check_skipped(
         config, table, notes.skipped if config.limit_images else skipped
     )

@@ -4,9 +4,9 @@
     python train.py --dataset flickr30k --epochs 15
     python train.py --dataset holidays --start-from RUN
 
-Trains the decoder on what preprocess.py left in data/cache/. A run that was
-stopped, by whatever means, resumes where it was when the same command is given
-again; --fresh starts over and renames the old folder.
+Trains the decoder on what preprocess.py wrote to data/cache/. A run that was
+stopped in any way resumes where it was when the same command is given again;
+--fresh starts over and renames the old folder.
 --start-from begins with the weights of another run; a lower --learning-rate
 keeps more of them.
 """
@@ -152,7 +152,7 @@ def fit(
 def settle(config: Config, images: int) -> Config:
     """Settles what a config leaves to this machine and this dataset.
 
-    It is saved as what it is, so that the run means the same elsewhere.
+    What was settled is saved, so that the run means the same elsewhere.
     """
     from captioning import backend
     from captioning.training import schedule
@@ -173,7 +173,7 @@ def open_features(
     start: Path | None,
     fresh: bool,
 ) -> tuple[Any, Any]:
-    """Opens the features, and begins the run on them or checks that it did.
+    """Opens the features, and begins the run or checks that it began on them.
 
     Args:
         config: its encoder fields.
@@ -338,7 +338,7 @@ def announce_schedule(
 
 
 def ending(config: Config, points: Any) -> str:
-    """Why a run does not train any further, and what would make it."""
+    """Why a run trains no further, and how to make it."""
     judge = points.judge
     if points.self_critical:
         last = points.self_critical_epochs()

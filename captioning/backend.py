@@ -151,7 +151,7 @@ def accelerators() -> list[Any]:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether every device does so in hardware."""
+    """Whether every device multiplies bfloat16 in hardware."""
     devices = accelerators()
     if not devices:
         return _cpu_multiplies_bfloat16()

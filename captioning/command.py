@@ -43,9 +43,9 @@ FIELDS_OF = {
     "caption.py": ("place", "decoding"),
 }
 NAMING = ("dataset", "encoder", "encoder_weights")
-# Of a group that is shown, what only one script makes use of.
+# Of the fields shown, those that only one script uses.
 OF_ONE = {"max_skipped_share": "preprocess.py", "split": "evaluate.py"}
-# Flags that people bring from elsewhere, and what there is instead.
+# Flags that people know from other programs, and what to use instead.
 ELSEWHERE = {
     "--lr": "--learning-rate",
     **dict.fromkeys(("--batch-size", "--batch", "--bs"), "--batch-images"),
@@ -160,7 +160,7 @@ def _parser(
             "checkpoints/<run>/config.json, except for paths; flags override "
             "them",
         },
-        "--help": {"action": "help", "help": "show this"},
+        "--help": {"action": "help", "help": "show this help"},
         "--help-all": {"action": "help", "help": "show the other fields too"},
         "--version": {
             "action": "version",
@@ -213,7 +213,7 @@ def _read_config(path: str) -> dict[str, Any]:
     """The fields of a saved config, except for places.
 
     Raises:
-        UserError: if it is none, or has fields that there are not.
+        UserError: if it is not a config, or has unknown fields.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -336,7 +336,7 @@ def _keep_freed_memory() -> None:
 
 
 def _repeat(hook: Callable[[Any], Any], found: Any) -> None:
-    """Repeats an interruption that Python has to ignore where it fell.
+    """Repeats an interruption that came where Python has to ignore it.
 
     JAX, which Keras imports on TensorFlow too, has a callback that runs with
     every garbage collection: what is raised there is lost.
@@ -372,9 +372,8 @@ def run(
         main: the script; it may return an exit code of its own.
         description: the script's docstring.
         actions: the flags that only this script has.
-        end_with_reader: whether its job is what it prints, so that it may end
-            when nobody reads that any more. A script that writes files
-            carries on.
+        end_with_reader: whether its job is to print, so that it may end once
+            nobody is reading. A script that writes files carries on.
     """
     streams.prepare(end_with_reader)
     arguments = parse(description, actions)

@@ -1,7 +1,7 @@
 """Which config counts: what a run was trained with, or what is asked for now.
 
-A run fixes what its result depends on. What contradicts it is refused, what is
-free comes from config.py and the flags.
+A run fixes what its result depends on. Values that contradict it are refused;
+the free ones come from config.py and the flags.
 """
 
 import dataclasses
@@ -175,7 +175,7 @@ def together(members: Sequence[tuple[Config, Path]]) -> Path:
     place = places[0].with_name("+".join(each.name for each in places))
     if len(places) > 1 and (place / runs.CONFIG).exists():
         raise UserError(
-            f"{place} is a run of its own, so averaged runs cannot be "
-            "evaluated there: rename it first"
+            f"{place} is itself a run, so averaged runs cannot be evaluated "
+            "there: rename it first"
         )
     return place

@@ -65,8 +65,8 @@ def newest_of_photographs(checkpoints_dir: str) -> str:
     if not found:
         raise UserError(
             f"there is no run in {checkpoints_dir} that was trained on "
-            f"photographs: train one, or get {checkpoints_dir}/{PRETRAINED} "
-            "back with git checkout"
+            f"photographs: train one, or restore {checkpoints_dir}/"
+            f"{PRETRAINED} with git checkout"
         )
     return max(found)[-1]
 
@@ -83,7 +83,7 @@ def set_aside(place: Path) -> Path:
 
 
 def refuse_other_folder(place: Path) -> None:
-    """Refuses to make a run of a folder that has files of somebody else.
+    """Refuses to turn a folder that holds other files into a run.
 
     A run that was killed while it began has only files that `begin` writes.
     """
@@ -301,7 +301,7 @@ def _without_optimizer(model: Any) -> Iterator[None]:
 
 
 def save_weights(model: Any, place: Path, epoch: int) -> None:
-    """Writes the best weights, and in the same file the epoch they are of."""
+    """Writes the best weights, with their epoch in the same file."""
     with atomic_path(place / WEIGHTS) as part, _without_optimizer(model):
         model.save_weights(part)
         with h5py.File(part, "a") as file:
@@ -309,7 +309,7 @@ def save_weights(model: Any, place: Path, epoch: int) -> None:
 
 
 def best_epoch(place: Path) -> int | None:
-    """The epoch that the weights of a run are of, counted from 1."""
+    """The epoch that a run's weights come from, counted from 1."""
     try:
         with h5py.File(place / WEIGHTS) as file:
             return int(file.attrs["epoch"])

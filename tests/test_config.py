@@ -220,7 +220,7 @@ def test_a_dataset_among_the_caches_is_refused(given):
     """Its cache would be written between its own files."""
     folder = str(Path("data") / "cache" / "farm")
     config = Config(dataset="farm", dataset_dir=folder)
-    with pytest.raises(UserError, match="lies among the caches"):
+    with pytest.raises(UserError, match="lies inside the cache folder"):
         resolve(config, given)
     resolve(dataclasses.replace(config, data_dir="elsewhere"), given)
 

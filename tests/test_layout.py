@@ -288,7 +288,7 @@ def test_training_wants_the_dataset_that_was_preprocessed(home, dataset):
         if folder == "data/photos":
             assert_true(wanted)
         else:
-            with pytest.raises(UserError, match="is of the dataset in"):
+            with pytest.raises(UserError, match="was made from the dataset in"):
                 prepared.load_split(wanted, "train")
 
 

@@ -246,9 +246,7 @@ def test_averaged_runs_have_a_folder_that_is_no_run(place):
     assert run_configs.together(members) == both
     assert run_configs.together(members[:1]) == place
     save(both)
-    assert f"{both} is a run of its own" in refusal(
-        run_configs.together, members
-    )
+    assert f"{both} is itself a run" in refusal(run_configs.together, members)
     save(place.with_name("b"), max_caption_length=9)
     message = refusal(run_configs.members, Config(), {}, [NAME, "b"])
     assert "differ in vocabulary or max_caption_length" in message

@@ -1,8 +1,8 @@
 """Caption files of every layout -> rows of image, caption and split.
 
-data/README.md shows the layouts. A file is read by what is in it as far as
-possible: any separator, any usual name of a column, one caption to a cell or a
-list of them.
+data/README.md shows the layouts. As far as possible, a file's contents say how
+to read it: any separator, any usual column name, one caption per cell or a list
+of them.
 """
 
 import ast
@@ -320,7 +320,7 @@ Record = tuple[Sequence[Any], _Columns]
 
 
 def read_sidecar(image: str, text: str) -> Record | None:
-    """Reads the file beside an image that is called as the image is.
+    """Reads the file beside an image that has the image's name.
 
     Args:
         image: its name.

@@ -106,8 +106,8 @@ def find_dataset(
         The dataset. No image is in two splits, and every image has a file.
 
     Raises:
-        UserError: if there is no folder, no captions or no image of them, or
-            if its split lists are those of another dataset.
+        UserError: if the folder, its captions or all of their images are
+            missing, or if its split lists are those of another dataset.
     """
     files = list_files(directory)
     try:
@@ -206,8 +206,8 @@ def list_files(directory: Path) -> _Files:
     """
     if not directory.is_dir():
         raise UserError(
-            f"no folder {directory}: put the dataset there, see "
-            "data/README.md, or say where it is with --dataset-dir"
+            f"there is no folder {directory}: put the dataset there (see "
+            "data/README.md), or say where it is with --dataset-dir"
         )
 
     def unreadable(error: OSError) -> None:

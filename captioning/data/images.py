@@ -1,8 +1,8 @@
 """Reads one image, whatever state it is in.
 
-Pillow decodes the file and OpenCV resizes the pixels. Every file that
-decodes is used; what had to be changed on the way is said, and so is why a
-file cannot be used.
+Pillow decodes the file and OpenCV resizes the pixels. Every file that decodes
+is used; any change it needed is reported, and so is the reason why a file
+cannot be used.
 """
 
 import contextlib

@@ -279,13 +279,13 @@ def _check_fields(config: Config, place: Path) -> None:
     was, now = Path(found["directory"]), directory(config).resolve()
     if config.dataset_dir and was != now and was.is_dir():
         raise UserError(
-            f"{place} is of the dataset in {was}, not of that in {now}: run "
-            "preprocess.py first, with the same flags"
+            f"{place} was made from the dataset in {was}, not the one in "
+            f"{now}: run preprocess.py first, with the same flags"
         )
 
 
 def _other_tokeniser(config: Config) -> str:
-    """What to add where the dataset was tokenised otherwise than a run."""
+    """What to add if the dataset was tokenised differently from the run."""
     other = WORDS if config.tokeniser == CHARACTERS else CHARACTERS
     if folder(dataclasses.replace(config, tokeniser=other)).exists():
         return f" and --tokeniser {config.tokeniser} (now it has {other})"

@@ -210,8 +210,8 @@ def _check_source(directory: Path, place: Path) -> None:
     was = read_json(place / _NOTES / "source.json").get("source", "")
     if was and was != str(directory.resolve()) and Path(was).is_dir():
         raise UserError(
-            f"{place} is of the dataset in {was}: give the one in {directory} "
-            f"another name with --dataset NAME, or delete {place}"
+            f"{place} was made from the dataset in {was}: give the one in "
+            f"{directory} another name with --dataset NAME, or delete {place}"
         )
 
 
@@ -360,7 +360,7 @@ def _split_of(source: str) -> str:
 
 
 def _look(path: Path) -> int:
-    """Checks a source before anything is written; its size unpacked."""
+    """Checks a source before anything is written; returns its unpacked size."""
     if path.name.lower().endswith(_TEXTS):
         return path.stat().st_size
     size = 0
@@ -389,7 +389,7 @@ def _damage(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _unpack_archive(path: Path, prefix: str, save: _Save) -> list[Row]:
-    """Saves the files of an archive; the captions that lie beside images."""
+    """Saves an archive's files; returns the captions beside its images."""
     images, texts = {}, {}
     for name, _, data in _members(path, read=True):
         name = posixpath.join(prefix, name)

@@ -56,7 +56,7 @@ class Captioned(NamedTuple):
 def load(
     config: Config, run: Path
 ) -> tuple[keras.Model, BeamSearch, Vocabulary]:
-    """Loads all of a trained run that captions photographs.
+    """Loads everything in a trained run that captioning photographs needs.
 
     Args:
         config: from `run_configs.decoding_config`.

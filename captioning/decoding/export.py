@@ -23,8 +23,8 @@ def save(
 ) -> None:
     """Writes a TensorFlow SavedModel.
 
-    Its signature takes `images`, uint8 RGB (batch, size, size, 3), and gives
-    of the best captions `word_ids`, int32 (batch, steps), `words`, strings
+    Its signature takes `images`, uint8 RGB (batch, size, size, 3), and returns
+    for the best captions `word_ids`, int32 (batch, steps), `words`, strings
     (batch, steps), empty from `<end>` on, and `scores`, float32 (batch,), the
     normalised log-probabilities.
 

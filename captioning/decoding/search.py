@@ -122,8 +122,8 @@ class BeamSearch(_Search):
         max_length: the longest caption, in words.
         no_repeat_ngram: no n-gram of this many words occurs twice in a
             caption; 0 allows any.
-        consensus_temperature: of the hypotheses when the best is the one that
-            they agree with most; at 0 it is the one of the highest score.
+        consensus_temperature: of the hypotheses' weights in choosing the one
+            they agree with most; 0 chooses the one with the highest score.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class BeamSearch(_Search):
         }
 
     def _best_first(self, scores: Any, places: Any) -> tuple[Any, Any, Any]:
-        """Puts what the beam agrees with most first, where that is asked for.
+        """Puts first the caption that the beam agrees with most, if asked to.
 
         Args:
             scores: float32 (images, beam), the highest first.

@@ -165,7 +165,7 @@ def load(folder: Path, description: dict[str, Any]) -> Cache:
 
 
 def _that_fit(folder: Path, description: dict[str, Any]) -> str:
-    """The end of an error: the flags with which there are features."""
+    """The end of an error: the flags for which features exist."""
     found = []
     here = {"magnification": 1, **description}
     for path in sorted(folder.glob("*/meta.json")):

@@ -227,7 +227,7 @@ def _shapes_of(network: keras.Model) -> Shapes:
 
 
 def _of_weights_in(path: str, take: Callable[[h5py.Dataset], Any]) -> list[Any]:
-    """What `take` gives of each weight in a file but for the optimizer's."""
+    """What `take` returns for a file's weights, except the optimizer's."""
     found = []
 
     def enter(name: str, entry: Any) -> None:

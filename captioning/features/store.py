@@ -79,7 +79,7 @@ def _check_images_dir(config: Config, place: Path) -> None:
     was, now = prepared.images_dir(config), cache.images_dir(place)
     if str(was) != now and was.is_dir():
         raise UserError(
-            f"the images of {prepared.folder(config)} were in {was}, and the "
-            f"features in {place} are now of those in {now}: run preprocess.py "
-            "again with the same flags"
+            f"the images of {prepared.folder(config)} were in {was}, but the "
+            f"features in {place} are now for those in {now}: run "
+            "preprocess.py again with the same flags"
         )

@@ -1,10 +1,10 @@
 """Several processes or machines share the work on one feature folder.
 
-A worker holds a lock of its own, a process that works alone the lock of the
-folder; neither begins while the other is at work, nor do workers on other
+A worker holds its own lock; a process that works alone holds the folder's.
+Neither begins while the other is at work, nor while workers are busy with other
 images. All locks are taken behind one more, the door, so that nobody slips in
-between looking and taking. A worker that has finished its part leaves a mark;
-the one that leaves the last mark goes on alone and completes the cache.
+between the check and the lock. A worker that has finished its part leaves a
+mark; the one that leaves the last mark continues alone and completes the cache.
 """
 
 import contextlib

@@ -266,7 +266,7 @@ def as_maps(attention: np.ndarray) -> np.ndarray:
 
 
 def lit(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Greys a photograph except where there is more than an even attention.
+    """Greys a photograph except where attention exceeds an even share.
 
     Args:
         photo: uint8 RGB (height, width, 3).
@@ -306,10 +306,10 @@ def _spline(side: int, size: int) -> np.ndarray:
 
 
 def scaled(attention: np.ndarray) -> np.ndarray:
-    """What attention has above an even share.
+    """The part of attention above an even share.
 
     Attention is nearly even: of 49 regions the strongest has two even shares.
-    What all regions have would hide where it is.
+    What all regions have in common would hide where attention is.
 
     Args:
         attention: weights (words, side, side).

@@ -137,8 +137,8 @@ def spice(
         if not (library / f"{jar}.jar").exists():
             raise ChildProcessError(
                 "needs Stanford CoreNLP 3.6.0, which `python -m "
-                "pycocoevalcap.spice.get_stanford_models` downloads, and a "
-                "Java from 8 to 14"
+                "pycocoevalcap.spice.get_stanford_models` downloads, and "
+                "Java 8 to 14"
             )
     items: list[dict[str, Any]] = [
         {"image_id": row, "test": made[image][0], "refs": references}

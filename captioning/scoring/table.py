@@ -130,8 +130,8 @@ def comparison(
     known = [x for x in _PUBLISHED["dataset"].unique() if x.lower() in plain]
     if metrics["tokenizer"] == CHARACTERS:
         nothing = (
-            "No published scores are by character: there is nothing to compare "
-            "with on"
+            "No published scores are by character, so there is nothing to "
+            "compare with on"
         )
         return " ".join([*notes, f"{nothing} {dataset}."]), []
     if not known or split != "test":

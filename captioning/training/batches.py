@@ -2,8 +2,8 @@
 
 Captions have from three to twenty words, so padding all of them to the longest
 would waste two fifths of every step. The captions of a batch are sorted, the
-longest first, and cut into terraces: a few steps each, in which only the
-captions take part that are long enough.
+longest first, and cut into terraces: a few steps each, in which only captions
+that are long enough take part.
 
     two dogs run through the snow <end>       three terraces of
     a dog runs <end>                          3, 1 and 3 steps
@@ -31,9 +31,9 @@ STATIC_TERRACES = 3
 # sizes are static: one batch in three hundred of Flickr8k does not fit then.
 MARGIN = 4
 # Threads that read ahead. On TensorFlow, with a single one, Keras leaves it to
-# tf.data, whose autotuning thread, when an epoch ends, is waited for until it
-# wakes: after 10 ms, 20 ms, and so on up to a minute. On JAX Keras's threads
-# begin with an epoch before it has its order.
+# tf.data, and the end of an epoch waits for its autotuning thread to wake:
+# after 10 ms, 20 ms, and so on up to a minute. On JAX, Keras's threads start on
+# an epoch before its order is set.
 WORKERS = 2 if TENSORFLOW else 1
 
 
