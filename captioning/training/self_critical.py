@@ -28,6 +28,7 @@ from captioning.decoding.consensus import ORDERS, SIGMA
 from captioning.features.joined import Features
 from captioning.training.batches import CaptionBatches, choose_terraces
 from captioning.training.callbacks import SavePoints
+from captioning.training.objective import AdamW
 from config import Config
 
 # Images per round: their captions are sampled with the same weights.
@@ -251,8 +252,9 @@ def compile_decoder(config: Config, decoder: Any) -> None:
         getattr(decoder, name).rate = 0.0
     decoder.attention_regularisation = 0.0
     decoder.compile(
-        keras.optimizers.Adam(
+        AdamW(
             config.scst_learning_rate,
+            weight_decay=0.0,
             global_clipnorm=config.clip_norm or None,
         ),
         PolicyLoss(),
