@@ -317,11 +317,11 @@ def best_epoch(place: Path) -> int | None:
         return None
 
 
-def load_weights(model: Any, place: Path) -> None:
-    """Reads the best weights.
+def weights(place: Path) -> Path:
+    """The file of the best weights.
 
     Raises:
-        UserError: if there are none, or they do not fit.
+        UserError: if there is none yet.
     """
     path = place / WEIGHTS
     if not path.exists():
@@ -329,6 +329,16 @@ def load_weights(model: Any, place: Path) -> None:
             f"{path} does not exist yet: train.py writes it when it first "
             "measures CIDEr; run train.py to the end"
         )
+    return path
+
+
+def load_weights(model: Any, place: Path) -> None:
+    """Reads the best weights.
+
+    Raises:
+        UserError: if there are none, or they do not fit.
+    """
+    path = weights(place)
     try:
         with _without_optimizer(model):
             model.load_weights(path)

@@ -1,15 +1,25 @@
 """Weights of a trained run for a decoder with other words."""
 
 import numpy as np
+import pytest
 
 from captioning import runs
 from captioning.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioning.training import warm_start
-from config import Config
+from config import Config, UserError
 from model import build_model
 
 CHANNELS = 6
 CONFIG = Config(decoder_units=3, attention_units=3, embedding_units=3)
+
+
+def test_a_run_without_weights_is_refused_before_anything_is_written(tmp_path):
+    place = tmp_path / "begun"
+    nothing = runs.digest_images([], np.zeros((0, 16), np.uint8))
+    words = Vocabulary(SPECIAL_WORDS)
+    runs.begin(CONFIG, place, words, [], (4, CHANNELS), nothing)
+    with pytest.raises(UserError, match=r"weights\.h5 does not exist yet"):
+        warm_start.check(CONFIG, place, [], (4, CHANNELS))
 
 
 def test_words_that_both_know_keep_their_weights(tmp_path):

@@ -32,8 +32,8 @@ def check(
         shape: of an image's features, (regions, channels).
 
     Raises:
-        UserError: if there is no such run, or it has another decoder or was
-            trained on other features.
+        UserError: if there is no such run, or it has no weights yet, another
+            decoder or other features.
     """
     trained = runs.load_config(run)
     named = ["encoder", "image_size", "magnification", *group("model")]
@@ -42,6 +42,7 @@ def check(
         for name in named
         if getattr(config, name) != getattr(trained, name)
     ]
+    runs.weights(run)
     its_descriptions, its_shape, _ = runs.load_description(run)
     weights = [each["weights"] for each in its_descriptions]
     if not flags and weights != [each["weights"] for each in descriptions]:
