@@ -88,12 +88,13 @@ def main(arguments: command.Arguments) -> None:
     if not actions.captions:
         members = in_one_precision(members)
     config, run = members[0][0], run_configs.together(members)
-    limited = given.get("limit_images", 0)
-    if limited == config.limit_images:
-        limited = 0  # these are all images of the run's split
-    split = prepared.load_split(config, config.split).first(limited)
+    split = prepared.load_split(config, config.split)
     if actions.captions:
         captions = results.read_captions(Path(actions.captions), split)
+    limited = given.get("limit_images", 0)
+    if limited >= len(split.images):
+        limited = 0  # that is all of the split
+    split = split.first(limited)
     trained = runs.load_config(members[0][1])
     name = results.folder_name(config, trained, limited, actions.captions)
     place = run / "evaluation" / name
@@ -108,13 +109,11 @@ def main(arguments: command.Arguments) -> None:
         # Before anything is scored: hours of work are on disk first.
         results.write_captions(part / "captions.json", split, captions)
         references = dict(zip(split.images, split.captions, strict=True))
-        training = prepared.load_split(config, "train").captions
-        scores = metrics.score(
-            captions,
-            references,
-            itertools.chain.from_iterable(training),
-            config.tokeniser,
-        )
+        training = None
+        if actions.captions or trained.dataset == config.dataset:
+            known = prepared.load_split(config, "train").captions
+            training = itertools.chain.from_iterable(known)
+        scores = metrics.score(captions, references, training, config.tokeniser)
         origin = results.describe_run(
             members, split.images, own=not actions.captions
         )

@@ -282,6 +282,12 @@ def test_an_image_without_a_caption_scores_zero_and_counts(no_java, empty):
     assert "1 of 3 images" in notices[-1] and "2.jpg" in notices[-1]
 
 
+def test_novelty_needs_the_captions_of_the_training(no_java):
+    found, per_image, _ = metrics.score(CAPTIONS, REFERENCES, None)
+    assert found["novel_captions"] is None and "novel" not in per_image
+    assert "dataset" in found["unavailable"]["novel_captions"]
+
+
 def test_no_caption_at_all_scores_zero(no_java):
     found = metrics.score({}, REFERENCES, []).metrics
     assert [found[x] for x in FREE] == [0] * 6

@@ -407,6 +407,14 @@ def test_what_differs_goes_to_a_folder_of_its_own(home, monkeypatch):
         assert found["run"]["precision"] == precision
         assert {*os.listdir(folder / "evaluation" / name)} == results.FILES
     assert (folder / "evaluation/val/metrics.json").read_bytes() == before
+    few = ["--captions", folder / "evaluation/val/captions.json"]
+    good("evaluate.py", *flags, *few, "--limit-images", "1", folder=home)
+    (place,) = folder.glob("evaluation/val-captions-*-limit1")
+    shutil.rmtree(place)
+    # The split has two images: with more, it is evaluated as a whole.
+    good("evaluate.py", *flags, "--limit-images", "9", folder=home)
+    assert evaluation(home, RUN, "val")["images"] == 2
+    assert not [*folder.glob("evaluation/*limit9")]
     two = [RUN, folder / "evaluation/val-beam2"]
     flags = ["--split", "val", "--compare", *two]
     printed = good("evaluate.py", *flags, folder=home)

@@ -89,7 +89,7 @@ def _clean(text: str) -> str:
 def score(
     captions: Mapping[str, str | None],
     references: Mapping[str, Sequence[str]],
-    training_captions: Iterable[str],
+    training_captions: Iterable[str] | None,
     tokeniser: str = WORDS,
 ) -> Scores:
     """Scores captions against references.
@@ -101,7 +101,8 @@ def score(
     Args:
         captions: image -> its caption.
         references: image -> its references, as written.
-        training_captions: captions of the training split, as written.
+        training_captions: what the run was trained on, as written; None if
+            that is not known.
         tokeniser: `words` or `characters`.
 
     Returns:
@@ -115,7 +116,7 @@ def score(
     tokens, tokenizer = tokenise(
         {("caption", image): [text or ""] for image, text in captions.items()}
         | {("reference", image): list(x) for image, x in references.items()}
-        | {training: list(set(training_captions))},
+        | {training: list(set(training_captions or ()))},
         tokeniser,
     )
     made, judged = _pair(
@@ -124,15 +125,19 @@ def score(
     )
     overlap, per_image = _overlap(made, judged)
     said, known = [x for (x,) in made.values()], {*tokens[training], ""}
-    per_image["novel"] = [caption not in known for caption in said]
     metrics = {
         "images": len(judged),
         "tokenizer": tokenizer,
         **overlap,
         **_diversity(said),
-        "novel_captions": float(per_image["novel"].mean()),
+        "novel_captions": None,
     }
     unavailable = {}
+    if training_captions is None:
+        unavailable["novel_captions"] = "trained on another dataset"
+    else:
+        per_image["novel"] = [caption not in known for caption in said]
+        metrics["novel_captions"] = float(per_image["novel"].mean())
     for name, compute in (("meteor", java.meteor), ("spice", java.spice)):
         metrics[name] = None
         if tokeniser == CHARACTERS:
