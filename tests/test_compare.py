@@ -224,6 +224,19 @@ def test_a_part_of_the_images_is_compared_on_what_is_shared(evaluation):
     assert isinstance(first.examples, pd.DataFrame)
 
 
+def test_a_caption_that_reads_like_nothing_is_one(evaluation):
+    made = {**captions(0.5), "1.jpg": "None", "2.jpg": "nan", "3.jpg": ""}
+    found = evaluation("odd", made, 4).examples["caption"]
+    assert found.to_dict() == made
+
+
+def test_an_evaluation_of_another_version_is_none(evaluation, tmp_path):
+    place = evaluation("old", captions(0.5), 4).place
+    (place / "metrics.json").write_text('{"cider": 1}')
+    with pytest.raises(UserError, match=r"no evaluation in .*evaluate\.py"):
+        compare.load("old", str(tmp_path), "val")
+
+
 def test_captions_are_counted_as_they_were_or_not_at_all(evaluation):
     """Whatever the reason was for another tokeniser."""
     made = {

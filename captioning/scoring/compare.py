@@ -70,7 +70,7 @@ def load(name: str, checkpoints_dir: str, split: str) -> Evaluation:
     if not (place / "metrics.json").exists():
         place = Path(checkpoints_dir) / name / "evaluation" / split
     figures = read_json(place / "metrics.json")
-    if not figures:
+    if not {"run", "images", "tokenizer"} <= figures.keys():
         raise UserError(
             f"there is no evaluation in {place}: run python evaluate.py "
             f"--run-name {name} --split {split} first, or give the path of a "
@@ -78,8 +78,10 @@ def load(name: str, checkpoints_dir: str, split: str) -> Evaluation:
         )
     path = place / "captions.csv"
     with reading(path, "evaluate again"):
-        examples = pd.read_csv(path, dtype={"image": str, "caption": str})
-        examples["caption"] = examples["caption"].fillna("")
+        examples, texts = pd.read_csv(path), ["image", "caption"]
+        # A caption may read "None": only numbers may be missing.
+        as_written = pd.read_csv(path, dtype=str, keep_default_na=False)
+        examples[texts] = as_written[texts]
         examples["references"] = examples["references"].map(json.loads)
         label = f"{figures['run']['run']}, {place.name}"
         return Evaluation(label, place, figures, examples.set_index("image"))
