@@ -13,6 +13,7 @@ from captioning import runs
 from captioning.backend import TENSORFLOW, set_seed
 from captioning.training import callbacks, objective
 from captioning.training.schedule import Schedule, choose_epochs
+from config import UserError
 
 
 @pytest.fixture
@@ -144,6 +145,15 @@ def test_what_patience_goes_by_comes_back(tmp_path):
     assert vars(restored).keys() == vars(saved).keys()
     for name in callbacks.BEST:
         assert getattr(restored, name) == getattr(saved, name) != 0
+
+
+def test_a_state_of_another_version_is_refused_in_one_line(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    runs.save_state(tmp_path, model.variables, {"epoch": 1})
+    judge = callbacks.Judge(lambda: 0.0, tmp_path, 1, 4, 9)
+    points = callbacks.SavePoints(tmp_path, None, judge, 7)
+    with pytest.raises(UserError, match=r"state\.npz cannot be read.*--fresh"):
+        points.restore(model)
 
 
 def test_the_rate_warms_up_decays_and_then_stays_low():

@@ -17,7 +17,7 @@ from captioning.data.prepared import Split
 from captioning.data.vocabulary import Vocabulary
 from captioning.decoding import captioner
 from captioning.features.joined import Features
-from captioning.files import write_csv
+from captioning.files import reading, write_csv
 from captioning.scoring import metrics
 from captioning.scoring.figures import (
     PHOTO_SIDE,
@@ -306,10 +306,11 @@ class SavePoints(keras.callbacks.Callback):
         progress = runs.load_progress(self.place)
         if progress is None:
             return False
-        for name in BEST:
-            setattr(self.judge, name, progress[name])
-        for name in KEPT:
-            setattr(self, name, progress[name])
+        with reading(self.place / runs.STATE, runs.AGAIN):
+            for name in BEST:
+                setattr(self.judge, name, progress[name])
+            for name in KEPT:
+                setattr(self, name, progress[name])
         return True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
