@@ -90,13 +90,13 @@ def main(arguments: command.Arguments) -> int:
     captioner = load_captioner(config, run, one_by_one=len(photos) <= FEW)
     captioned = 0
     for photo, found, reason in caption(photos, captioner, config.input_size):
-        if found is None:
+        if found and actions.attention:
+            reason = draw(Path(actions.attention), photo, found)
+        if reason:
             command.tell(f"{photo}: {reason}")
             failed += 1
             continue
         print(line(photo, found, actions.json))
-        if actions.attention:
-            draw(Path(actions.attention), photo, found)
         captioned += 1
     after = ""
     if captioned and actions.attention:
@@ -247,8 +247,8 @@ def line(photo: str, found: Any, as_json: bool) -> str:
     return json.dumps(entry, ensure_ascii=False)
 
 
-def draw(folder: Path, photo: str, found: Any) -> None:
-    """Writes the attention figure of a photograph."""
+def draw(folder: Path, photo: str, found: Any) -> str:
+    """Writes the attention figure of a photograph; returns why it cannot."""
     from captioning.data import images
     from captioning.scoring import figures
 
@@ -257,9 +257,10 @@ def draw(folder: Path, photo: str, found: Any) -> None:
             Path(photo), figures.PHOTO_SIDE, square=False
         )
     except images.UnusableImage as error:  # it was still there a moment ago
-        raise UserError(f"{photo}: {error}") from None
+        return str(error)
     path = folder / figures.figure_name(os.path.abspath(photo))
     figures.write_attention_figure(path, pixels, found.words, found.attention)
+    return ""
 
 
 if __name__ == "__main__":

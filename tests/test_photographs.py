@@ -115,6 +115,10 @@ def test_what_is_not_there_is_named_and_the_rest_is_found(capsys, monkeypatch):
         caption.find_photos(["b.jpg"])
 
 
+def test_a_photograph_that_vanishes_before_its_figure_is_named(here):
+    assert caption.draw(here / "maps", "gone.jpg", None) == "missing"
+
+
 def test_a_name_cannot_break_the_line_of_its_photograph():
     class Found:
         caption = "a dog"

@@ -1,5 +1,6 @@
 """A local page: drop a photograph, see its caption."""
 
+import contextlib
 import logging
 import socket
 import threading
@@ -95,4 +96,5 @@ def serve(app: Any, port: int) -> None:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not each request
     server = make_server(HOST, port, app, threaded=True)
     print(f"Open http://{HOST}:{server.port} (Ctrl-C to stop)", flush=True)
-    server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
