@@ -397,11 +397,26 @@ def run(
             reason += ": free some space and run it again; nothing is lost"
         tell(reason)
         code = FAILED
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        tell(
+            "out of memory: give a lower --batch-images or --beam-size, or end "
+            "other programs"
+        )
+        code = FAILED
     if code and job.described():
         # At an orderly exit JAX would wait for processes that may be lost.
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's, TensorFlow's or JAX's."""
+    told = f"{type(error).__name__}: {error}"
+    exhausted = "RESOURCE_EXHAUSTED" in told or "ResourceExhausted" in told
+    return isinstance(error, MemoryError) or exhausted
 
 
 def next_line(script: str, arguments: Arguments) -> str:

@@ -79,6 +79,30 @@ def fail(error: BaseException):
     return main
 
 
+class ResourceExhaustedError(Exception):
+    """As TensorFlow calls it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ResourceExhaustedError("OOM when allocating a tensor"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),  # as JAX does
+    ],
+)
+def test_too_little_memory_is_one_line(run, error):
+    code, _, told = run(fail(error))
+    assert code == command.FAILED and told.count("\n") == 1
+    assert "out of memory: give a lower --batch-images" in told
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(RuntimeError, match="a fault"):
+        command.run(fail(RuntimeError("a fault")), "")
+
+
 # --- flags ----------------------------------------------------------------
 
 
