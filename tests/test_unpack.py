@@ -242,6 +242,19 @@ def test_an_image_beside_text_and_one_without(tmp_path):
     assert lost.endswith("are missing and left out, such as b.")
 
 
+def test_lists_beside_captions_image_by_image_are_kept(tmp_path):
+    """In an archive as in a folder, where they say the split."""
+    files = {f"all/{n}.jpg": photo(n) for n in range(3)}
+    files |= {f"all/{n}.txt": f"dog number {n}" for n in range(3)}
+    for n, split in enumerate(("train", "val", "test")):
+        files[f"lists/{split}.txt"] = f"{n}.jpg\n"
+    write_zip(tmp_path / "data" / "photos", files)
+    dataset = find(tmp_path)
+    assert [*dataset.table["split"]] == ["train", "val", "test"]
+    assert "split by lists/*.txt" in dataset.summary
+    assert not dataset.messages
+
+
 def test_archives_that_are_not_needed_are_named(tmp_path):
     folder = tmp_path / "data" / "photos"
     write_splits(folder, "image", "caption")

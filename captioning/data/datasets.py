@@ -274,6 +274,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     )
 
 
+def is_caption_file(path: str) -> bool:
+    """Whether a file has the name of a caption file of any layout."""
+    name = posixpath.basename(path).lower()
+    return any(_matches(name, patterns) for patterns, _ in LAYOUTS.values())
+
+
 def _dataset_of(path: str, layout: str) -> tuple[str, ...]:
     """What the files of one dataset share.
 

@@ -215,10 +215,15 @@ def _read_lists(
     return f"split by {best.pattern}", pairs
 
 
+def is_list(path: str) -> bool:
+    """Whether a file has the name of a split list."""
+    return bool(_LIST.fullmatch(posixpath.basename(path)))
+
+
 def _is_json_list(path: str) -> bool:
     """Whether a JSON file is called as a list is."""
     stem, ending = posixpath.splitext(posixpath.basename(path))
-    return ending.lower() == ".json" and bool(_LIST.fullmatch(f"{stem}.txt"))
+    return ending.lower() == ".json" and is_list(f"{stem}.txt")
 
 
 def _group_lists(

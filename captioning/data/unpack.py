@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from captioning.data import caption_files, datasets
+from captioning.data import caption_files, datasets, splits
 from captioning.data.caption_files import IMAGE_COLUMNS, Notes, Row
 from captioning.data.images import ENDINGS
 from captioning.files import (
@@ -401,19 +401,18 @@ def _unpack_archive(path: Path, prefix: str, save: _Save) -> list[Row]:
         if _is_image(name):
             images[stem] = name
     stems = {posixpath.splitext(name)[0] for name in texts}
-    if stems.isdisjoint(images):
-        for name, data in texts.items():
-            save(name, data)
-        return []
+    has_sidecars = not stems.isdisjoint(images)
     records = []
-    for stem in sorted(stems):
+    for name, data in texts.items():
+        stem, ending = posixpath.splitext(name)
+        listing = datasets.is_caption_file(name) or splits.is_list(name)
+        if stem not in images and (listing or not has_sidecars):
+            save(name, data)
         # WebDatasets have both; the text is the caption alone.
-        data = next(
-            texts[stem + e] for e in datasets.SIDECARS if stem + e in texts
-        )
-        text = data.decode("utf-8-sig", "as-windows-1252")
-        image = images.get(stem, stem)
-        records.append(caption_files.read_sidecar(image, text))
+        elif ending == ".txt" or f"{stem}.txt" not in texts:
+            text = data.decode("utf-8-sig", "as-windows-1252")
+            image = images.get(stem, stem)
+            records.append(caption_files.read_sidecar(image, text))
     kept = [*filter(None, records)]
     return [*caption_files.read_records(kept, Notes([], [], []))]
 
