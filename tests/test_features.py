@@ -474,6 +474,20 @@ def test_room_that_could_not_be_had_is_reserved_in_the_next_run(
     assert status.st_blocks * 512 >= status.st_size
 
 
+def test_where_the_disk_cannot_reserve_glibc_can(undisturbed, monkeypatch):
+    """It writes zeros instead, but not to a file opened for appending."""
+    fcntl = pytest.importorskip("fcntl")
+    reserve = os.posix_fallocate
+
+    def write_zeros(handle: int, *where: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_APPEND:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        reserve(handle, *where)
+
+    monkeypatch.setattr(os, "posix_fallocate", write_zeros)
+    create(undisturbed, [*NAMES, "another"])
+
+
 # --- caches that do not fit -----------------------------------------------
 
 

@@ -399,8 +399,10 @@ def _lengthen(path: Path, size: int) -> None:
 
     Reserved, so that a disk that fills up later does not stop the work.
     """
-    with open(path, "ab") as handle:
-        old = handle.tell()
+    path.touch()
+    # Not for appending: glibc refuses that where the disk cannot reserve.
+    with open(path, "r+b") as handle:
+        old = handle.seek(0, os.SEEK_END)
         if size <= old:
             return
         try:
