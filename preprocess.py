@@ -302,6 +302,11 @@ def fill_cache(
         encoder.config.input_size,
         start,
     )
+    if notes.gone:
+        print(
+            f"{notes.gone:,} images cannot be found now: the features that "
+            "they already have are kept"
+        )
     if notes.changed:
         print(
             f"{notes.changed:,} images changed after they had been encoded: "

@@ -211,6 +211,22 @@ def test_files_that_were_only_touched_are_not(home):
     assert "changed" not in good()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_images_on_a_drive_that_is_not_there_keep_their_features(home):
+    drive, images = home / "drive", home / IMAGES
+    images.rename(drive)
+    images.mkdir()
+    for each in drive.iterdir():
+        (images / each.name).symlink_to(each)
+    good()
+    drive.rename(home / "unplugged")
+    told = good()
+    assert "40 images cannot be found now" in told and "Encoding" not in told
+    (home / "unplugged").rename(drive)
+    told = good()
+    assert "Encoding" not in told and finished() == 40
+
+
 def exchange(home: Path) -> Path:
     """Another folder with photographs of the same names, sizes and times."""
     folder = home / "other" / "photos"

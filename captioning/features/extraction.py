@@ -33,6 +33,7 @@ class Notes(NamedTuple):
     skipped: list[tuple[str, str]]  # image and reason
     repaired: list[tuple[str, str]]
     changed: int  # images that changed after they had been encoded
+    gone: int  # images that are not there now, and whose features are kept
 
 
 class Read(NamedTuple):
@@ -170,7 +171,7 @@ def fill(
         What was skipped and repaired, in this run or before, sorted; and how
         many images changed after they had been encoded.
     """
-    repaired, changed = _check_again(cache, images_dir, names, size)
+    repaired, changed, gone = _check_again(cache, images_dir, names, size)
     skipped: list[tuple[str, str]] = []
     unfinished = [name for name in names if not cache.finished[cache.row[name]]]
     batches = by_slot(unfinished, cache.row)
@@ -197,26 +198,29 @@ def fill(
                     marks, last = {}, time.monotonic()
     finally:
         features.commit(cache, marks)
-    return Notes(sorted(skipped), sorted(repaired), changed)
+    return Notes(sorted(skipped), sorted(repaired), changed, gone)
 
 
 def _check_again(
     cache: features.Cache, images_dir: Path, names: Sequence[str], size: int
-) -> tuple[list[tuple[str, str]], int]:
+) -> tuple[list[tuple[str, str]], int, int]:
     """Takes back finished rows whose image has changed since.
 
     Files whose size and time are unchanged are not opened, except those that
-    were repaired: the reason is reported in every run.
+    were repaired: the reason is reported in every run. What cannot be found,
+    because a link leads to a drive that is not there, has not changed.
 
     Returns:
         Image and reason of those that were repaired and are unchanged; how
-        many rows were taken back.
+        many rows were taken back; how many are of files that are not there.
     """
     rows = np.array([cache.row[name] for name in names], int)
     files = file_states(images_dir, names)  # (names, 2)
-    moved = (files != cache.files[rows]).any(axis=1)  # (names,)
+    there = files.any(axis=1)  # (names,)
+    moved = there & (files != cache.files[rows]).any(axis=1)  # (names,)
     marks = cache.finished[rows]
-    again = np.flatnonzero((marks != 0) & (moved | (marks == REPAIRED)))
+    suspect = there & (moved | (marks == REPAIRED))
+    again = np.flatnonzero((marks != 0) & suspect)
     table = features.load_digests(cache)
     repaired, found = [], {}
     suspects = in_batches([names[int(place)] for place in again])
@@ -234,7 +238,8 @@ def _check_again(
     changed = {r: m for r, m in found.items() if m != cache.finished[r]}
     features.commit(cache, changed)
     features.record_files(cache, rows[moved], files[moved])
-    return repaired, sum(not mark for mark in found.values())
+    changed_rows = sum(not mark for mark in found.values())
+    return repaired, changed_rows, int(np.sum((marks != 0) & ~there))
 
 
 def file_states(images_dir: Path, names: Sequence[str]) -> np.ndarray:
