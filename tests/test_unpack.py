@@ -575,6 +575,9 @@ def test_two_folders_are_not_unpacked_into_one(tmp_path):
     others = tmp_path / "data" / "others"
     with pytest.raises(UserError, match="another name with --dataset NAME"):
         unpack.find_dataset(others, place, "auto", (0.2, 0.2))
+    # A project that is copied has a dataset and a cache of its own.
+    shutil.copytree(tmp_path / "data", tmp_path / "copy" / "data")
+    assert captions_of(find(tmp_path / "copy")) == CAPTIONS
     (tmp_path / "data" / "photos").rename(tmp_path / "data" / "moved")
     times = {p: p.stat().st_mtime_ns for p in place.rglob("*.jpg")}
     dataset = unpack.find_dataset(

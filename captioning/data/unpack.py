@@ -181,7 +181,7 @@ def _unpack(directory: Path, place: Path, sources: list[str]) -> list[str]:
     complete.unlink(missing_ok=True)
     if "captions.csv" not in seen:
         (place / "captions.csv").unlink(missing_ok=True)
-    source = {"source": str(directory.resolve())}
+    source = {"source": _seen_from(place, directory)}
     write_json(place / _NOTES / "source.json", source, indent=None)
     names = {x.casefold(): x for x in seen} if _ignores_case(place) else None
     total = sum(done[name].size for name in left)
@@ -205,10 +205,20 @@ def _ignores_case(place: Path) -> bool:
     return (place / _NOTES.upper()).exists()
 
 
+def _seen_from(place: Path, directory: Path) -> str:
+    """The path of a folder from another: a copied project stays itself."""
+    with contextlib.suppress(ValueError):  # two drives of Windows
+        return os.path.relpath(directory.resolve(), place.resolve())
+    return str(directory.resolve())
+
+
 def _check_source(directory: Path, place: Path) -> None:
     """Refuses to mix the images of two folders."""
     was = read_json(place / _NOTES / "source.json").get("source", "")
-    if was and was != str(directory.resolve()) and Path(was).is_dir():
+    if not was or was == _seen_from(place, directory):
+        return
+    was = (place / was).resolve()
+    if was.is_dir():
         raise UserError(
             f"{place} was made from the dataset in {was}: give the one in "
             f"{directory} another name with --dataset NAME, or delete {place}"
