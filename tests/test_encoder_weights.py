@@ -22,10 +22,6 @@ def folder(tmp_path_factory):
     top.save_weights(folder / "top.weights.h5")
     other = keras.applications.MobileNet(include_top=False, weights=None)
     other.save_weights(folder / "mobilenet.weights.h5")
-    vgg19 = keras.applications.VGG19(include_top=False, weights=None)
-    with h5py.File(folder / "vgg19.weights.h5", "w") as file:
-        for number, weight in enumerate(vgg19.weights):
-            file.create_dataset(f"layers/{number}/vars/0", weight.shape)
     whole = (folder / "right.weights.h5").read_bytes()
     (folder / "half.weights.h5").write_bytes(whole[: len(whole) // 2])
     (folder / "text.h5").write_text("no weights")
@@ -93,21 +89,15 @@ def test_weights_that_keras_has_changed_are_not_taken_for_others(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("vgg19.weights.h5", "but those of vgg19: give --encoder vgg19"),
-        ("mobilenet.weights.h5", "of mobilenetv2, nor those of any other"),
-        ("top.weights.h5", "all layers of mobilenetv2 and more"),
+        ("mobilenet.weights.h5", "of mobilenetv2.*give the --encoder"),
+        ("top.weights.h5", "without its classifier.*says notop"),
         ("half.weights.h5", "incomplete"),
         ("text.h5", "not a weights file"),
         ("names.h5", "not a weights file"),
         ("new format.h5", r"to end in \.weights\.h5"),
     ],
 )
-def test_any_other_file_is_named_in_one_line(
-    folder, empty, name, told, monkeypatch
-):
-    few = ("vgg16", "vgg19", "mobilenetv2")  # to build all takes a minute
-    some = {name: ENCODERS[name] for name in few}
-    monkeypatch.setattr(encoder_weights, "ENCODERS", some)
+def test_any_other_file_is_named_in_one_line(folder, empty, name, told):
     with pytest.raises(UserError, match=told) as error:
         encoder_weights.load(empty, str(folder / name), "mobilenetv2")
     assert name in str(error.value) and "\n" not in str(error.value)

@@ -1,6 +1,5 @@
 """The weights of an encoder: their identity, and how they are loaded."""
 
-import functools
 import hashlib
 import os
 from collections import Counter
@@ -12,7 +11,7 @@ import h5py
 import keras
 import numpy as np
 
-from captioning.features import cache, networks
+from captioning.features import cache
 from captioning.files import reason
 from config import ENCODERS, SCENES, Config, UserError, each_encoder
 
@@ -25,10 +24,6 @@ ONE_EACH = " (with several encoders, one each, separated by commas)"
 
 # Trained on drawn scenes by docs/scenes.py.
 SCENES_FILE = str(Path(__file__).with_name("scenes.weights.h5"))
-
-# How often each shape of a weight occurs. It identifies a network, whichever
-# format the file has: Keras 3 does not store the names of layers.
-Shapes = Counter[tuple[int, ...]]
 
 
 def describe_features(config: Config) -> list[dict[str, Any]]:
@@ -204,13 +199,15 @@ def _imagenet_weights(network: keras.Model, encoder: str) -> list[np.ndarray]:
 
 
 def _load_file(network: keras.Model, path: str, encoder: str) -> None:
-    # Not the values, which may be half a gigabyte.
+    # Not the values, which may be half a gigabyte. How often each shape occurs
+    # identifies a network, whichever format the file has: Keras 3 does not
+    # store the names of layers.
     found = Counter(_of_weights_in(path, lambda each: each.shape))
-    wanted = _shapes_of(network)
-    if found != wanted:
+    if found != Counter(tuple(weight.shape) for weight in network.weights):
         raise UserError(
-            f"{path} does not hold the weights of {encoder}"
-            + _what_it_holds(found, encoder)
+            f"{path} does not hold the weights of {encoder} without its "
+            "classifier: give the --encoder that they belong to, or the file "
+            f"whose name says notop{ONE_EACH}"
         )
     try:
         network.load_weights(path)
@@ -220,10 +217,6 @@ def _load_file(network: keras.Model, path: str, encoder: str) -> None:
             "Keras expects its own files to end in .weights.h5, those from "
             "before Keras 3 in .h5"
         ) from None
-
-
-def _shapes_of(network: keras.Model) -> Shapes:
-    return Counter(tuple(weight.shape) for weight in network.weights)
 
 
 def _of_weights_in(path: str, take: Callable[[h5py.Dataset], Any]) -> list[Any]:
@@ -254,33 +247,3 @@ def _of_weights_in(path: str, take: Callable[[h5py.Dataset], Any]) -> list[Any]:
             "written by Keras"
         ) from None
     return found
-
-
-@functools.cache
-def _shapes_of_encoder(name: str) -> Shapes:
-    return _shapes_of(networks.build(name))
-
-
-def _what_it_holds(found: Shapes, encoder: str) -> str:
-    """The end of an error about a file whose weights have other shapes."""
-    if not found:
-        return ": it is empty"
-    # One by one: to build all of them takes a minute.
-    for name in (encoder, *ENCODERS):
-        shapes = _shapes_of_encoder(name)
-        if shapes == found:
-            return (
-                f" but those of {name}: give --encoder {name}, or the right "
-                f"file{ONE_EACH}"
-            )
-        if shapes <= found and _is_classifier(found - shapes):
-            return (
-                f" without its classifier: it has all layers of {name} and "
-                "more; give the file whose name says notop"
-            )
-    return ", nor those of any other encoder in config.py's table"
-
-
-def _is_classifier(shapes: Shapes) -> bool:
-    """Whether weights can be those of up to three dense layers."""
-    return shapes.total() <= 6 and all(len(shape) < 3 for shape in shapes)
