@@ -5,7 +5,6 @@ kinds, colours, sizes, counts and places are sampled independently, so that no
 part of a caption can be guessed from the rest.
 """
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
+from captioning.files import lock, read_json, write_csv, write_json
 from config import SPLITS, UserError
 
 SEED = 0  # of everything random
@@ -346,24 +345,6 @@ def _captions(scene: Scene, random: np.random.Generator) -> list[str]:
 
 
 # --- on disk ---------------------------------------------------------------
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file atomically; several processes may do so at once."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _draw_to(path: Path, number: int) -> list[str]:
-    """Draws a scene of its own random numbers; returns its captions."""
-    random = np.random.default_rng([SEED, number])
-    found = scene(random)
-    quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
-    content = cv2.imencode(".jpg", draw(found, random), quality)[1]
-    _write(path, content.tobytes())
-    return _captions(found, random)
 
 
 def write_sample(folder: Path, images: int = 2400) -> None:
@@ -384,43 +365,55 @@ def write_sample(folder: Path, images: int = 2400) -> None:
         UserError: if the folder contains another dataset.
     """
     table, note = folder / "captions.csv", folder / "sample.json"
-    drawn = json.dumps({"drawing": DRAWING, "seed": SEED, "images": images})
+    drawn = {"drawing": DRAWING, "seed": SEED, "images": images}
     names = [f"scene_{number:05d}.jpg" for number in range(images)]
-    # In this order: another process that draws begins with the note.
-    if any(folder.glob("[!.]*")) and not note.exists():
-        raise UserError(
-            f"{folder} contains a dataset that is not the drawn sample: rename "
-            "it and name it with --dataset, or give --data-dir to draw the "
-            "sample elsewhere"
-        )
-    if table.exists():
+    with lock(folder, wait=True):
+        if any(folder.glob("[!.]*")) and not note.exists():
+            raise UserError(
+                f"{folder} contains a dataset that is not the drawn sample: "
+                "rename it and name it with --dataset, or give --data-dir to "
+                "draw the sample elsewhere"
+            )
         there = {path.name for path in folder.glob("images/scene_*.jpg")}
-        same = note.read_text(encoding="utf-8") == drawn and there == set(names)
-        # Asked again: another process may have begun to draw since.
-        if same and table.exists():
+        if table.exists() and read_json(note) == drawn and there == {*names}:
             return
         table.unlink(missing_ok=True)
-    # The note comes first: its folder is the sample's, finished or not.
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(note, drawn.encode())
-    (folder / "images").mkdir(exist_ok=True)
-    held_out = max(1, round(images / 12))
-    sizes = images - 2 * held_out, held_out, held_out
-    rows = []
-    splits = np.repeat(SPLITS, sizes)
-    paths = [folder / "images" / name for name in names]
+        # The note comes first: its folder is the sample's, finished or not.
+        write_json(note, drawn)
+        captions = _draw_all([folder / "images" / name for name in names])
+        for name in there - {*names}:
+            (folder / "images" / name).unlink()
+        held_out = max(1, round(images / 12))
+        splits = np.repeat(SPLITS, (images - 2 * held_out, held_out, held_out))
+        rows = [
+            (name, caption, split)
+            for name, split, some in zip(names, splits, captions, strict=True)
+            for caption in some
+        ]
+        write_csv(table, rows, ["image", "caption", "split"])
+
+
+def _draw_all(paths: list[Path]) -> list[list[str]]:
+    """Draws one scene per path; returns the captions of each."""
+    paths[0].parent.mkdir(exist_ok=True)
     # OpenCV and NumPy release the interpreter while they draw.
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
     try:
-        drawings = pool.map(_draw_to, paths, range(images))
-        progress = tqdm(
-            drawings, "drawing the sample", images, unit="image", delay=15
+        drawings = pool.map(_draw_to, paths, range(len(paths)))
+        bar = tqdm(
+            drawings, "drawing the sample", len(paths), unit="image", delay=15
         )
-        for name, split, captions in zip(names, splits, progress, strict=True):
-            rows += [(name, caption, split) for caption in captions]
+        return list(bar)
     finally:
         pool.shutdown(cancel_futures=True)
-    for path in {*folder.glob("images/scene_*.jpg")} - {*paths}:
-        path.unlink(missing_ok=True)
-    frame = pd.DataFrame(rows, columns=["image", "caption", "split"])
-    _write(table, frame.to_csv(index=False, lineterminator="\n").encode())
+
+
+def _draw_to(path: Path, number: int) -> list[str]:
+    """Draws a scene of its own random numbers; returns its captions."""
+    random = np.random.default_rng([SEED, number])
+    found = scene(random)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
+    content = cv2.imencode(".jpg", draw(found, random), quality)[1]
+    # Not atomically: without the table, all are drawn again.
+    path.write_bytes(content.tobytes())
+    return _captions(found, random)
