@@ -78,24 +78,22 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def reading(
-    path: Path,
-    advice: str,
-    kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
-) -> Iterator[None]:
+def reading(path: Path, advice: str) -> Iterator[None]:
     """Reports in one line whatever goes wrong while a file is read.
 
     Args:
         path: the file.
         advice: what to do then.
-        kinds: the exceptions that mean damage; libraries raise many.
 
     Raises:
-        UserError: instead of them.
+        UserError: instead of what libraries raise for damaged files; one that
+            names the file already is left as it is.
     """
     try:
         yield
-    except kinds as error:
+    except Exception as error:
+        if isinstance(error, UserError) and str(path) in str(error):
+            raise
         raise UserError(
             f"{path} cannot be read ({reason(error)}): {advice}"
         ) from None

@@ -99,10 +99,6 @@ def refuse_other_folder(place: Path) -> None:
         )
 
 
-def _reading(path: Path) -> contextlib.AbstractContextManager[None]:
-    return reading(path, AGAIN)
-
-
 # --- the config --------------------------------------------------------------
 
 
@@ -126,7 +122,7 @@ def load_config(place: Path, training: bool = False) -> Config:
     path = place / CONFIG
     if not path.exists():
         raise UserError(_no_run(place))
-    with _reading(path):
+    with reading(path, AGAIN):
         fields = json.loads(path.read_text(encoding="utf-8"))
         config = Config(**{k: v for k, v in fields.items() if k in FIELDS})
     needed = [*group("model"), *group("data"), *group("encoder")]
@@ -215,7 +211,7 @@ def load_description(place: Path) -> Description:
         UserError: if it is not there, or damaged.
     """
     path = place / FEATURES
-    with _reading(path):
+    with reading(path, AGAIN):
         fields = json.loads(path.read_text(encoding="utf-8"))
         regions, channels = fields["shape"]
         return Description(
@@ -253,7 +249,7 @@ def _load_images(place: Path) -> pd.DataFrame | None:
     path = place / IMAGES
     if not path.exists():
         return None
-    with _reading(path):
+    with reading(path, AGAIN):
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         return table[["name", "pixels"]]
 
@@ -368,7 +364,7 @@ def load_progress(place: Path) -> dict[str, Any] | None:
     path = place / STATE
     if not path.exists():
         return None
-    with _reading(path), np.load(path) as state:
+    with reading(path, AGAIN), np.load(path) as state:
         return json.loads(str(state["progress"]))
 
 
@@ -379,7 +375,7 @@ def load_state(place: Path, variables: Sequence[Any]) -> None:
         UserError: if they are not the same variables.
     """
     path = place / STATE
-    with _reading(path), np.load(path) as state:
+    with reading(path, AGAIN), np.load(path) as state:
         values = [state[str(n)] for n in range(len(state.files) - 1)]
     if [each.shape for each in values] != [tuple(v.shape) for v in variables]:
         raise UserError(

@@ -10,14 +10,12 @@ import fnmatch
 import functools
 import hashlib
 import itertools
-import lzma
 import os
 import posixpath
 import re
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,18 +50,8 @@ MAX_RATIO = 200
 MAX_BYTES = 10**9  # up to here any ratio will do; no member may have more
 _MAX_SIDECAR = 10**6
 _BATCH = 64  # rows of a table in memory at a time
+DAMAGED = "download it again"
 _NOTES = ".notes"  # what is done, in the folder that is unpacked into
-# What is raised for damaged files; pyarrow's errors are among them.
-_DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    zlib.error,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    lzma.LZMAError,
-)
 # A file name that every platform can have.
 _PLAIN = re.compile(r'[^\s./\\:*?"<>|\0-\x1f][^/\\:*?"<>|\0-\x1f]{0,150}')
 _HEADERS = {b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp"}
@@ -391,10 +379,6 @@ def _check_growth(path: Path, size: int) -> None:
         )
 
 
-def _damage(path: Path) -> contextlib.AbstractContextManager[None]:
-    return reading(path, "download it again", _DAMAGE)
-
-
 # --- archives -------------------------------------------------------------
 
 
@@ -438,7 +422,7 @@ def _members(
     """
     total = 0
     members = _zip if path.suffix.lower() == ".zip" else _tar
-    with _damage(path):
+    with reading(path, DAMAGED):
         for name, size, is_file, opens in members(path):
             name = name.encode("utf-8", "replace").decode().replace("\\", "/")
             reason = datasets.unsafe(name)
@@ -535,7 +519,7 @@ def _batches(path: Path) -> Iterator[Any]:
         raise UserError(
             f"{path} needs pyarrow: pip install -r requirements-parquet.txt"
         ) from None
-    with _damage(path):
+    with reading(path, DAMAGED):
         if path.suffix.lower() == ".parquet":
             with parquet.ParquetFile(path) as table:
                 yield from table.iter_batches(_BATCH)
