@@ -22,49 +22,33 @@ from typing import Any
 from captioning import command
 from config import SAMPLE, Config, UserError
 
-ACTIONS = [
-    command.Action(
-        "photos",
-        {
-            "nargs": "*",
-            "default": [],
-            "metavar": "PHOTO_OR_FOLDER",
-            "help": "photographs, folders of them, or - for a list of both "
-            "on standard input",
-        },
-    ),
-    command.Action(
-        "--json",
-        {
-            "action": "store_true",
-            "default": False,
-            "help": "print one JSON object per line: photo, caption and its "
-            "scores; n_best, the beam ordered by agreement (by score with "
-            "--consensus-temperature 0); words, each with its probability and "
-            "its attention weights, row by row of attention_grid",
-        },
-    ),
-    command.Action(
-        "--attention",
-        {
-            "metavar": "DIR",
-            "default": "",
-            "help": "write to this folder a figure for each photograph, "
-            "showing where the model looked at each word",
-        },
-    ),
-    command.Action(
-        "--serve",
-        {
-            "nargs": "?",
-            "type": int,
-            "const": 8000,
-            "default": None,
-            "metavar": "PORT",
-            "help": "open a page on this machine (default port: 8000)",
-        },
-    ),
-]
+ACTIONS: command.Actions = {
+    "photos": {
+        "nargs": "*",
+        "metavar": "PHOTO_OR_FOLDER",
+        "help": "photographs, folders of them, or - for a list of both "
+        "on standard input",
+    },
+    "--json": {
+        "action": "store_true",
+        "help": "print one JSON object per line: photo, caption and its "
+        "scores; n_best, the beam ordered by agreement (by score with "
+        "--consensus-temperature 0); words, each with its probability and "
+        "its attention weights, row by row of attention_grid",
+    },
+    "--attention": {
+        "metavar": "DIR",
+        "help": "write to this folder a figure for each photograph, "
+        "showing where the model looked at each word",
+    },
+    "--serve": {
+        "nargs": "?",
+        "type": int,
+        "const": 8000,
+        "metavar": "PORT",
+        "help": "open a page on this machine (default port: 8000)",
+    },
+}
 # Up to this many photographs are captioned one at a time: a full batch costs
 # the same however few photographs it holds.
 FEW = 8

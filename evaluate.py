@@ -27,46 +27,30 @@ from typing import Any
 from captioning import command
 from config import Config, UserError, check_name
 
-ACTIONS = [
-    command.Action(
-        "--captions",
-        {
-            "metavar": "FILE",
-            "default": "",
-            "help": "score the captions in this file instead of making some",
-        },
-    ),
-    command.Action(
-        "--runs",
-        {
-            "nargs": "+",
-            "type": functools.partial(check_name, "run_name"),
-            "metavar": "RUN",
-            "default": [],
-            "help": "average the probabilities of these runs, which must have "
-            "the same vocabulary",
-        },
-    ),
-    command.Action(
-        "--compare",
-        {
-            "nargs": 2,
-            "metavar": ("A", "B"),
-            "default": [],
-            "help": "compare two evaluations: names of runs, or folders below "
-            "evaluation/",
-        },
-    ),
-    command.Action(
-        "--export",
-        {
-            "metavar": "DIR",
-            "default": "",
-            "help": "write encoder, decoder and search there as one "
-            "TensorFlow SavedModel",
-        },
-    ),
-]
+ACTIONS: command.Actions = {
+    "--captions": {
+        "metavar": "FILE",
+        "help": "score the captions in this file instead of making some",
+    },
+    "--runs": {
+        "nargs": "+",
+        "type": functools.partial(check_name, "run_name"),
+        "metavar": "RUN",
+        "help": "average the probabilities of these runs, which must have "
+        "the same vocabulary",
+    },
+    "--compare": {
+        "nargs": 2,
+        "metavar": ("A", "B"),
+        "help": "compare two evaluations: names of runs, or folders below "
+        "evaluation/",
+    },
+    "--export": {
+        "metavar": "DIR",
+        "help": "write encoder, decoder and search there as one "
+        "TensorFlow SavedModel",
+    },
+}
 SHOWN = 5  # captions printed
 
 

@@ -33,18 +33,14 @@ def read_worker(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-ACTIONS = [
-    command.Action(
-        "--worker",
-        {
-            "type": read_worker,
-            "default": None,
-            "metavar": "NUMBER/WORKERS",
-            "help": "encode only this part of the images, from 0/4 to 3/4; "
-            "the last worker to finish completes the cache",
-        },
-    )
-]
+ACTIONS: command.Actions = {
+    "--worker": {
+        "type": read_worker,
+        "metavar": "NUMBER/WORKERS",
+        "help": "encode only this part of the images, from 0/4 to 3/4; "
+        "the last worker to finish completes the cache",
+    },
+}
 
 
 def main(arguments: command.Arguments) -> None:

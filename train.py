@@ -20,34 +20,22 @@ from typing import Any
 from captioning import command, job
 from config import Config, UserError, check_name
 
-ACTIONS = [
-    command.Action(
-        "--fresh",
-        {
-            "action": "store_true",
-            "default": False,
-            "help": "start over; the old run folder is renamed",
-        },
-    ),
-    command.Action(
-        "--start-from",
-        {
-            "type": functools.partial(check_name, "run_name"),
-            "metavar": "RUN",
-            "default": None,
-            "help": "begin with the weights of another run with the same "
-            "encoder, such as 'pretrained'",
-        },
-    ),
-    command.Action(
-        "--tensorboard",
-        {
-            "action": "store_true",
-            "default": False,
-            "help": "log for TensorBoard on JAX too; needs TensorFlow",
-        },
-    ),
-]
+ACTIONS: command.Actions = {
+    "--fresh": {
+        "action": "store_true",
+        "help": "start over; the old run folder is renamed",
+    },
+    "--start-from": {
+        "type": functools.partial(check_name, "run_name"),
+        "metavar": "RUN",
+        "help": "begin with the weights of another run with the same "
+        "encoder, such as 'pretrained'",
+    },
+    "--tensorboard": {
+        "action": "store_true",
+        "help": "log for TensorBoard on JAX too; needs TensorFlow",
+    },
+}
 # Below this, a user is told that a warm start would help.
 FEW_IMAGES = 1000
 

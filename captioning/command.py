@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from captioning import job, streams
@@ -70,12 +70,8 @@ ELSEWHERE = {
 # Parameters of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
-
-class Action(NamedTuple):
-    """A flag or argument of one script, for argparse's add_argument."""
-
-    name: str
-    options: dict[str, Any]
+# The flags or arguments of one script -> options of argparse's add_argument.
+Actions = Mapping[str, Mapping[str, Any]]
 
 
 class Arguments(NamedTuple):
@@ -128,7 +124,7 @@ def _one_of(choices: Sequence[str], joined: bool) -> Callable[[str], str]:
 
 
 def _parser(
-    description: str, actions: Sequence[Action], everything: bool
+    description: str, actions: Actions, everything: bool
 ) -> tuple[_Parser, list[str]]:
     """The parser, and all flags that it knows.
 
@@ -139,23 +135,21 @@ def _parser(
     """
     script = os.path.basename(sys.argv[0])
     inputs = [
-        f"[{each.options['metavar']} ...]"
-        for each in actions
-        if each.name[0] != "-"
+        f"[{options['metavar']} ...]"
+        for name, options in actions.items()
+        if name[0] != "-"
     ]
     parser = _Parser(
         usage=" ".join(["python", script, "[options]", *inputs]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
         add_help=False,
     )
-    added = [parser.add_argument(each.name, **each.options) for each in actions]
+    added = [parser.add_argument(name, **how) for name, how in actions.items()]
     general: dict[str, dict[str, Any]] = {
         "--config": {
             "metavar": "FILE",
-            "default": "",
             "help": "take the fields of a saved config, such as "
             "checkpoints/<run>/config.json, except for paths; flags override "
             "them",
@@ -181,7 +175,10 @@ def _parser(
         )
         if name not in groups:
             title = None if hidden else f"{name} fields"
-            groups[name] = parser.add_argument_group(title)
+            # Those that are not given are told from those that are.
+            groups[name] = parser.add_argument_group(
+                title, argument_default=argparse.SUPPRESS
+            )
         kind: Any = each.type
         options: dict[str, Any]
         if kind is bool:
@@ -233,7 +230,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 def parse(
     description: str,
-    actions: Sequence[Action] = (),
+    actions: Actions,
     arguments: Sequence[str] | None = None,
 ) -> Arguments:
     """Parses the command line; ends the process if it is wrong.
@@ -360,7 +357,7 @@ def _repeat(hook: Callable[[Any], Any], found: Any) -> None:
 def run(
     main: Callable[[Arguments], int | None],
     description: str,
-    actions: Sequence[Action] = (),
+    actions: Actions,
     end_with_reader: bool = False,
 ) -> NoReturn:
     """Runs a script's main with the exit codes that all scripts share.

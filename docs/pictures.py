@@ -138,4 +138,4 @@ def main(arguments: command.Arguments) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__)
+    command.run(main, __doc__, {})

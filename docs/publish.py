@@ -22,10 +22,10 @@ from captioning import command, runs  # noqa: E402
 from captioning.files import atomic_path  # noqa: E402
 from config import ENCODERS, Config, UserError, group  # noqa: E402
 
-ACTIONS = [
-    command.Action("run", {"metavar": "RUN", "help": "the run folder"}),
-    command.Action("folder", {"metavar": "FOLDER", "help": "where to"}),
-]
+ACTIONS: command.Actions = {
+    "run": {"metavar": "RUN", "help": "the run folder"},
+    "folder": {"metavar": "FOLDER", "help": "where to"},
+}
 
 
 def main(arguments: command.Arguments) -> None:

@@ -29,14 +29,14 @@ SCRIPTS = {
     "evaluate.py": evaluate,
     "caption.py": caption,
 }
-ACTIONS = [each for script in SCRIPTS.values() for each in script.ACTIONS]
+ACTIONS = {k: v for each in SCRIPTS.values() for k, v in each.ACTIONS.items()}
 HEAVY = {"numpy", "pandas", "keras", "tensorflow", "cv2", "PIL", "nltk"}
 HEAVY |= {"matplotlib", "tqdm", "jinja2"}
 UNIX = pytest.mark.skipif(os.name == "nt", reason="not on Windows")
 
 
-def parse(*words: str, actions=()) -> command.Arguments:
-    return command.parse("", actions, words)
+def parse(*words: str, actions=None) -> command.Arguments:
+    return command.parse("", actions or {}, words)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["dir/train.py", *words])
         monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         with pytest.raises(SystemExit) as end:
-            command.run(main, "")
+            command.run(main, "", {})
         return end.value.code, *capsys.readouterr()
 
     handler = signal.getsignal(signal.SIGTERM)
@@ -100,7 +100,7 @@ def test_too_little_memory_is_one_line(run, error):
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(RuntimeError, match="a fault"):
-        command.run(fail(RuntimeError("a fault")), "")
+        command.run(fail(RuntimeError("a fault")), "", {})
 
 
 # --- flags ----------------------------------------------------------------
@@ -372,7 +372,7 @@ from captioning import command
 def main(arguments):
     print("begun", flush=True)
     {main}
-command.run(main, "", end_with_reader={end_with_reader})
+command.run(main, "", {{}}, end_with_reader={end_with_reader})
 """
 
 

@@ -57,14 +57,14 @@ def save(place: Path, **changes) -> Path:
 
 def resume(*flags: str) -> Config:
     """The config that train.py takes with flags like those of TRAINED."""
-    arguments = command.parse("", arguments=[*LIKE_TRAINED, *flags])
+    arguments = command.parse("", {}, [*LIKE_TRAINED, *flags])
     place = runs.folder(arguments.config)
     return run_configs.training_config(arguments.config, arguments.given, place)
 
 
 def decode(*flags: str) -> Config:
     """The config that evaluate.py and caption.py take."""
-    arguments = command.parse("", arguments=flags)
+    arguments = command.parse("", {}, flags)
     wanted = arguments.config
     config, place = run_configs.decoding_config(wanted, arguments.given)
     assert place == runs.folder(wanted)
@@ -155,7 +155,7 @@ def test_a_run_is_resumed_with_its_config_but_for_a_few_fields(
 ):
     assert resume(*flags) == dataclasses.replace(TRAINED, **changes)
     # A run that does not exist yet takes them all.
-    given = command.parse("", arguments=[*LIKE_TRAINED, *flags]).config
+    given = command.parse("", {}, [*LIKE_TRAINED, *flags]).config
     assert run_configs.training_config(given, {}, place / "new") == given
 
 
@@ -188,7 +188,7 @@ def test_what_shapes_a_run_does_not_change(place, flags, was):
 
 def test_a_default_edited_since_is_refused_or_noticed(place, capsys):
     """Refused where it trains a run; of its model, the run's value counts."""
-    arguments = command.parse("", arguments=[])
+    arguments = command.parse("", {}, [])
     message = refusal(run_configs.training_config, *arguments[:2], place)
     assert "give --learning-rate 0.01" in message
     save(place, decoder_units=256)

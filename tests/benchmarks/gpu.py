@@ -37,28 +37,21 @@ from tests.benchmarks.yardsticks import CHANNELS, REGIONS  # noqa: E402
 FAR = 3.0  # times the floor
 
 
-def _number(name: str, default: int, text: str) -> command.Action:
-    options = {"type": int, "default": default, "metavar": "INT", "help": text}
-    return command.Action(name, options)
+def _number(default: Any, text: str) -> dict[str, Any]:
+    return {"type": int, "default": default, "metavar": "INT", "help": text}
 
 
-ACTIONS = [
-    _number("--rows", 31_783, "images whose features there are"),
-    _number("--images", 2_000, "photographs encoded, and images captioned"),
-    _number("--steps", 100, "training steps"),
-    _number("--words", 8_000, "size of the vocabulary"),
-    _number("--side", 8_192, "of the matrices that the peak is measured with"),
-    command.Action(
-        "--batches",
-        {
-            "type": int,
-            "nargs": "+",
-            "default": [16, 128, 512],
-            "metavar": "INT",
-            "help": "images a training step; each is measured",
-        },
-    ),
-]
+ACTIONS: command.Actions = {
+    "--rows": _number(31_783, "images whose features there are"),
+    "--images": _number(2_000, "photographs encoded, and images captioned"),
+    "--steps": _number(100, "training steps"),
+    "--words": _number(8_000, "size of the vocabulary"),
+    "--side": _number(8_192, "of the matrices that the peak is measured with"),
+    "--batches": {
+        "nargs": "+",
+        **_number([16, 128, 512], "images a training step; each is measured"),
+    },
+}
 
 
 class Measured(NamedTuple):
