@@ -14,6 +14,7 @@ docs/experiments.md says what was tried and what each change gained.
 """
 
 import dataclasses
+import difflib
 import math
 import os
 import re
@@ -399,14 +400,23 @@ def _check(each: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{each.name} {value} is below {least}")
     if most is not None and not value <= most:
         raise UserError(f"{each.name} {value} is above {most}")
-    choices = each.metadata.get("choices")
-    parts = str(value).split("+") if each.metadata.get("joined") else [value]
-    if choices and not {*parts} <= {*choices}:
+    choices: Sequence[str] = each.metadata.get("choices", ())
+    text = str(value)
+    names = text.split("+") if each.metadata.get("joined") else [text]
+    wrong = [name for name in names if choices and name not in choices]
+    if wrong:
         raise UserError(
-            f"{each.name} {value!r} is not one of {', '.join(choices)}"
+            f"{each.name} {wrong[0]!r} is not one of {', '.join(choices)}"
+            + did_you_mean(wrong[0], choices)
         )
-    if len({*parts}) < len(parts):
+    if len({*names}) < len(names):
         raise UserError(f"{each.name} {value!r} repeats a name")
+
+
+def did_you_mean(word: str, valid: Collection[str]) -> str:
+    """Ends an error with the valid word that is most like a wrong one."""
+    close = difflib.get_close_matches(word, valid, 1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def each_encoder(config: Config) -> list[tuple[str, str]]:

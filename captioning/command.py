@@ -6,7 +6,6 @@ Nothing heavy is imported here, so that `--help` answers at once.
 import argparse
 import ctypes
 import dataclasses
-import difflib
 import errno
 import functools
 import json
@@ -26,6 +25,7 @@ from config import (
     SPLIT_SYNONYMS,
     Config,
     UserError,
+    did_you_mean,
     flag,
     group,
     resolve,
@@ -97,32 +97,6 @@ def tell(text: str) -> None:
     print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
 
 
-def _nearest(word: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, valid, 1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _one_of(choices: Sequence[str], joined: bool) -> Callable[[str], str]:
-    """Converts text for argparse that has to be one of some names.
-
-    Args:
-        choices: the names.
-        joined: whether `+` joins several of them.
-    """
-
-    def read(text: str) -> str:
-        text = SPLIT_SYNONYMS.get(text, text) if "val" in choices else text
-        for name in text.split("+") if joined else [text]:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(
-                    f"{name!r} is not one of {', '.join(choices)}"
-                    + _nearest(name, choices)
-                )
-        return text
-
-    return read
-
-
 def _parser(
     description: str, actions: Actions, everything: bool
 ) -> tuple[_Parser, list[str]]:
@@ -183,12 +157,10 @@ def _parser(
         options: dict[str, Any]
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif "choices" in each.metadata:
-            joined = "joined" in each.metadata
-            read = _one_of(each.metadata["choices"], joined)
-            options = {"type": read, "metavar": "NAME"}
         else:
-            options = {"type": kind, "metavar": kind.__name__.upper()}
+            named = "choices" in each.metadata
+            called = "NAME" if named else kind.__name__.upper()
+            options = {"type": kind, "metavar": called}
         options["help"] = argparse.SUPPRESS if hidden else _help(each)
         added.append(groups[name].add_argument(flag(each.name), **options))
     return parser, [name for each in added for name in each.option_strings]
@@ -260,11 +232,13 @@ def parse(
     if unknown:
         word = unknown[0].split("=")[0]
         kind = "flag" if word.startswith("-") else "argument"
-        hint = _nearest(word, flags) if kind == "flag" else "; see --help"
+        hint = did_you_mean(word, flags) if kind == "flag" else "; see --help"
         if here := ELSEWHERE.get(word.replace("_", "-")):
             hint = f"; use {here}" if here.startswith("--") else f"; {here}"
         parser.error(f"unknown {kind} {word}{hint}")
     given = {k: v for k, v in vars(known).items() if k in FIELDS}
+    if "split" in given:
+        given["split"] = SPLIT_SYNONYMS.get(given["split"], given["split"])
     try:
         saved = _read_config(known.config) if known.config else {}
         given = saved | given
