@@ -15,10 +15,11 @@ docs/experiments.md says what was tried and what each change gained.
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,33 +127,27 @@ _ELSEWHERE = {
 }
 
 
-def _group(name: str) -> Callable[..., Any]:
-    """Makes fields of one group, which says what a change of them means."""
-
-    def setting(
-        default: Any,
-        text: str,  # for --help
-        least: float | None = None,
-        most: float | None = None,
-        choices: Sequence[str] | None = None,
-        joined: bool | None = None,  # whether `+` joins several of them
-        sample: Any = None,  # the default for the sample, if another
-    ) -> Any:
-        limits: dict[str, Any] = {"least": least, "most": most}
-        limits |= {"choices": choices, "joined": joined, "sample": sample}
-        limits = {k: v for k, v in limits.items() if v is not None}
-        metadata = {"group": name, "help": text, **limits}
-        return field(default=default, metadata=metadata)
-
-    return setting
+def _field(
+    group: str,  # says what a change means
+    default: Any,
+    text: str,  # for --help
+    least: float | None = None,
+    most: float | None = None,
+    choices: Sequence[str] = (),
+    joined: bool = False,  # whether `+` joins several of them
+    sample: Any = None,  # the default for the sample, if another
+) -> Any:
+    """Makes a field of Config."""
+    said = {"group": group, "help": text, "sample": sample}
+    limits = {"least": least, "most": most, "choices": choices}
+    metadata = {**said, **limits, "joined": joined}
+    return field(default=default, metadata=metadata)
 
 
-_place = _group("place")
-_data = _group("data")
-_encoder = _group("encoder")
-_model = _group("model")
-_training = _group("training")
-_decoding = _group("decoding")
+GROUPS = ("place", "data", "encoder", "model", "training", "decoding")
+_place, _data, _encoder, _model, _training, _decoding = (
+    functools.partial(_field, name) for name in GROUPS
+)
 
 
 @dataclass(frozen=True)
@@ -395,14 +390,14 @@ def _check(each: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{each.name} {value!r} is not of type {kind.__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{each.name} {value} is not a finite number")
-    least, most = each.metadata.get("least"), each.metadata.get("most")
+    least, most = each.metadata["least"], each.metadata["most"]
     if least is not None and not value >= least:
         raise UserError(f"{each.name} {value} is below {least}")
     if most is not None and not value <= most:
         raise UserError(f"{each.name} {value} is above {most}")
-    choices: Sequence[str] = each.metadata.get("choices", ())
+    choices: Sequence[str] = each.metadata["choices"]
     text = str(value)
-    names = text.split("+") if each.metadata.get("joined") else [text]
+    names = text.split("+") if each.metadata["joined"] else [text]
     wrong = [name for name in names if choices and name not in choices]
     if wrong:
         raise UserError(
@@ -545,7 +540,7 @@ def _sample_defaults(given: Collection[str]) -> dict[str, Any]:
     return {
         name: each.metadata["sample"]
         for name, each in FIELDS.items()
-        if "sample" in each.metadata and name not in given
+        if each.metadata["sample"] is not None and name not in given
     }
 
 

@@ -158,9 +158,8 @@ def _parser(
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         else:
-            named = "choices" in each.metadata
-            called = "NAME" if named else kind.__name__.upper()
-            options = {"type": kind, "metavar": called}
+            named = "NAME" if each.metadata["choices"] else kind.__name__
+            options = {"type": kind, "metavar": named.upper()}
         options["help"] = argparse.SUPPRESS if hidden else _help(each)
         added.append(groups[name].add_argument(flag(each.name), **options))
     return parser, [name for each in added for name in each.option_strings]
@@ -168,11 +167,11 @@ def _parser(
 
 def _help(field: dataclasses.Field) -> str:
     """What --help says of a field."""
-    text, choices = field.metadata["help"], field.metadata.get("choices", ())
+    text, choices = field.metadata["help"], field.metadata["choices"]
     if choices:
         text += f": {', '.join(choices)}"
-    if field.default not in ("", None):
-        drawn = field.metadata.get("sample")
+    if field.default != "":
+        drawn = field.metadata["sample"]
         other = f"; {drawn} for the sample" if drawn is not None else ""
         text += f" (default: {field.default}{other})"
     return text.replace("%", "%%")

@@ -107,7 +107,7 @@ def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
 
 
 def another_value(each: dataclasses.Field):
-    if "choices" in each.metadata:
+    if each.metadata["choices"]:
         return next(c for c in each.metadata["choices"] if c != each.default)
     change = {int: lambda x: x + 1, float: lambda x: x / 2}
     return change.get(each.type, lambda x: x + "else where")(each.default)
@@ -128,9 +128,7 @@ def test_every_field_is_a_flag(each):
 
 
 def test_a_boolean_field_is_a_pair_of_flags(monkeypatch, capsys):
-    field = dataclasses.field(
-        default=True, metadata={"group": "model", "help": "opens 9% more"}
-    )
+    field = config_module._model(True, "opens 9% more")
     made = dataclasses.make_dataclass(
         "Made", [("a_gate", bool, field)], bases=(Config,), frozen=True
     )

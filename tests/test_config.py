@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from config import ENCODERS, OPEN, Config, UserError, group, resolve
+from config import ENCODERS, GROUPS, OPEN, Config, UserError, group, resolve
 
 FIELDS = dataclasses.fields(Config)
-GROUPS = ("place", "data", "encoder", "model", "training", "decoding")
 
 
 def limited(limit: str) -> list:
     return [
         pytest.param(each.name, each.metadata[limit], id=each.name)
         for each in FIELDS
-        if limit in each.metadata
+        if each.metadata[limit] not in (None, ())
     ]
 
 
