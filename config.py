@@ -121,9 +121,10 @@ _PLAIN = re.compile(
     r'[^<>:"/\\|?*\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,120}(?<![. ])',
     re.IGNORECASE,
 )
-_ELSEWHERE = {
-    "dataset": "the path of its folder with --dataset-dir",
-    "run_name": "the folder of the runs with --checkpoints-dir",
+# What to give instead of another name.
+_INSTEAD = {
+    "dataset": "another name with --dataset, and its folder with --dataset-dir",
+    "run_name": "one, and the folder of the runs with --checkpoints-dir",
 }
 
 
@@ -461,15 +462,12 @@ def check_name(field_name: str, name: str) -> str:
     Raises:
         UserError: if it could lead out of its root, or not be created.
     """
-    if not _PLAIN.fullmatch(name):
-        raise UserError(
-            f"{field_name} {name!r} is not a plain folder name: give one, and "
-            f"{_ELSEWHERE[field_name]}"
-        )
+    wrong = "" if _PLAIN.fullmatch(name) else "is not a plain folder name"
     if field_name == "dataset" and name.lower() == "cache":
+        wrong = "would be the folder of the caches"
+    if wrong:
         raise UserError(
-            f"dataset {name!r} would be the folder of the caches: give "
-            "another name, and its folder with --dataset-dir"
+            f"{field_name} {name!r} {wrong}: give {_INSTEAD[field_name]}"
         )
     return name
 
@@ -490,31 +488,27 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
         UserError: if a dataset cannot take its folder's name, or lies inside
             the cache folder.
     """
-    dataset = config.dataset
-    place = os.path.realpath(config.dataset_dir)
-    caches = os.path.realpath(os.path.join(config.data_dir, "cache"))
-    if config.dataset_dir and Path(caches) in Path(place).parents:
+    place = Path(os.path.realpath(config.dataset_dir))
+    caches = Path(os.path.realpath(Path(config.data_dir, "cache")))
+    home = Path(os.path.realpath(Path(config.data_dir, SAMPLE)))
+    if config.dataset_dir and caches in place.parents:
         raise UserError(
             f"the dataset in {place} lies inside the cache folder, {caches}: "
             "move it, or give another --data-dir"
         )
     if is_named_by_folder(config, given):
-        dataset = os.path.basename(place)
-        if not _PLAIN.fullmatch(dataset) or dataset.lower() == "cache":
-            raise UserError(
-                f"the dataset in {place} cannot be called {dataset!r}: give "
-                "it another name with --dataset"
-            )
-    sample = dataset == SAMPLE
-    auto = "random" if sample else "imagenet"
-    home = os.path.realpath(os.path.join(config.data_dir, SAMPLE))
+        config = dataclasses.replace(config, dataset=place.name)
+    sample = config.dataset == SAMPLE
     if sample and config.dataset_dir and place != home:
         raise UserError(
             f"the dataset in {place} cannot have the name of the built-in "
             f"{SAMPLE}: give it another with --dataset"
         )
     if sample:
-        config = dataclasses.replace(config, **_sample_defaults(given))
+        own = {n: x.metadata["sample"] for n, x in FIELDS.items()}
+        free = [n for n in own if own[n] is not None and n not in given]
+        config = dataclasses.replace(config, **{n: own[n] for n in free})
+    auto = "random" if sample else "imagenet"
     weights = [
         (SCENES if name == SCENES else auto) if each == "auto" else each
         for name, each in each_encoder(config)
@@ -524,8 +518,7 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
         weights = weights[:1]
     return dataclasses.replace(
         config,
-        dataset=dataset,
-        run_name=config.run_name or f"{dataset}-{config.encoder}",
+        run_name=config.run_name or f"{config.dataset}-{config.encoder}",
         encoder_weights=",".join(weights),
     )
 
@@ -533,15 +526,6 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
 def defaults(dataset: str) -> Config:
     """The resolved config of a dataset for which nothing else is given."""
     return resolve(Config(dataset=dataset, dataset_dir=""))
-
-
-def _sample_defaults(given: Collection[str]) -> dict[str, Any]:
-    """Fields that have another default for the sample, and are not given."""
-    return {
-        name: each.metadata["sample"]
-        for name, each in FIELDS.items()
-        if each.metadata["sample"] is not None and name not in given
-    }
 
 
 def is_named_by_folder(config: Config, given: Collection[str]) -> bool:
