@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 from captioning import job, streams
 from config import (
     FIELDS,
+    GROUPS,
     SPLIT_SYNONYMS,
     Config,
     UserError,
@@ -45,26 +46,22 @@ FIELDS_OF = {
 NAMING = ("dataset", "encoder", "encoder_weights")
 # Of the fields shown, those that only one script uses.
 OF_ONE = {"max_skipped_share": "preprocess.py", "split": "evaluate.py"}
-# Flags that people know from other programs, and what to use instead.
+# What to say of flags that people know from other programs.
 ELSEWHERE = {
-    "--lr": "--learning-rate",
-    **dict.fromkeys(("--batch-size", "--batch", "--bs"), "--batch-images"),
-    **dict.fromkeys(("--model", "--backbone", "--arch"), "--encoder"),
-    **dict.fromkeys(("--checkpoint", "--ckpt", "--weights"), "--run-name"),
-    **dict.fromkeys(("--num-epochs", "--n-epochs"), "--epochs"),
-    **dict.fromkeys(("--output", "--output-dir", "--out"), "--checkpoints-dir"),
-    **dict.fromkeys(("--data", "--data-root", "--root"), "--dataset-dir"),
-    **dict.fromkeys(("--beams", "--num-beams"), "--beam-size"),
-    **dict.fromkeys(
-        ("--workers", "--num-workers"),
-        "--worker of preprocess.py; reading ahead needs no flag",
+    "use --learning-rate": "--lr",
+    "use --batch-images": "--batch-size --batch --bs",
+    "use --encoder": "--model --backbone --arch",
+    "use --run-name": "--checkpoint --ckpt --weights",
+    "use --epochs": "--num-epochs --n-epochs",
+    "use --checkpoints-dir": "--output --output-dir --out",
+    "use --dataset-dir": "--data --data-root --root",
+    "use --beam-size": "--beams --num-beams",
+    "use --worker of preprocess.py; reading ahead needs no flag": (
+        "--workers --num-workers"
     ),
-    "--resume": "not needed: the same command resumes",
-    **dict.fromkeys(
-        ("--device", "--gpu", "--gpus", "--cuda"),
-        "not needed: the backend finds the GPUs, and CUDA_VISIBLE_DEVICES "
-        "hides them",
-    ),
+    "not needed: the same command resumes": "--resume",
+    "not needed: the backend finds the GPUs, and CUDA_VISIBLE_DEVICES hides "
+    "them": "--device --gpu --gpus --cuda",
 }
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -72,6 +69,20 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 # The flags or arguments of one script -> options of argparse's add_argument.
 Actions = Mapping[str, Mapping[str, Any]]
+# Those of all scripts, besides the fields.
+GENERAL: Actions = {
+    "--config": {
+        "metavar": "FILE",
+        "help": "take the fields of a saved config, such as "
+        "checkpoints/<run>/config.json, except for paths; flags override them",
+    },
+    "--help-all": {"action": "help", "help": "show the other fields too"},
+    "--version": {
+        "action": "version",
+        "version": f"image-captioning {VERSION}",
+        "help": "show the version",
+    },
+}
 
 
 class Arguments(NamedTuple):
@@ -97,10 +108,8 @@ def tell(text: str) -> None:
     print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
 
 
-def _parser(
-    description: str, actions: Actions, everything: bool
-) -> tuple[_Parser, list[str]]:
-    """The parser, and all flags that it knows.
+def _parser(description: str, actions: Actions, everything: bool) -> _Parser:
+    """The parser of a script.
 
     Args:
         description: what the script does.
@@ -108,65 +117,34 @@ def _parser(
         everything: whether its help is to show all fields.
     """
     script = os.path.basename(sys.argv[0])
-    inputs = [
-        f"[{options['metavar']} ...]"
-        for name, options in actions.items()
-        if name[0] != "-"
-    ]
+    inputs = [f"[{actions[x]['metavar']} ...]" for x in actions if x[0] != "-"]
     parser = _Parser(
         usage=" ".join(["python", script, "[options]", *inputs]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        add_help=False,
     )
-    added = [parser.add_argument(name, **how) for name, how in actions.items()]
-    general: dict[str, dict[str, Any]] = {
-        "--config": {
-            "metavar": "FILE",
-            "help": "take the fields of a saved config, such as "
-            "checkpoints/<run>/config.json, except for paths; flags override "
-            "them",
-        },
-        "--help": {"action": "help", "help": "show this help"},
-        "--help-all": {"action": "help", "help": "show the other fields too"},
-        "--version": {
-            "action": "version",
-            "version": f"image-captioning {VERSION}",
-            "help": "show the version",
-        },
-    }
-    for name, how in general.items():
-        names = ["-h", name] if name == "--help" else [name]
-        added.append(parser.add_argument(*names, **how))
-    shown = FIELDS_OF.get(script, ()) if not everything else ()
-    groups: dict[str, Any] = {}
-    for each in FIELDS.values():
-        name = each.metadata["group"]
-        hidden = shown and (
-            (name not in shown and each.name not in NAMING)
-            or OF_ONE.get(each.name, script) != script
-        )
-        if name not in groups:
-            title = None if hidden else f"{name} fields"
-            # Those that are not given are told from those that are.
-            groups[name] = parser.add_argument_group(
-                title, argument_default=argparse.SUPPRESS
-            )
-        kind: Any = each.type
-        options: dict[str, Any]
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        else:
-            named = "NAME" if each.metadata["choices"] else kind.__name__
-            options = {"type": kind, "metavar": named.upper()}
-        options["help"] = argparse.SUPPRESS if hidden else _help(each)
-        added.append(groups[name].add_argument(flag(each.name), **options))
-    return parser, [name for each in added for name in each.option_strings]
+    for name, options in {**actions, **GENERAL}.items():
+        parser.add_argument(name, **options)
+    groups = {x: parser.add_argument_group(f"{x} fields") for x in GROUPS}
+    for field in FIELDS.values():
+        shown = everything or _matters(field, script)
+        its_group = groups[field.metadata["group"]]
+        its_group.add_argument(flag(field.name), **_options(field, shown))
+    return parser
 
 
-def _help(field: dataclasses.Field) -> str:
-    """What --help says of a field."""
+def _matters(field: dataclasses.Field, script: str) -> bool:
+    """Whether --help of a script shows a field."""
+    if script not in FIELDS_OF:
+        return True
+    if OF_ONE.get(field.name, script) != script:
+        return False
+    return field.name in NAMING or field.metadata["group"] in FIELDS_OF[script]
+
+
+def _options(field: dataclasses.Field, shown: bool) -> dict[str, Any]:
+    """How argparse reads a field, and what --help says of it if shown."""
     text, choices = field.metadata["help"], field.metadata["choices"]
     if choices:
         text += f": {', '.join(choices)}"
@@ -174,7 +152,29 @@ def _help(field: dataclasses.Field) -> str:
         drawn = field.metadata["sample"]
         other = f"; {drawn} for the sample" if drawn is not None else ""
         text += f" (default: {field.default}{other})"
-    return text.replace("%", "%%")
+    kind: Any = field.type
+    called = "NAME" if choices else kind.__name__.upper()
+    reading = {"type": kind, "metavar": called}
+    if kind is bool:
+        reading = {"action": argparse.BooleanOptionalAction}
+    return {
+        **reading,
+        "default": argparse.SUPPRESS,  # what is not given is absent
+        "help": text.replace("%", "%%") if shown else argparse.SUPPRESS,
+    }
+
+
+def _unknown(word: str, actions: Actions) -> str:
+    """What to say of a word that the parser does not know."""
+    if not word.startswith("-"):
+        return f"unknown argument {word}; see --help"
+    word = word.split("=")[0]
+    for instead, names in ELSEWHERE.items():
+        if word.replace("_", "-") in names.split():
+            return f"unknown flag {word}; {instead}"
+    known = ["--help", *actions, *GENERAL, *map(flag, FIELDS)]
+    flags = [name for name in known if name[0] == "-"]
+    return f"unknown flag {word}{did_you_mean(word, flags)}"
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -195,14 +195,11 @@ def _read_config(path: str) -> dict[str, Any]:
             f"--config {path} is from another version, with "
             f"{' and '.join(unknown)}: remove these fields"
         )
-    places = {*group("place")}
-    return {name: x for name, x in fields.items() if name not in places}
+    return {k: x for k, x in fields.items() if k not in group("place")}
 
 
 def parse(
-    description: str,
-    actions: Actions,
-    arguments: Sequence[str] | None = None,
+    description: str, actions: Actions, arguments: Sequence[str] | None = None
 ) -> Arguments:
     """Parses the command line; ends the process if it is wrong.
 
@@ -216,7 +213,7 @@ def parse(
         and the actions.
     """
     words = [*(sys.argv[1:] if arguments is None else arguments)]
-    parser, flags = _parser(description, actions, "--help-all" in words)
+    parser = _parser(description, actions, "--help-all" in words)
     if "--" in words:  # argparse would still look for flags behind it
         place = words.index("--")
         words[place:] = [
@@ -226,21 +223,12 @@ def parse(
     try:
         # Intermixed: photographs may stand before and after flags.
         known, unknown = parser.parse_known_intermixed_args(words)
-    except UserError as error:  # of a flag's own reader
-        parser.error(str(error))
-    if unknown:
-        word = unknown[0].split("=")[0]
-        kind = "flag" if word.startswith("-") else "argument"
-        hint = did_you_mean(word, flags) if kind == "flag" else "; see --help"
-        if here := ELSEWHERE.get(word.replace("_", "-")):
-            hint = f"; use {here}" if here.startswith("--") else f"; {here}"
-        parser.error(f"unknown {kind} {word}{hint}")
-    given = {k: v for k, v in vars(known).items() if k in FIELDS}
-    if "split" in given:
-        given["split"] = SPLIT_SYNONYMS.get(given["split"], given["split"])
-    try:
+        if unknown:
+            raise UserError(_unknown(unknown[0], actions))
         saved = _read_config(known.config) if known.config else {}
-        given = saved | given
+        given = saved | {k: v for k, v in vars(known).items() if k in FIELDS}
+        if "split" in given:
+            given["split"] = SPLIT_SYNONYMS.get(given["split"], given["split"])
         config = resolve(Config(**given), given)
     except UserError as error:
         parser.error(str(error))
