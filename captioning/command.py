@@ -34,6 +34,7 @@ from config import (
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 BACKENDS = ("tensorflow", "jax")
+CHOOSE_BACKEND = f"set KERAS_BACKEND to {' or '.join(BACKENDS)}"
 VERSION = "1.0"
 # The groups of fields that `--help` shows, and fields of other groups that name
 # a run; `--help-all` shows the others too.
@@ -251,30 +252,21 @@ def import_keras() -> None:
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     _keep_freed_memory()
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
     try:
-        import keras
+        with streams.silent_errors():
+            import keras
     except ImportError as error:
         raise UserError(
             f"Keras or its backend cannot be imported ({error}): run pip "
-            "install -r requirements.txt, and set KERAS_BACKEND to "
-            f"{' or '.join(BACKENDS)}"
+            f"install -r requirements.txt, and {CHOOSE_BACKEND}"
         ) from None
-    finally:
-        sys.stderr.flush()
-        os.dup2(saved, 2)
-        os.close(saved)
     _check_backend(keras.config.backend())
 
 
 def _check_backend(name: str) -> None:
     if name not in BACKENDS:
         raise UserError(
-            f"Keras's backend {name} is not supported: set KERAS_BACKEND to "
-            f"{' or '.join(BACKENDS)}"
+            f"Keras's backend {name} is not supported: {CHOOSE_BACKEND}"
         )
 
 
@@ -341,27 +333,15 @@ def run(
         # Before any work: Keras is imported late.
         _check_backend(os.environ.get("KERAS_BACKEND") or BACKENDS[0])
         code = main(arguments) or DONE
-    except UserError as error:
-        tell(str(error))
-        code = FAILED
     except KeyboardInterrupt:
         print(file=sys.stderr)
         tell("interrupted; run the same command again to continue")
         code = INTERRUPTED
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        reason = f"{where}{error.strerror or error}"
-        if error.errno == errno.ENOSPC:
-            reason += ": free some space and run it again; nothing is lost"
-        tell(reason)
-        code = FAILED
     except Exception as error:
-        if not _is_out_of_memory(error):
+        told = _explain(error)
+        if told is None:
             raise
-        tell(
-            "out of memory: give a lower --batch-images or --beam-size, or end "
-            "other programs"
-        )
+        tell(told)
         code = FAILED
     if code and job.described():
         # At an orderly exit JAX would wait for processes that may be lost.
@@ -370,11 +350,24 @@ def run(
     raise SystemExit(code)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: Python's, TensorFlow's or JAX's."""
-    told = f"{type(error).__name__}: {error}"
-    exhausted = "RESOURCE_EXHAUSTED" in told or "ResourceExhausted" in told
-    return isinstance(error, MemoryError) or exhausted
+def _explain(error: Exception) -> str | None:
+    """What to say of an error that a user can put right; None for others."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        reason = f"{where}{error.strerror or error}"
+        if error.errno == errno.ENOSPC:
+            reason += ": free some space and run it again; nothing is lost"
+        return reason
+    said = f"{type(error).__name__}: {error}"  # by TensorFlow or JAX
+    exhausted = "RESOURCE_EXHAUSTED" in said or "ResourceExhausted" in said
+    if exhausted or isinstance(error, MemoryError):
+        return (
+            "out of memory: give a lower --batch-images or --beam-size, or end "
+            "other programs"
+        )
+    return None
 
 
 def next_line(script: str, arguments: Arguments) -> str:

@@ -5,10 +5,12 @@ and what it cannot show is escaped. A reader that has gone (`| head`) does not
 stop a script whose job is to write files.
 """
 
+import contextlib
 import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 
@@ -71,6 +73,20 @@ def _output(
         errors="backslashreplace",
         line_buffering=True,
     )
+
+
+@contextlib.contextmanager
+def silent_errors() -> Iterator[None]:
+    """Discards standard error, and what is written to it past Python."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    _discard(2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _discard(number: int) -> None:
