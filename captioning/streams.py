@@ -30,11 +30,11 @@ class _Descriptor(io.FileIO):
             closed = closed or error.errno == errno.EINVAL
             # What cannot be written now must not fail again at the exit.
             _discard(self.fileno())
+            if closed and self.end_with_reader:
+                raise SystemExit(0) from None
             if not closed and self.fileno() == 1:
                 error.filename = "standard output"
                 raise
-        if self.end_with_reader and closed:
-            raise SystemExit(0)
         return memoryview(data).nbytes
 
 
