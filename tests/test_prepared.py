@@ -18,7 +18,8 @@ from captioning.data.datasets import Dataset
 from captioning.data.vocabulary import SPECIAL_WORDS, tokenise
 from captioning.features import cache as features
 from captioning.features import store
-from config import Config, UserError, group
+from config import Config, group
+from tests.helpers import refusal
 
 DESCRIPTION = features.describe("resnet50", "conv5", "random-0", 8)
 PLAIN = [
@@ -51,13 +52,6 @@ def dataset(captions, image_ids=None, skipped=(), repaired=()) -> Dataset:
 @pytest.fixture
 def config(tmp_path) -> Config:
     return Config(data_dir=str(tmp_path), min_word_count=1, tokeniser="words")
-
-
-def refusal(function, *arguments) -> str:
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- the folder -----------------------------------------------------------

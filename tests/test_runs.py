@@ -14,7 +14,8 @@ from captioning import command, run_configs, runs
 from captioning.data import vocabulary
 from captioning.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioning.features import cache as features
-from config import Config, UserError, group, resolve
+from config import Config, group, resolve
+from tests.helpers import refusal
 
 WORDS = Vocabulary((*SPECIAL_WORDS, "dog"))
 BEGUN = {
@@ -69,13 +70,6 @@ def decode(*flags: str) -> Config:
     config, place = run_configs.decoding_config(wanted, arguments.given)
     assert place == runs.folder(wanted)
     return config
-
-
-def refusal(function, *arguments) -> str:
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- config ---------------------------------------------------------------
