@@ -54,6 +54,24 @@ def run(folder: Path, *flags: str, dataset: str = "photos"):
     return ended.value.code, out.getvalue(), err.getvalue()
 
 
+def good(folder: Path, *flags: str, **options) -> str:
+    """Runs preprocess.py, which has to succeed; gives what it printed."""
+    code, out, err = run(folder, *flags, **options)
+    assert code == 0, err
+    return out + err
+
+
+def bad(folder: Path, *flags: str, **options) -> str:
+    """Runs preprocess.py, which has to fail in one line; gives that line.
+
+    Above it there may be the bars of what was done before.
+    """
+    code, _, err = run(folder, *flags, **options)
+    *bars, line = err.removesuffix("\n").split("\n")
+    assert code == 1 and all(each[:1] == "\r" for each in bars), err
+    return line
+
+
 def end(process: subprocess.Popen) -> tuple[int, str, str]:
     """Waits; gives the exit code, what was printed and the errors."""
     out, err = process.communicate(timeout=120)

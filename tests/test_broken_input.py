@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.processes import run
+from tests.processes import good
 from tests.test_images import encode, png, turned
 
 
@@ -72,8 +72,7 @@ def done(tmp_path_factory) -> tuple[Path, str]:
     names = "\n".join(name for name in USED | SKIPPED if name != "val.jpg")
     (folder / "train.txt").write_text(names, encoding="utf-8")
     (folder / "val.txt").write_text("val.jpg\n")
-    code, out, err = run(here, "--max-skipped-share", "0.6")
-    assert code == 0, err
+    out = good(here, "--max-skipped-share", "0.6")
     (cache,) = here.glob("data/cache/photos/text-*")
     return cache, out
 

@@ -18,7 +18,7 @@ import webdataset
 from captioning.data import prepared, unpack
 from captioning.data.datasets import Dataset
 from config import Config, UserError
-from tests.processes import run
+from tests.processes import good
 
 NAMES = [f"{number}.jpg" for number in range(12)]
 SPLITS = ["train", "train", "val", "test"] * 3
@@ -205,10 +205,7 @@ def test_the_photographs_are_found_afterwards(tmp_path):
     """Several workers unpack once."""
     write_splits(tmp_path / "data" / "photos", "image", "caption")
     for worker in ("0/2", "1/2"):
-        code, _, err = run(
-            tmp_path, "--min-word-count", "1", "--worker", worker
-        )
-        assert code == 0, err
+        good(tmp_path, "--min-word-count", "1", "--worker", worker)
     wanted = Config(
         dataset="photos",
         min_word_count=1,
