@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from captioning.data import prepared
 from captioning.features import cache as features
 from captioning.features import extraction
-from tests.processes import make_photos, run
+from tests.processes import bad, good, make_photos
 
 DESCRIPTION = features.describe("tiny", "pixels", "none", 32)
 SHAPE = (32 * 32, 3)
@@ -47,6 +48,19 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.fixture
+def whole(tmp_path) -> Path:
+    """A cache of photographs on a disk with room."""
+    make_photos(tmp_path)
+    fill(tmp_path / "whole", tmp_path)
+    return tmp_path / "whole"
+
+
+def assert_same(place: Path, whole: Path) -> None:
+    for name in ("features.npy", "finished.bin", "digests.bin"):
+        assert (place / name).read_bytes() == (whole / name).read_bytes()
+
+
 def fill_up(disk: Path, leave: int = 0) -> Path:
     """Takes what is left of a disk, but for `leave` bytes."""
     path = disk / "ballast"
@@ -59,11 +73,8 @@ def fill_up(disk: Path, leave: int = 0) -> Path:
 
 
 def test_a_disk_that_fills_up_later_does_not_stop_what_was_reserved(
-    small_disk, tmp_path
+    small_disk, tmp_path, whole
 ):
-    make_photos(tmp_path)
-    fill(tmp_path / "whole", tmp_path)
-
     def encode_on_a_full_disk(images: np.ndarray) -> np.ndarray:
         if not (small_disk / "ballast").exists():
             fill_up(small_disk)
@@ -71,16 +82,12 @@ def test_a_disk_that_fills_up_later_does_not_stop_what_was_reserved(
 
     fill(small_disk / "cache", tmp_path, encode_on_a_full_disk)
     assert shutil.disk_usage(small_disk).free == 0
-    for name in ("features.npy", "finished.bin", "digests.bin"):
-        whole = (tmp_path / "whole" / name).read_bytes()
-        assert (small_disk / "cache" / name).read_bytes() == whole
+    assert_same(small_disk / "cache", whole)
 
 
 def test_where_nothing_is_reserved_a_full_disk_loses_nothing(
-    small_disk, tmp_path, monkeypatch
+    small_disk, tmp_path, whole, monkeypatch
 ):
-    make_photos(tmp_path)
-    fill(tmp_path / "whole", tmp_path)
     monkeypatch.delattr(os, "posix_fallocate")
     batches = []
 
@@ -100,31 +107,30 @@ def test_where_nothing_is_reserved_a_full_disk_loses_nothing(
     batches.clear()
     fill(place, tmp_path, lambda i: batches.append(len(i)) or encode(i))
     assert len(batches) == 11, "of 15 batches, four were done"
-    for name in ("features.npy", "finished.bin", "digests.bin"):
-        whole = (tmp_path / "whole" / name).read_bytes()
-        assert (place / name).read_bytes() == whole
+    assert_same(place, whole)
 
 
 def test_a_full_disk_when_the_tables_are_written_is_one_line(
-    small_disk, tmp_path
+    small_disk, tmp_path, monkeypatch
 ):
     make_photos(tmp_path)
-    assert run(tmp_path)[0] == 0
-    (whole,) = tmp_path.glob("data/cache/*/*/captions.csv")
-    # All but the captions fits.
     flags = ("--data-dir", str(small_disk), "--dataset-dir", "data/photos")
-    assert run(tmp_path, *flags, "--worker", "0/2")[0] == 0
-    ballast = fill_up(small_disk)
-    code, _, err = run(tmp_path, *flags)
-    assert code == 1
-    assert "No space left on device: free some space" in err.splitlines()[-1]
+    save = prepared.save
+
+    def save_on_a_full_disk(*arguments):
+        fill_up(small_disk)
+        return save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "save", save_on_a_full_disk)
+        line = bad(tmp_path, *flags)
+    assert "No space left on device: free some space" in line
     assert not list(small_disk.rglob("*captions.csv"))
-    (path,) = small_disk.rglob("finished.bin")
-    assert np.count_nonzero(np.fromfile(path, np.uint8)) >= 59
-    ballast.unlink()
-    code, _, err = run(tmp_path, *flags)
-    assert code == 0, err
+    (small_disk / "ballast").unlink()
+    assert "Encoding" not in good(tmp_path, *flags)
     (written,) = small_disk.rglob("captions.csv")
+    good(tmp_path)
+    (whole,) = tmp_path.glob("data/cache/*/*/captions.csv")
     assert written.read_bytes() == whole.read_bytes()
 
 
@@ -133,9 +139,8 @@ def test_a_full_disk_when_the_tables_are_written_is_one_line(
 
 def test_photographs_in_two_splits_are_told_by_a_resumed_run_alike(tmp_path):
     make_photos(tmp_path)
-    code, out, _ = run(tmp_path)
-    assert code == 0
-    assert "1 pairs of identical images are in different splits" in out
+    told = "1 pairs of identical images are in different splits"
+    assert told in good(tmp_path)
     (path,) = tmp_path.glob("data/cache/*/*/duplicates.csv")
     wanted = "image,split,other_image,other_split\n003.png,train,100.png,val\n"
     assert path.read_text() == wanted
@@ -146,7 +151,7 @@ def test_photographs_in_two_splits_are_told_by_a_resumed_run_alike(tmp_path):
         status = image.stat()
         image.write_bytes(bytes(status.st_size))
         os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert run(tmp_path)[0] == 0
+    good(tmp_path)
     assert path.read_text() == wanted
 
 
@@ -163,9 +168,7 @@ def test_images_in_no_split_do_not_count_as_broken(tmp_path):
         path = folder / f"Flickr_8k.{file}Images.txt"
         path.write_text("\n".join(names) + "\n")
     table.drop(columns="split").to_csv(folder / "captions.csv", index=False)
-    code, out, err = run(tmp_path)
-    assert code == 0, err
-    assert "40 images" in out
+    assert "40 images" in good(tmp_path)
     (path,) = tmp_path.glob("data/cache/*/*/skipped.csv")
     assert path.read_text().count("in no split list") == 80
 
@@ -175,9 +178,8 @@ def test_broken_images_still_stop_the_run(tmp_path):
     for number in range(10):
         name = f"{number:03d}.png"
         (tmp_path / "data" / "photos" / "images" / name).write_bytes(b"no")
-    code, _, err = run(tmp_path)
-    assert code == 1 and "11 of 120 images are unusable" in err
-    assert run(tmp_path, "--max-skipped-share", "0.1")[0] == 0
+    assert "11 of 120 images are unusable" in bad(tmp_path)
+    good(tmp_path, "--max-skipped-share", "0.1")
 
 
 def test_of_a_few_images_only_these_count_as_broken(tmp_path):
@@ -187,10 +189,8 @@ def test_of_a_few_images_only_these_count_as_broken(tmp_path):
         handle.write("gone.png,a picture,train\n")
     (folder / "images" / "001.png").write_bytes(b"no")
     flags = ("--limit-images", "4", "--max-skipped-share")
-    code, _, err = run(tmp_path, *flags, "0.12")
-    assert code == 1 and "1 of 8 images are unusable" in err
-    code, _, err = run(tmp_path, *flags, "0.13")
-    assert code == 0, err
+    assert "1 of 8 images are unusable" in bad(tmp_path, *flags, "0.12")
+    good(tmp_path, *flags, "0.13")
     (skipped,) = tmp_path.glob("data/cache/*/*/skipped.csv")
     wanted = "image,reason\ngone.png,missing\n001.png,not an image\n"
     assert skipped.read_text() == wanted
