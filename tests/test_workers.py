@@ -11,23 +11,20 @@ import pytest
 
 from captioning.features import extraction, workers
 from captioning.files import lock
-from config import UserError
-from tests.processes import end, make_photos, run, start
+from tests.helpers import files_in
+from tests.processes import bad, end, good, make_photos, run, start
 
 
 def written(folder: Path) -> dict[str, bytes]:
     """The bytes of everything that preprocessing leaves."""
     cache = folder / "data" / "cache" / "photos"
-    files = {
-        str(path.relative_to(cache)): path
-        for path in cache.rglob("*")
-        # These two know the folder, or when the photographs were written.
-        if path.is_file()
-        and path.suffix != ".lock"
-        and path.name not in ("dataset.json", "meta.json", "images.csv")
+    found = {
+        name: data
+        for name, data in files_in(cache).items()
+        # These know the folder, or when the photographs were written.
+        if not name.endswith(("dataset.json", "meta.json", "images.csv"))
     }
-    assert not any("worker-" in name for name in files), "marks are left"
-    found = {name: path.read_bytes() for name, path in files.items()}
+    assert not any("worker-" in name for name in found), "marks are left"
     (path,) = cache.glob("features/*/images.csv")
     found["images"] = pd.read_csv(path)["image"].to_json().encode()
     return found
@@ -38,8 +35,7 @@ def alone(tmp_path_factory) -> dict[str, bytes]:
     """What a single run writes."""
     folder = tmp_path_factory.mktemp("alone")
     make_photos(folder)
-    code, out, _ = run(folder)
-    assert code == 0 and "1 pairs of identical images" in out
+    assert "1 pairs of identical images" in good(folder)
     return written(folder)
 
 
@@ -76,8 +72,7 @@ def test_four_workers_one_of_them_killed_write_what_a_single_run_writes(
     assert not list(tmp_path.glob("data/cache/*/*/captions.csv"))
     before = finished_rows(tmp_path)
     assert len(before) < 119
-    code, out, err = run(tmp_path, "--worker", "2/4")
-    assert code == 0 and "Next: python train.py" in out, err
+    assert "Next: python train.py" in good(tmp_path, "--worker", "2/4")
     assert written(tmp_path) == alone
 
 
@@ -97,9 +92,7 @@ def kill(process: subprocess.Popen) -> None:
 
 def keep_out(folder: Path, *flags: str) -> None:
     """Runs preprocess.py, which another process at work has to keep out."""
-    code, _, err = run(folder, *flags)
-    assert code == 1 and len(err.splitlines()) == 1
-    assert "another process is using" in err
+    assert "another process is using" in bad(folder, *flags)
 
 
 def start_encoding(folder: Path, *flags: str) -> subprocess.Popen:
@@ -115,57 +108,29 @@ def test_workers_and_a_run_alone_keep_out_of_each_others_way(tmp_path):
     worker = start_encoding(tmp_path, "--worker", "1/2")
     keep_out(tmp_path, "--worker", "1/2")
     keep_out(tmp_path)
-    # Nor does a run on other captions of the same images begin.
+    # In other parts, or on other captions of the same images.
+    keep_out(tmp_path, "--worker", "0/3")
+    keep_out(tmp_path, "--worker", "0/2", "--limit-images", "9")
     keep_out(tmp_path, "--limit-images", "9")
     kill(worker)
     single = start_encoding(tmp_path, "--limit-images", "15")
     keep_out(tmp_path, "--worker", "0/2")
     keep_out(tmp_path)
     kill(single)
-    code, _, err = run(tmp_path)
-    assert code == 0, err
+    good(tmp_path)
 
 
 def nothing() -> None:
     pass
 
 
-def refused(told: str, work, *arguments) -> None:
-    with pytest.raises(UserError, match=told):
-        work(*arguments)
-
-
-def work_alone(folder: Path, work=nothing) -> None:
-    with workers.alone(folder):
-        work()
-
-
-def test_locks_end_with_their_work(tmp_path):
+def test_marks_are_of_the_work_on_some_images(tmp_path):
     place = tmp_path / "key"
-
-    def while_two_work() -> None:
-        refused("worker-0-of-2", work_alone, place)
-        refused("worker-1-of-2", workers.do_part, place, "a", 1, 2, nothing)
-        # On other images, or in other parts.
-        refused("worker-0", workers.do_part, place, "b", 1, 2, nothing)
-        refused("worker-0", workers.do_part, place, "a", 1, 3, nothing)
-
-    def while_one_works() -> None:
-        # It waits for the other one as long as that has left no mark.
-        workers.do_part(place, "a", 1, 2, while_two_work)
-
-    assert workers.do_part(place, "a", 0, 2, while_one_works) == []
-
-    def while_alone() -> None:
-        refused("another", workers.do_part, place, "a", 0, 2, nothing)
-        refused("another process", work_alone, place)
-
-    work_alone(place, while_alone)
-    assert workers.do_part(place, "a", 0, 2, nothing) == []
+    for text in ("a", "b"):
+        assert workers.do_part(place, text, 0, 2, nothing) == [1]
     workers.clear(place, "b")
-    assert workers.do_part(place, "b", 0, 2, nothing) == [1]
-    workers.clear(place, "a")
-    assert workers.do_part(place, "a", 0, 2, nothing) == [1]
+    assert workers.do_part(place, "b", 1, 2, nothing) == [0]
+    assert workers.do_part(place, "a", 1, 2, nothing) == []
 
 
 def test_whoever_sees_the_mark_of_a_worker_finds_its_lock_free(
