@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -84,15 +83,6 @@ def test_the_other_fields_leave_the_folder_as_it_is():
     # A whole number is the same value as the number.
     one, other = (Config(val_share=0.1, test_share=x) for x in (0, 0.0))
     assert prepared.folder(one) == prepared.folder(other)
-
-
-def test_features_are_shared_by_all_text_folders():
-    one, other = Config(), Config(limit_images=3, min_word_count=9)
-    place = store.folder(one, DESCRIPTION)
-    assert place == store.folder(other, DESCRIPTION)
-    assert place.parent == Path("data/cache/sample/features")
-    another = {**DESCRIPTION, "layer": "conv4"}
-    assert place != store.folder(one, another)
 
 
 def test_an_open_tokeniser_is_what_was_made_last(config):
@@ -223,15 +213,6 @@ def test_the_vocabulary_sees_the_training_captions_only(config):
 # --- refused --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_without_preprocessing_the_user_is_told_to_run_it(config, killed):
-    if killed:  # dataset.json is written last
-        prepared.save(config, dataset(PLAIN))
-        (prepared.folder(config) / "dataset.json").unlink()
-    message = refusal(prepared.load_split, config, "train")
-    assert "run preprocess.py first" in message
-
-
 def test_other_data_fields_in_the_folder_are_named(config):
     prepared.save(config, dataset(PLAIN))
     path = prepared.folder(config) / "dataset.json"
@@ -241,51 +222,25 @@ def test_other_data_fields_in_the_folder_are_named(config):
     assert "limit_images is 9, not 0" in message
 
 
-def test_a_split_that_is_not_there_is_told_with_those_that_are(config):
-    prepared.save(config, dataset(PLAIN))
-    message = refusal(prepared.load_split, config, "test")
-    assert "no split test" in message and "only train and val" in message
-    assert "--split val" in message
-
-
 def test_what_is_half_written_over_does_not_count(config, monkeypatch):
     prepared.save(config, dataset(PLAIN))
     monkeypatch.setattr(vocabulary, "save", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepared.save(config, dataset([*PLAIN, ("n.png", "train", "A bee.")]))
     message = refusal(prepared.load_captions, config)
-    assert "run preprocess.py" in message
+    assert "run preprocess.py first" in message
 
 
 # --- features -------------------------------------------------------------
 
 
-@pytest.fixture
-def cache(config) -> features.Cache:
-    """Finished features of two images, and a row that is not finished."""
-    prepared.save(config, dataset(PLAIN))
-    place = store.folder(config, DESCRIPTION)
-    names, images = ["a.png", "m.png", "z.png"], Path("images")
-    made = features.create(place, DESCRIPTION, {}, images, names, (4, 3))
-    made.features[:] = np.arange(3)[:, None, None]
-    features.commit(made, {0: 1, 2: 2})
-    return made
-
-
-def test_features_come_in_the_order_of_the_images(config, cache):
-    images = ["z.png", "a.png", "z.png"]
-    found = store.open_features(config, [DESCRIPTION], images)
-    assert found[np.arange(3)][:, 0, 0].tolist() == [2, 0, 2]
-
-
 @pytest.mark.parametrize("names", [["z.png", "m.png"], ["z.png", "new.png"]])
-def test_features_that_are_not_finished_are_refused(config, cache, names):
+def test_features_that_are_not_finished_are_refused(config, names):
+    prepared.save(config, dataset(PLAIN))
+    place, images = store.folder(config, DESCRIPTION), Path("images")
+    known = ["a.png", "m.png", "z.png"]
+    cache = features.create(place, DESCRIPTION, {}, images, known, (4, 3))
+    features.commit(cache, {0: 1, 2: 2})
     message = refusal(store.open_features, config, [DESCRIPTION], names)
     assert "lacks the features of 1 images" in message
     assert "run preprocess.py again" in message
-
-
-def test_features_of_another_encoder_are_not_there(config, cache):
-    other = {**DESCRIPTION, "weights": "imagenet"}
-    message = refusal(store.open_features, config, [other], ["a.png"])
-    assert "run preprocess.py first" in message

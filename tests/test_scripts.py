@@ -567,7 +567,7 @@ def test_what_is_missing_is_told_in_one_line(tmp_path, script, flags, told):
 
 def test_a_split_or_file_that_is_missing_is_told_in_one_line(home, tmp_path):
     line = bad("evaluate.py", *FLAGS, folder=home)
-    assert "no split test" in line and "--split val" in line
+    assert "no split test, only train and val: give --split val" in line
     line = bad(
         "preprocess.py", *FLAGS, "--encoder-weights", "w.h5", folder=home
     )
