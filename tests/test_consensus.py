@@ -62,13 +62,3 @@ def test_the_caption_that_the_others_agree_with_is_not_the_likeliest():
     # Next to a caption that is all but certain, the others do not count.
     found = np.array(consensus.agreement(words[None], 100 * likely, 1.0))
     assert found.argmax() == 0 and found[0, 0] == pytest.approx(1)
-
-
-def test_images_do_not_depend_on_each_other():
-    one, other = [[10, 11], [10, 12]], [[20, 21, 22], [23]]
-    words = np.stack([padded(one), padded(other)])
-    likely = np.array([[-1.0, -2.0], [-3.0, -1.0]], np.float32)
-    together = np.array(consensus.agreement(words, likely, 5.0))
-    for image in ([0], [1]):
-        alone = np.array(consensus.agreement(words[image], likely[image], 5.0))
-        np.testing.assert_allclose(together[image], alone, atol=1e-6)

@@ -18,7 +18,7 @@ from captioning.data.vocabulary import (
     Vocabulary,
 )
 from captioning.decoding import captioner, consensus
-from captioning.decoding.search import IMPOSSIBLE, BeamSearch, Sample, average
+from captioning.decoding.search import IMPOSSIBLE, BeamSearch, Sample
 from model import CaptioningModel
 
 REGIONS, CHANNELS = 4, 3
@@ -422,14 +422,6 @@ def test_images_are_sampled_in_their_order():
 # --- ensembles -------------------------------------------------------------
 
 
-def test_a_model_with_itself_captions_as_it_does_alone():
-    decoder, features = tiny(31, 8), some_features(31, 6)
-    alone = search(decoder, features, 3)
-    twice = search([decoder, decoder], [features, features], 3)
-    for name, each in alone.items():
-        np.testing.assert_allclose(twice[name], each, atol=1e-5)
-
-
 def test_two_models_are_averaged_in_probability_at_every_step():
     """They may differ in their features; each has a state of its own."""
     decoders = [tiny(37, 3), tiny(38, 3)]
@@ -441,10 +433,3 @@ def test_two_models_are_averaged_in_probability_at_every_step():
     for decoder, each in zip(decoders, features, strict=True):
         alone = search(decoder, each, 27)
         assert alone["scores"][0, 0] != pytest.approx(score, abs=1e-3)
-
-
-def test_the_average_is_of_probabilities():
-    one, other = np.log([[0.1, 0.9]]), np.log([[0.5, 0.5]])
-    np.testing.assert_allclose(
-        np.exp(average([one, other])), [[0.3, 0.7]], rtol=1e-6
-    )
