@@ -111,35 +111,6 @@ def test_a_run_looks_at_the_image_that_it_captions(home):
     assert sees["perplexity"] < 0.9 * blind["perplexity"]
 
 
-def test_scores_can_be_had_again_from_the_captions(home):
-    place = home / RUN / "evaluation" / "test"
-    first = json.loads((place / "metrics.json").read_text())
-    flags = ["--captions", place / "captions.json"]
-    good("evaluate.py", *FLAGS, *flags, folder=home)
-    (scored,) = place.parent.glob("test-captions-captions-*")
-    again = json.loads((scored / "metrics.json").read_text())
-    assert json.loads((place / "metrics.json").read_text()) == first
-    assert again["cider"] == first["cider"]
-    assert again["token_accuracy"] is None
-    assert again["unavailable"]["token_accuracy"]
-
-
-def test_runs_of_two_vocabularies_are_not_averaged(home):
-    words = home / "checkpoints" / "stranger"
-    shutil.copytree(home / RUN, words)
-    path = words / "vocabulary.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["words"]
-    known[4:] = known[:3:-1]
-    path.write_text(json.dumps({"words": known}), encoding="utf-8")
-    flags = ["--runs", RUN.name, "stranger"]
-    done = run("evaluate.py", *FLAGS, *flags, folder=home)
-    line = done.stderr.splitlines()[-1]
-    assert done.returncode == 1
-    assert "vocabulary" in line and "stranger" in line
-    flags = ["--runs", RUN.name, "--run-name", RUN.name]
-    assert "--run-name" in bad("evaluate.py", *FLAGS, *flags, folder=home)
-
-
 def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -181,12 +152,8 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
 
 
 def test_what_shapes_a_run_cannot_change(home):
-    flags = [*FLAGS, *TRAINING, "--learning-rate", "0.1"]
-    line = bad("train.py", *flags, folder=home)
-    assert "learning_rate is 0.004" in line
-    assert "--fresh" in line and "--run-name" in line
-    line = bad("evaluate.py", *FLAGS, "--decoder-units", "99", folder=home)
-    assert "decoder_units is 64" in line
+    line = bad("train.py", *FLAGS, *TRAINING, "--seed", "1", folder=home)
+    assert "seed is 0" in line and "--fresh" in line
     # An old run is set aside when nothing is missing for the new one.
     flags = [*FLAGS, *TRAINING, "--fresh", "--magnification", "2"]
     assert "no features" in bad("train.py", *flags, folder=home)

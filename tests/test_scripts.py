@@ -369,13 +369,17 @@ def test_predictions_are_on_disk_before_scoring_starts(home, monkeypatch):
     captions = json.loads((unfinished / "captions.json").read_text())
     assert len(captions) > 1 and all(each["caption"] for each in captions)
     assert os.listdir(unfinished) == ["captions.json"]
-    after = {each: each.stat().st_mtime_ns for each in place.rglob("*")}
-    assert before == after
     saved = ["--captions", unfinished / "captions.json"]
     printed = good("evaluate.py", *flags, *saved, folder=home)
     assert "report.html" not in printed
     (scored,) = place.parent.glob("val-captions-*")
-    assert evaluation(home, RUN, scored.name)["cider"] >= 0
+    first, again = (evaluation(home, RUN, x.name) for x in (place, scored))
+    for name in ("cider", "bleu1", "mean_length", "vocabulary_used"):
+        assert again[name] == first[name] is not None
+    assert again["token_accuracy"] is None
+    assert again["unavailable"]["token_accuracy"]
+    after = {each: each.stat().st_mtime_ns for each in place.rglob("*")}
+    assert before == after
     shutil.rmtree(scored)
 
 
