@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 
 from captioning.features.joined import Features, averages
-from config import ENCODERS, Config, UserError, each_encoder, resolve
+from config import Config, UserError, each_encoder, resolve
 from model import build_encoder, feature_shape
 
 # One of each family, small.
-FAMILIES = ("xception", "resnet50v2", "efficientnetv2b0", "convnexttiny")
+FAMILIES = (
+    "vgg16 resnet50 xception mobilenetv2 "
+    "resnet50v2 efficientnetv2b0 convnexttiny"
+).split()
 PAIR = "vgg16+mobilenetv2"  # 4x4 and 2x2 regions of 64 pixels
 
 
@@ -83,7 +86,9 @@ def test_every_family_of_encoders_works(name):
     images = some_images(2, enlarged.input_size)
     found = np.asarray(build_encoder(enlarged).predict_on_batch(images))
     assert found.shape[1:] == feature_shape(enlarged) == feature_shape(plain)
-    assert np.isfinite(found).all() and 1e-3 < found.astype(float).std() < 1e3
+    # Far from both ends of float16, 6e-8 and 65504.
+    assert 1e-3 < found.astype(float).std() < 50
+    assert np.abs(found).max() < 10_000
     assert np.abs(found[0] - found[1]).max() > 0
 
 
@@ -110,7 +115,3 @@ def test_weights_are_given_for_all_encoders_or_for_each():
 def test_encoders_that_do_not_exist_are_refused(encoder):
     with pytest.raises(UserError, match="encoder"):
         Config(encoder=encoder)
-
-
-def test_all_encoders_are_in_the_table():
-    assert {*FAMILIES, "vgg16", "resnet152", "convnextxlarge"} <= {*ENCODERS}
