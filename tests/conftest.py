@@ -28,6 +28,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda each: each.path.stem not in LONG)
 
 
+@pytest.fixture
+def float32():
+    """Computes in float32, with random numbers that are always the same."""
+    import keras
+
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(1)  # NumPy's too
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """Finds no program, Java among them."""
+    monkeypatch.setenv("PATH", "")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with real photographs and encoder weights."""

@@ -16,14 +16,8 @@ from captioning.training.objective import SmoothedCrossEntropy
 from config import Config
 from model import CaptioningModel
 
+pytestmark = pytest.mark.usefixtures("float32")
 REGIONS, CHANNELS, WORDS = 3, 4, 9
-
-
-@pytest.fixture(autouse=True)
-def float32():
-    keras.config.set_dtype_policy("float32")
-    yield
-    keras.config.set_dtype_policy("float32")
 
 
 @pytest.fixture

@@ -57,11 +57,6 @@ def evaluation(tmp_path, no_java):
     return make
 
 
-@pytest.fixture
-def no_java(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-
-
 def captions(right: float) -> dict[str, str]:
     """Captions of which a share is a reference, and the others are not."""
     return {

@@ -12,11 +12,7 @@ from captioning.features.extraction import BATCH, encode
 from config import Config
 from model import build_encoder, feature_shape
 
-
-@pytest.fixture(autouse=True)
-def float32():
-    keras.config.set_dtype_policy("float32")
-    np.random.seed(1)
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 def random(**fields) -> Config:

@@ -1,13 +1,14 @@
 """Several encoders as one: their features, joined by channel."""
 
-import keras
 import numpy as np
 import pytest
 
 from captioning.features.joined import Features, averages
-from config import Config, UserError, each_encoder, resolve
+from config import Config, each_encoder, resolve
 from model import build_encoder, feature_shape
+from tests.helpers import refusal
 
+pytestmark = pytest.mark.usefixtures("float32")
 # One of each family, small.
 FAMILIES = (
     "vgg16 resnet50 xception mobilenetv2 "
@@ -24,11 +25,6 @@ def random(**fields) -> Config:
 def some_images(number: int, size: int = 64) -> np.ndarray:
     shape = (number, size, size, 3)
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def float32():
-    keras.config.set_dtype_policy("float32")
 
 
 def test_encoders_are_joined_by_channel():
@@ -93,8 +89,8 @@ def test_every_family_of_encoders_works(name):
 
 
 def test_images_that_are_too_small_for_an_encoder_are_refused():
-    with pytest.raises(UserError, match=r"xception.*71x71"):
-        feature_shape(random(encoder="xception"))
+    line = refusal(feature_shape, random(encoder="xception"))
+    assert "xception" in line and "71x71" in line
 
 
 def test_weights_are_given_for_all_encoders_or_for_each():
@@ -107,11 +103,9 @@ def test_weights_are_given_for_all_encoders_or_for_each():
     assert weights("auto") == ["imagenet"] * 2
     assert weights("a.h5,auto") == ["a.h5", "imagenet"]
     assert weights("a,b.h5", encoder="vgg16") == ["a,b.h5"]
-    with pytest.raises(UserError, match="lists 3 for 2 encoders"):
-        weights("a,b,c")
+    assert "lists 3 for 2 encoders" in refusal(weights, "a,b,c")
 
 
 @pytest.mark.parametrize("encoder", ["vgg16+vgg16", "vgg16+", "vgg16+none", ""])
 def test_encoders_that_do_not_exist_are_refused(encoder):
-    with pytest.raises(UserError, match="encoder"):
-        Config(encoder=encoder)
+    assert "encoder" in refusal(Config, encoder=encoder)

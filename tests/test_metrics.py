@@ -49,11 +49,6 @@ needs_scripts = pytest.mark.skipif(
 
 
 @pytest.fixture
-def no_java(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-
-
-@pytest.fixture
 def fake_java(tmp_path, monkeypatch):
     """Puts a Python script in the place of java, with a second to run."""
 

@@ -25,6 +25,7 @@ from model import (
     doubly_stochastic_penalty,
 )
 
+pytestmark = pytest.mark.usefixtures("float32")
 REGIONS, CHANNELS, SIZE = 9, 6, 12
 # Captions of three images, few of them long.
 SOME = [
@@ -32,14 +33,6 @@ SOME = [
     [(9, 5, 8), (4,), (10,), (), (11,), (6,)],
     [(5, 4), (9,), (8,), ()],
 ]
-
-
-@pytest.fixture(autouse=True)
-def float32():
-    keras.config.set_dtype_policy("float32")
-    keras.utils.set_random_seed(1)  # NumPy's too
-    yield
-    keras.config.set_dtype_policy("float32")
 
 
 def tiny(**settings) -> CaptioningModel:

@@ -21,12 +21,8 @@ from captioning.decoding import captioner, consensus
 from captioning.decoding.search import IMPOSSIBLE, BeamSearch, Sample
 from model import CaptioningModel
 
+pytestmark = pytest.mark.usefixtures("float32")
 REGIONS, CHANNELS = 4, 3
-
-
-@pytest.fixture(autouse=True)
-def float32():
-    keras.config.set_dtype_policy("float32")
 
 
 def tiny(seed: int, words: int, scale: float = 3.0) -> CaptioningModel:

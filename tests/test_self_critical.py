@@ -1,6 +1,5 @@
 """The reward, the baseline, and that rewarded captions become likelier."""
 
-import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,6 +22,7 @@ from captioning.training.batches import CaptionBatches
 from config import Config
 from model import build_model
 
+pytestmark = pytest.mark.usefixtures("float32")
 WORDS = Vocabulary((*SPECIAL_WORDS, *"abcdefgh"))
 CONFIG = Config(
     max_caption_length=4,
@@ -33,12 +33,6 @@ CONFIG = Config(
     embedding_units=8,
     scst_learning_rate=0.01,
 )
-
-
-@pytest.fixture(autouse=True)
-def float32():
-    keras.config.set_dtype_policy("float32")
-    keras.utils.set_random_seed(1)
 
 
 captions = st.lists(st.sampled_from("abc"), max_size=6)
