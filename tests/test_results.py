@@ -7,7 +7,8 @@ import pytest
 
 from captioning.data.vocabulary import PAD, UNKNOWN
 from captioning.scoring import results, teacher_forced
-from config import SAMPLE, Config, UserError, group, resolve
+from config import SAMPLE, Config, group, resolve
+from tests.helpers import files_in
 
 TRAINED = Config(dataset="photos", precision="float32")
 
@@ -51,14 +52,6 @@ def test_the_sample_has_defaults_of_its_own():
     assert results.folder_name(other, trained, 0, "") == "test-consensus5"
 
 
-def files(folder) -> dict[str, str]:
-    return {
-        str(each.relative_to(folder)): each.read_text()
-        for each in folder.rglob("*")
-        if each.is_file()
-    }
-
-
 def write_set(place, text: str) -> None:
     for each in ("captions.json", "metrics.json", "attention/1.png"):
         (place / each).parent.mkdir(parents=True, exist_ok=True)
@@ -75,31 +68,16 @@ def place(tmp_path):
 
 def test_a_set_of_files_is_replaced_as_a_whole(tmp_path, place):
     (place / "report.html").write_text("old")
+    write_set(tmp_path / "test-unfinished" / "stale", "of a set that failed")
     with results.replaced(place) as part:
         write_set(part, "new")
-        assert files(place)["metrics.json"] == "old"
-    assert files(place) == {
-        "captions.json": "new",
-        "metrics.json": "new",
-        "attention/1.png": "new",
-        "notes.txt": "the user's own",
+        assert files_in(place)["metrics.json"] == b"old"
+    assert files_in(place) == {
+        "captions.json": b"new",
+        "metrics.json": b"new",
+        "attention/1.png": b"new",
+        "notes.txt": b"the user's own",
     }
-    assert [each.name for each in tmp_path.iterdir()] == ["test"]
-
-
-def test_a_set_that_was_not_finished_leaves_the_old_one(tmp_path, place):
-    before = files(place)
-    with (
-        pytest.raises(UserError, match=r"scorer failed.*test-unfinished"),
-        results.replaced(place) as part,
-    ):
-        part.mkdir()
-        (part / "captions.json").write_text("new")
-        raise UserError("the scorer failed")
-    assert files(place) == before
-    assert files(tmp_path / "test-unfinished") == {"captions.json": "new"}
-    with results.replaced(place) as part:
-        write_set(part, "newer")
     assert [each.name for each in tmp_path.iterdir()] == ["test"]
 
 
@@ -121,12 +99,11 @@ def test_an_end_between_two_renames_loses_nothing(place, monkeypatch, renamed):
             end()
         patch.setattr(results, "_discard", end)
     if renamed == "both":
-        assert files(place)["metrics.json"] == "new"
+        assert files_in(place)["metrics.json"] == b"new"
     with pytest.raises(KeyboardInterrupt), results.replaced(place):
-        assert files(place)["notes.txt"] == "the user's own"
-        assert files(place)["metrics.json"] == (
-            "old" if renamed == "old" else "new"
-        )
+        found = files_in(place)
+        assert found["notes.txt"] == b"the user's own"
+        assert found["metrics.json"] == {"old": b"old", "both": b"new"}[renamed]
         end()
 
 
