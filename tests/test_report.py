@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -190,18 +191,16 @@ def test_an_attention_figure_takes_any_word_and_is_small(
     assert not recwarn.list
 
 
-def test_attention_figures_have_names_of_their_own():
+def test_attention_figures_have_plain_names_of_their_own():
     photos = ["1.jpg", "1.png", "a/1.jpg", "a_1.jpg", "b/1.jpg", "A/1.jpg"]
-    names = [figures.figure_name(each) for each in photos]
-    assert len({each.lower() for each in names}) == len(photos)
-    assert all(re.fullmatch(r"(a_)?1-[0-9a-f]{8}\.png", x) for x in names)
-
-
-@pytest.mark.parametrize("photo", ["../x.jpg", "/x.jpg", "..", ".x", "\udcff"])
-def test_a_figure_has_a_plain_and_visible_name(photo):
-    name = figures.figure_name(photo)
-    assert Path(name).name == name and not name.startswith(".")
-    assert len(figures.figure_name("犬" * 80).encode()) < 240
+    odd = ["../x.jpg", "/x.jpg", "..", ".x", "\udcff", "犬" * 80]
+    names = [figures.figure_name(each) for each in photos + odd]
+    assert len({each.lower() for each in names}) == len(names)
+    for name in names:
+        assert Path(name).name == name and not name.startswith(".")
+        assert len(os.fsencode(name)) < 240
+    plain = names[: len(photos)]
+    assert all(re.fullmatch(r"(a_)?1-[0-9a-f]{8}\.png", x) for x in plain)
 
 
 def test_light_is_where_the_attention_is(recwarn):
@@ -385,11 +384,11 @@ def test_attention_is_kept_as_what_is_above_an_even_share(tmp_path):
 
 
 def test_a_thousand_images_stay_below_30_megabytes(tmp_path):
-    captions = ["a group of people stand on a balcony near a building"] * 200
+    captions = ["a group of people stand on a balcony near a building"] * 40
     reference = "People are standing on the balcony of a colourful building ."
     examples = examples_in(tmp_path, captions, [reference] * 5)
     path = write(tmp_path, examples, side=14)
-    assert 5_000_000 < 5 * path.stat().st_size < 30_000_000
+    assert 5_000_000 < 25 * path.stat().st_size < 30_000_000
 
 
 # --- the page in a browser ---------------------------------------------------
@@ -451,15 +450,19 @@ def test_images_sort_by_cider_and_shuffle(page):
     captions = [each.text for each in find(page, "#gallery .caption")]
     lengths = [len(each.split()) for each in captions]
     assert lengths == sorted(lengths, reverse=True)
-    rarest.click()
-    # Every other caption has words in common with many.
-    (trap,) = find(page, "#gallery li:first-child .caption")
-    assert trap.text == TRAP
     random.click()
     first = ciders(page)
     assert first not in (sorted(first), sorted(first, reverse=True))
     random.click()
     assert ciders(page) != first
+    rarest.click()
+    # Every other caption has words in common with many. Its markup is text.
+    (trap,) = find(page, "#gallery li:first-child .caption")
+    assert trap.text == TRAP
+    assert not find(page, "#gallery .caption b")
+    trap.click()
+    words = [each.text for each in find(page, "#words button")]
+    assert words == ["photograph", *TRAP.split()]
 
 
 def test_search_finds_words_and_tells_how_many(page):
@@ -487,16 +490,6 @@ def test_more_images_come_as_the_reader_scrolls(page):
     page.execute_script("scrollTo(0, document.body.scrollHeight)")
     wait(page, "document.querySelectorAll('#gallery > li').length === 60")
     assert not find(page, "#more")[0].is_displayed()
-
-
-def test_markup_in_a_caption_is_shown_as_text(page):
-    find(page, "#search")[0].send_keys("script")
-    (caption,) = find(page, "#gallery .caption")
-    assert caption.text == TRAP
-    assert not find(page, "#gallery .caption b")
-    caption.click()
-    words = [each.text for each in find(page, "#words button")]
-    assert words == ["photograph", *TRAP.split()]
 
 
 def test_a_click_lights_the_photograph_where_the_first_word_looked(page):
