@@ -1,6 +1,5 @@
 """Datasets as people download them: tables, tars and zips."""
 
-import io
 import os
 import shutil
 import sys
@@ -17,7 +16,8 @@ import webdataset
 
 from captioning.data import prepared, unpack
 from captioning.data.datasets import Dataset
-from config import Config, UserError
+from config import Config
+from tests.helpers import refusal
 from tests.processes import good
 
 NAMES = [f"{number}.jpg" for number in range(12)]
@@ -268,31 +268,36 @@ def test_archives_that_are_not_needed_are_named(tmp_path):
 # --- again, and after a stop ----------------------------------------------
 
 
-def test_it_can_be_killed_at_any_moment(tmp_path, monkeypatch):
-    write_tars(tmp_path / "data" / "photos")
-    write_images_zip(tmp_path / "data" / "zipped")
-    replace = os.replace
+@pytest.mark.parametrize(
+    ("write", "changed"),
+    [(write_tars, False), (write_images_zip, False), (write_images_zip, True)],
+)
+def test_it_can_be_killed_at_any_moment(tmp_path, monkeypatch, write, changed):
+    """Also after the source has changed, to files of the same size."""
+    folder = tmp_path / "data" / "photos"
+    write(folder)
+    if changed:
+        others = {name: data[::-1] for name, data in images("Images").items()}
+        write_zip(folder, others)
+        find(tmp_path)
+        write(folder)
+    replace, stops = os.replace, 0
+    while True:
+        left = iter(range(stops % 5 + 3))
 
-    def kill(left: list[int]) -> None:
-        def dying(source, target):
-            left[0] -= 1
-            if left[0] < 0:
+        def replace_or_die(source, target, left=left):
+            if next(left, None) is None:
                 raise KeyboardInterrupt
             replace(source, target)
 
-        monkeypatch.setattr(os, "replace", dying)
-
-    for name in ("photos", "zipped"):
-        stops = 0
-        while True:
-            kill([stops % 5 + 3])
-            try:
-                dataset = find(tmp_path, name)
-                break
-            except KeyboardInterrupt:
-                stops += 1
-        assert stops > 4 and captions_of(dataset) == CAPTIONS
-        assert not [*dataset.images_dir.rglob("*.part*")]
+        monkeypatch.setattr(os, "replace", replace_or_die)
+        try:
+            dataset = find(tmp_path)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 4 and captions_of(dataset) == CAPTIONS
+    assert not [*dataset.images_dir.rglob("*.part*")]
 
 
 def test_a_source_that_changed_is_unpacked_again(tmp_path):
@@ -310,42 +315,18 @@ def test_a_source_that_changed_is_unpacked_again(tmp_path):
     assert not (dataset.images_dir / "1.jpg").exists()
 
 
-def test_a_source_that_changed_is_new_however_often_it_is_stopped(
-    tmp_path, monkeypatch
-):
-    folder = tmp_path / "data" / "photos"
-    old = {f"a/{n}.jpg": photo(n) for n in range(4)}
-    text = "image,caption\n" + "".join(f"{n}.jpg,a dog\n" for n in range(4))
-    write_zip(folder, {**old, "captions.csv": text.encode()})
-    find(tmp_path)
-    new = {name: data[::-1] for name, data in old.items()}  # of the same sizes
-    write_zip(folder, {**new, "captions.csv": text.encode()})
-    replace, left = os.replace, [3]
-
-    def dying(source, target):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying)
-        with pytest.raises(KeyboardInterrupt):
-            find(tmp_path)
-    place = find(tmp_path).images_dir
-    for name, data in new.items():
-        assert (place / Path(name).name).read_bytes() == data
-
-
-def test_a_text_in_capitals_beside_captions_stops_nothing(tmp_path):
-    files = {"0.jpg": photo(0), "0.txt": "a dog", "README.TXT": "read me"}
-    write_zip(tmp_path / "data" / "photos", files)
-    assert [*find(tmp_path).table["caption"]] == ["a dog"]
-
-
-def test_a_folder_of_windows_is_no_file(tmp_path):
-    files = {"Images\\": b"", "Images\\0.jpg": photo(0)}
-    files["captions.csv"] = b"image,caption\n0.jpg,a dog\n"
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"0.txt": "a dog", "README.TXT": "read me", "0.jpg": photo(0)},
+        {
+            "Images\\": b"",  # a folder of Windows
+            "Images\\0.jpg": photo(0),
+            "captions.csv": "image,caption\n0.jpg,a dog\n",
+        },
+    ],
+)
+def test_odd_files_in_an_archive_stop_nothing(tmp_path, files):
     write_zip(tmp_path / "data" / "photos", files)
     assert [*find(tmp_path).table["caption"]] == ["a dog"]
 
@@ -378,20 +359,11 @@ def damage_header(path: Path) -> None:
     path.write_bytes(data)
 
 
-def write_bomb(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for number in range(9):
-            member = tarfile.TarInfo(f"{number}.jpg")
-            member.size = 150_000
-            tar.addfile(member, io.BytesIO(bytes(150_000)))
-
-
-def write_member(folder: Path, name: str, kind: bytes, link: str = "") -> None:
+def write_tar_link(folder: Path) -> None:
     folder.mkdir(parents=True)
     with tarfile.open(folder / "bad.tar", "w") as tar:
-        member = tarfile.TarInfo(name)
-        member.type, member.linkname = kind, link
+        member = tarfile.TarInfo("a.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(member)
 
 
@@ -442,27 +414,8 @@ BAD = {
         lambda f: write_zip(f, {"../a.jpg": b"x"}),
         "holds '../a.jpg' ('..' in the image name), which may lead out of",
     ),
-    "backslashes": (
-        lambda f: write_zip(f, {"a\\..\\..\\a.jpg": b"x"}),
-        "('..' in the image name)",
-    ),
-    "absolute": (
-        lambda f: write_member(f, "/tmp/a.jpg", tarfile.REGTYPE),
-        "(absolute path instead",
-    ),
-    "drive": (
-        lambda f: write_zip(f, {"C:/a.jpg": b"x"}),
-        "(absolute path instead",
-    ),
     "link": (write_link, "bad.zip holds 'a.jpg' (a link or device)"),
-    "link.tar": (
-        lambda f: write_member(f, "a.jpg", tarfile.SYMTYPE, "/etc/passwd"),
-        "bad.tar holds 'a.jpg' (a link or device)",
-    ),
-    "device": (
-        lambda f: write_member(f, "a.jpg", tarfile.CHRTYPE),
-        "bad.tar holds 'a.jpg' (a link or device)",
-    ),
+    "link.tar": (write_tar_link, "bad.tar holds 'a.jpg' (a link or device)"),
     "large member": (
         lambda f: write_zip(f, {"a.jpg": os.urandom(200_001)}),
         "archive.zip holds 'a.jpg' (0.0 GB), too large for a photograph",
@@ -470,10 +423,6 @@ BAD = {
     "bomb": (
         lambda f: write_zip(f, {f"{i}.jpg": bytes(150_000) for i in range(9)}),
         "archive.zip would grow more than 200-fold",
-    ),
-    "bomb.tar.gz": (
-        lambda f: write_bomb(f / "a.tar.gz"),
-        "a.tar.gz would grow more than 200-fold",
     ),
     "another schema": (
         lambda f: (
@@ -511,10 +460,8 @@ def test_what_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch, case):
     make(tmp_path / "data" / "photos")
     monkeypatch.setattr(unpack, "MAX_BYTES", 200_000)
     before = {*tmp_path.rglob("*")}
-    with pytest.raises(UserError) as error:
-        find(tmp_path)
-    assert told in str(error.value) and "\n" not in str(error.value)
-    assert len(str(error.value)) < 900
+    line = refusal(find, tmp_path)
+    assert told in line and len(line) < 900
     place = tmp_path / "data" / "cache"
     new = {*tmp_path.rglob("*")} - before
     assert all(path == place or place in path.parents for path in new)
@@ -534,11 +481,10 @@ def test_names_that_differ_in_case_are_two_files_or_an_error(
     write_zip(folder, {**files, "captions.txt": text})
     with monkeypatch.context() as patch:
         patch.setattr(unpack, "_ignores_case", lambda place: True)
-        with pytest.raises(UserError) as error:
-            find(tmp_path)
+        line = refusal(find, tmp_path)
     place = folder / "archive.zip"
     told = f"{place} holds A.jpg, and {place} holds a.jpg, which are the same"
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert told in line
     assert not [*(tmp_path / "data" / "cache").rglob("captions.txt")]
     if (tmp_path / "DATA").exists():
         pytest.skip("this disk ignores case")
@@ -552,16 +498,14 @@ def test_a_full_disk_is_told_before(tmp_path, monkeypatch):
     write_splits(tmp_path / "data" / "photos", "image", "caption")
     full = SimpleNamespace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    with pytest.raises(UserError, match="GB left: free some space"):
-        find(tmp_path)
+    assert "GB left: free some space" in refusal(find, tmp_path)
     assert not [*tmp_path.rglob("*.jpg")]
 
 
 def test_pyarrow_is_asked_for(tmp_path, monkeypatch):
     write_splits(tmp_path / "data" / "photos", "image", "caption")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="pip install -r requirements-parquet"):
-        find(tmp_path)
+    assert "pip install -r requirements-parquet" in refusal(find, tmp_path)
 
 
 def test_two_folders_are_not_unpacked_into_one(tmp_path):
@@ -569,9 +513,9 @@ def test_two_folders_are_not_unpacked_into_one(tmp_path):
         write_tars(tmp_path / "data" / name)
     find(tmp_path)
     place = tmp_path / "data" / "cache" / "photos" / "unpacked"
-    others = tmp_path / "data" / "others"
-    with pytest.raises(UserError, match="another name with --dataset NAME"):
-        unpack.find_dataset(others, place, "auto", (0.2, 0.2))
+    others = (tmp_path / "data" / "others", place, "auto", (0.2, 0.2))
+    told = refusal(unpack.find_dataset, *others)
+    assert "another name with --dataset NAME" in told
     # A project that is copied has a dataset and a cache of its own.
     shutil.copytree(tmp_path / "data", tmp_path / "copy" / "data")
     assert captions_of(find(tmp_path / "copy")) == CAPTIONS
