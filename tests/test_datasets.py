@@ -22,6 +22,7 @@ from captioning.data.datasets import (
     find_dataset,
 )
 from config import LAYOUTS, SPLITS, UserError
+from tests.helpers import refusal
 
 
 def write(folder: Path, files: dict, *images: str) -> Path:
@@ -453,12 +454,6 @@ DAMAGED = {
         ],
         [],
     ),
-    "long and foreign": (
-        f"a.jpg,{'word ' * 500}\nb.jpg,犬が走る\n",
-        {"a.jpg": [("word " * 500).strip()], "b.jpg": ["犬が走る"]},
-        [],
-        [],
-    ),
     "captions without words": (
         "a.jpg,\na.jpg,NaN\na.jpg, ... !\na.jpg\nb.jpg,a dog\n",
         {"b.jpg": ["a dog"]},
@@ -467,15 +462,6 @@ DAMAGED = {
             ("a.jpg", "row without a caption"),
             ("a.jpg", "caption is empty"),
             ("a.jpg", "caption without a word"),
-        ],
-    ),
-    "missing images": (
-        "none.jpg,one\nnone.jpg,two\na.jpg,dog\nA.jpg,cat\n",
-        {"a.jpg": ["dog"]},
-        [],
-        [
-            ("none.jpg", "missing"),
-            ("A.jpg", "missing, but there is a.jpg; names are case-sensitive"),
         ],
     ),
     "commas without quotes": (
@@ -534,29 +520,21 @@ def test_windows_1252_and_nul_bytes_are_repaired_once_a_file(tmp_path):
     assert "read as Windows-1252, first in line 3 (b.jpg,café €)" in line
 
 
-@pytest.mark.parametrize(
-    "encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32", "utf-8-sig"]
-)
-def test_an_encoding_with_a_byte_order_mark_is_read_by_it(tmp_path, encoding):
-    mark = "\ufeff" if encoding[-2:] in ("be", "le") else ""
+WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", *WIDE])
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+def test_an_encoding_is_known_by_its_mark_or_its_zeros(
+    tmp_path, mark, encoding
+):
     write(tmp_path, {"train.txt": f"{mark}a.jpg\r\n".encode(encoding)})
     text = mark + "image\tcaption\r\na.jpg\tHügel 犬\r\n"
     dataset = plain(tmp_path, text.encode(encoding))
     assert captions_of(dataset) == {"a.jpg": ["Hügel 犬"]}
     assert dataset.summary.endswith("train 1, no val, no test")
     told = [encoding[:6].upper() in each for each in dataset.messages]
-    assert told == [True] * (2 * (encoding != "utf-8-sig"))
-
-
-@pytest.mark.parametrize("order", ["le", "be"])
-@pytest.mark.parametrize("family", ["utf-16", "utf-32"])
-def test_an_encoding_without_its_mark_is_known_by_its_zeros(
-    tmp_path, family, order
-):
-    text = "image,caption\r\na.jpg,Hügel 犬\r\n"
-    dataset = plain(tmp_path, text.encode(f"{family}-{order}"))
-    assert captions_of(dataset) == {"a.jpg": ["Hügel 犬"]}
-    assert family.upper() in dataset.messages[0]
+    assert told == [True] * (2 * (encoding in WIDE))
     assert not dataset.repaired
 
 
@@ -695,8 +673,9 @@ def test_a_list_that_cannot_be_read_is_not_taken_for_a_caption(tmp_path, cell):
 
 
 def test_where_no_list_can_be_read_the_first_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"a\.jpg: list of captions that cann"):
-        plain(tmp_path, "image,caption\na.jpg,['a dog' ... 'a cat']\n")
+    text = "image,caption\na.jpg,['a dog' ... 'a cat']\n"
+    told = "a.jpg: list of captions that cannot be read"
+    assert told in refusal(plain, tmp_path, text)
 
 
 # --- splits ---------------------------------------------------------------
@@ -713,16 +692,6 @@ def test_without_lists_the_split_depends_on_the_name_alone(tmp_path):
     # Written down, so that no change of the hash moves anyone's images.
     known = {"0.jpg": "train", "19.jpg": "val", "26.jpg": "test"}
     assert known.items() <= part.items()
-
-
-def test_an_image_in_no_list_is_skipped(tmp_path):
-    files = FOLDERS["kaggle8k"][0] | {
-        "Flickr8k_text/Flickr_8k.testImages.txt": ""
-    }
-    dataset = find(write(tmp_path, files, *IMAGES))
-    assert dataset.skipped == [("d.jpg", "in no split list")]
-    assert "split by Flickr8k_text/Flickr_8k.*Images.txt" in dataset.summary
-    assert dataset.summary.endswith("train 2, val 1, no test")
 
 
 def test_an_image_in_two_lists_stays_held_out(tmp_path):
@@ -851,10 +820,8 @@ def test_lists_in_json_are_said_not_to_be_read(tmp_path):
 def test_lists_of_another_dataset_stop_in_one_line(tmp_path, hits):
     others = [f"other{number}.jpg" for number in range(20)]
     lists = {"splits/train.txt": LISTED[:hits] + others, "splits/val.txt": []}
-    with pytest.raises(UserError) as error:
-        listed(tmp_path, lists)
-    message = str(error.value)
-    assert "\n" not in message and str(Path("splits", "train.txt")) in message
+    message = refusal(listed, tmp_path, lists)
+    assert str(Path("splits", "train.txt")) in message
     assert f"name {hits} of the 20 images" in message
     assert "other0.jpg" in message and "7000.jpg" in message
 
@@ -941,14 +908,14 @@ def test_equal_pixels_in_two_splits_are_found():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jpg", "", "no captions found in .*: expected one of dataset_"),
+        ("a.jpg", "", ": expected one of dataset_"),
         ("captions.csv", "a,b\n", "must name the columns"),
         ("captions.csv", "", "must name the columns"),
         ("captions.txt", "image,caption\n", "no captions in it"),
         (
             "captions.csv",
             'image,caption\n"x\ny.jpg",dog\n',
-            r"none of its images can be used; the first is x y.jpg \(missing\)",
+            "none of its images can be used; the first is x y.jpg (missing)",
         ),
         ("dataset.json", "{", "not valid JSON"),
         ("dataset.json", "[" * 100_000, "not valid JSON"),
@@ -957,16 +924,14 @@ def test_equal_pixels_in_two_splits_are_found():
     ],
 )
 def test_what_is_no_dataset_is_one_line(tmp_path, name, text, message):
-    with pytest.raises(UserError, match=message) as error:
-        find(write(tmp_path, {name: text}))
-    line = str(error.value)
-    assert "\n" not in line
+    line = refusal(find, write(tmp_path, {name: text}))
+    assert message in line
     assert "data/README.md" in line or "download it again" in line
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no folder .*nowhere"):
-        find(tmp_path / "nowhere")
+    place = tmp_path / "nowhere"
+    assert f"no folder {place}" in refusal(find, place)
 
 
 # --- any bytes ------------------------------------------------------------
