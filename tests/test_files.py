@@ -13,7 +13,7 @@ import pytest
 
 from captioning import files
 from captioning.files import atomic_path, lock, write_csv, write_text
-from config import UserError
+from tests.helpers import refusal
 
 HOLDER = """
 import sys, time
@@ -47,10 +47,7 @@ def held(path: Path, before: str = ""):
 
 
 def refused(path: Path) -> str:
-    with pytest.raises(UserError) as error, lock(path):
-        pass
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal(lock(path).__enter__)
 
 
 # --- atomic writes --------------------------------------------------------

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from captioning.data import prepared
+from captioning.data.checks import warn_of_few
 from captioning.data.images import read_image
 from captioning.features import cache as features
 from captioning.features import store
@@ -309,8 +310,6 @@ def test_captions_of_another_layout_are_of_the_same_dataset(home):
 
 
 def test_too_few_held_out_images_are_told(capsys):
-    from captioning.data.checks import warn_of_few
-
     splits = {"train": 5, "val": 99, "test": 100}
     rows = [(f"{s}{n}", s) for s, many in splits.items() for n in range(many)]
     warn_of_few(pd.DataFrame(rows * 2, columns=["image", "split"]))

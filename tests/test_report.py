@@ -333,10 +333,8 @@ def test_characters_are_called_characters(tmp_path):
     assert "BLEU-4" not in page.texts and '["character BLEU-4 "' in page.text
     assert '"character ROUGE-L "' in page.text
     assert not [x for x in page.texts if "words" in x and "{" not in x]
-    data = json.loads(page.text.split('id="data">')[1].split("</script>")[0])
-    assert data[0]["caption"] == captions[0] and data[0]["words"] == [
-        *"一只狗在跑"
-    ]
+    (first, *_), text = page.data, captions[0]
+    assert first["caption"] == text and first["words"] == [*text]
     found = errors.find(examples, "characters")
     words = {w.word: w for kind in found.words.values() for w in kind}
     assert words["猫"] == errors.Word("猫", 1, 1.0, 3, 1 / 3)
