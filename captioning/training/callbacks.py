@@ -275,6 +275,12 @@ class SavePoints(keras.callbacks.Callback):
         """Whether self-critical training has begun."""
         return self.cross_entropy_epochs is not None
 
+    @property
+    def crossed(self) -> bool:
+        """Whether the epochs of cross-entropy are done."""
+        done = self.self_critical or self.epoch >= self.judge.epochs
+        return done or self.judge.stopped
+
     def self_critical_epochs(self) -> int:
         """How many epochs of it are done."""
         if self.cross_entropy_epochs is None:
