@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import numpy as np
-
 from captioning import backend, job, runs
 from captioning.backend import Devices
 from captioning.data import prepared
@@ -121,11 +119,8 @@ def open_features(
     """
     described = describe_features(config)
     images = captions.train.images
-    everything = [*images, *captions.val.images]
-    opened = store.open_features(config, described, everything)
-    places = np.arange(len(everything))
-    features = opened.select(places[: len(images)])
-    val_features = opened.select(places[len(images) :])
+    features = store.open_features(config, described, images)
+    val_features = store.open_features(config, described, captions.val.images)
     shape = features.shape[1:]
     if start:
         warm_start.check(config, start, described, shape)
