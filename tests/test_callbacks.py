@@ -134,26 +134,30 @@ def test_what_patience_goes_by_comes_back(tmp_path):
     )
     saved.best, saved.best_loss = 0.3, 4.5
     saved.best_epoch, saved.since_best = 2, 3
-    points = callbacks.SavePoints(tmp_path, None, saved, 7)
+    points = callbacks.SavePoints(tmp_path, None, saved)
+    points.scheduled_epochs = 7
     points.set_model(model)
     points.start(5)
     points.save()
-    again = callbacks.SavePoints(tmp_path, None, restored, 7)
-    again.restore(model)
-    assert again.epoch == 5
-    assert runs.load_progress(tmp_path)["scheduled_epochs"] == 7
+    again = callbacks.SavePoints(tmp_path, None, restored)
+    again.restore()
+    assert again.epoch == 5 and again.scheduled_epochs == 7
     assert vars(restored).keys() == vars(saved).keys()
     for name in callbacks.BEST:
         assert getattr(restored, name) == getattr(saved, name) != 0
+    points.epoch = 0
+    points.save()
+    again.restore()
+    assert again.scheduled_epochs == 9  # no step has followed the other
 
 
 def test_a_state_of_another_version_is_refused_in_one_line(tmp_path):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     runs.save_state(tmp_path, model.variables, {"epoch": 1})
     judge = callbacks.Judge(lambda: 0.0, tmp_path, 1, 4, 9)
-    points = callbacks.SavePoints(tmp_path, None, judge, 7)
+    points = callbacks.SavePoints(tmp_path, None, judge)
     with pytest.raises(UserError, match=r"state\.npz cannot be read.*--fresh"):
-        points.restore(model)
+        points.restore()
 
 
 def test_the_rate_warms_up_decays_and_then_stays_low():

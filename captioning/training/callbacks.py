@@ -39,6 +39,7 @@ KEPT = (
     "history",
     "cross_entropy_epochs",
     "rewards",
+    "scheduled_epochs",
 )
 
 
@@ -247,7 +248,6 @@ class SavePoints(keras.callbacks.Callback):
         place: the run folder.
         batches: the training batches.
         judge: holds the best score.
-        scheduled_epochs: the epochs over which the learning rate decays.
         writes: whether this process saves.
     """
 
@@ -256,13 +256,13 @@ class SavePoints(keras.callbacks.Callback):
         place: Path,
         batches: CaptionBatches,
         judge: Judge,
-        scheduled_epochs: int,
         writes: bool = True,
     ) -> None:
         super().__init__()
         self.writes = writes
         self.place, self.batches, self.judge = place, batches, judge
-        self.scheduled_epochs = scheduled_epochs
+        # The epochs over which the learning rate decays.
+        self.scheduled_epochs = judge.epochs
         self.epoch, self.batch, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, float]] = []
         self.interrupted = False
@@ -306,9 +306,8 @@ class SavePoints(keras.callbacks.Callback):
         running = model.metrics_variables if inside else []
         return [*model.variables, *model.optimizer.variables, *running]
 
-    def restore(self, model: keras.Model) -> bool:
-        """Resumes the run, if it has begun; returns whether it has."""
-        self.set_model(model)
+    def restore(self) -> bool:
+        """Reads where a run stands; returns whether it has begun."""
         progress = runs.load_progress(self.place)
         if progress is None:
             return False
@@ -317,6 +316,8 @@ class SavePoints(keras.callbacks.Callback):
                 setattr(self.judge, name, progress[name])
             for name in KEPT:
                 setattr(self, name, progress[name])
+        if not (self.epoch or self.batch):  # no step has followed the old one
+            self.scheduled_epochs = self.judge.epochs
         return True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -384,7 +385,6 @@ class SavePoints(keras.callbacks.Callback):
             **{name: getattr(self.judge, name) for name in BEST},
             **{name: getattr(self, name) for name in KEPT},
             "seconds": self.seconds + time.monotonic() - self.begun,
-            "scheduled_epochs": self.scheduled_epochs,
         }
         with one_device():  # the others do not take part
             runs.save_state(self.place, self.variables(), progress)

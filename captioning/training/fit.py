@@ -157,18 +157,6 @@ def prepare(
     Returns:
         Where training stands, and the schedule of the learning rate.
     """
-    progress = runs.load_progress(place)
-    if not progress:
-        if start:
-            warm_start.start_from(decoder, measure.words, start)
-        else:
-            loop.standardise(decoder, features)
-    scheduled = config.epochs
-    if progress and (progress["epoch"] or progress["batch"]):
-        scheduled = progress["scheduled_epochs"]
-    steps = len(batches)
-    rate = Schedule(config.learning_rate, steps, scheduled, config.warmup_share)
-    loop.compile_decoder(decoder, config, rate, steps)
     judge = callbacks.Judge(
         measure,
         place,
@@ -178,10 +166,16 @@ def prepare(
         by_loss=len(measure.split.images) < CIDER_IMAGES,
         writes=measure.devices.writes,
     )
-    points = SavePoints(
-        place, batches, judge, scheduled, measure.devices.writes
-    )
-    loop.resume(decoder, points)
+    points = SavePoints(place, batches, judge, measure.devices.writes)
+    begun = points.restore()
+    if start and not begun:
+        warm_start.start_from(decoder, measure.words, start)
+    elif not begun:
+        loop.standardise(decoder, features)
+    steps, epochs = len(batches), points.scheduled_epochs
+    rate = Schedule(config.learning_rate, steps, epochs, config.warmup_share)
+    loop.compile_decoder(decoder, config, rate, steps)
+    loop.resume(decoder, points, begun)
     return points, rate
 
 

@@ -75,14 +75,19 @@ def compile_decoder(
     )
 
 
-def resume(decoder: Any, points: SavePoints) -> None:
-    """Restores a run from its last saved point, or saves the first one.
+def resume(decoder: Any, points: SavePoints, begun: bool) -> None:
+    """Restores the variables of the last saved point, or saves the first one.
 
     So a run that has weights also has a state, whenever it is killed.
+
+    Args:
+        decoder: compiled.
+        points: where training stands.
+        begun: whether there is a saved point, from `SavePoints.restore`.
     """
     decoder.optimizer.build(decoder.trainable_variables)
-    begun = points.restore(decoder)
     job.wait("restore")  # before the first process writes what others look for
+    points.set_model(decoder)
     points.judge.set_model(decoder)
     if not begun:
         points.start(0)
