@@ -205,8 +205,8 @@ def caption_split(
         teacher-forced ones and the speed; and the former's counts per image.
     """
     import numpy as np
-    import pandas as pd
 
+    from captioning.data.vocabulary import encode
     from captioning.decoding import captioner
     from captioning.scoring import teacher_forced
 
@@ -227,10 +227,14 @@ def caption_split(
         searcher, features, everything, words, progress=True
     )
     speed = images / (time.monotonic() - begun)
-    counts = count_tokens(config, decoders, features, split, words)
+    longest = config.max_caption_length
+    captions = [encode(tokens, words, longest) for tokens in split.tokens]
+    scored = captioner.teacher_force(
+        decoders, features, captions, config.batch_images
+    )
+    counts = teacher_forced.count(scored, split.images)
     figures = teacher_forced.figures(counts)
-    table = pd.DataFrame(counts._asdict(), index=split.images)
-    return found, {**figures, "images_per_second": speed}, table
+    return found, {**figures, "images_per_second": speed}, counts
 
 
 def open_run(
@@ -246,38 +250,6 @@ def open_run(
     features = store.open_features(config, descriptions, images)
     decoder, words = captioner.load_decoder(config, run)
     return decoder, words, features
-
-
-def count_tokens(
-    config: Config,
-    decoders: Any,
-    features: Any,
-    split: Any,
-    words: Any,
-) -> Any:
-    """The words that one decoder, or several averaged, get right.
-
-    Args:
-        config: its batch size and the longest caption.
-        decoders: the models.
-        features: of the images, for each decoder.
-        split: from `prepared.load_split`.
-        words: the vocabulary.
-    """
-    from captioning.data.vocabulary import encode
-    from captioning.decoding import captioner
-    from captioning.scoring import teacher_forced
-    from captioning.training.batches import CaptionBatches
-
-    captions = [
-        encode(tokens, words, config.max_caption_length)
-        for tokens in split.tokens
-    ]
-    batches = [
-        CaptionBatches(each, captions, config.batch_images) for each in features
-    ]
-    scored = captioner.teacher_force(decoders, batches)
-    return teacher_forced.count(scored, len(split.images))
 
 
 def show(examples: Any) -> None:

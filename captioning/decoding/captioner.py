@@ -195,21 +195,29 @@ def sample_images(
 
 
 def teacher_force(
-    decoders: Sequence[CaptioningModel], batches: Sequence[CaptionBatches]
+    decoders: Sequence[CaptioningModel],
+    features: Sequence[Features | np.ndarray],
+    captions: Sequence[np.ndarray],
+    batch_images: int,
 ) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]]:
     """Scores the words of captions, each given the true words before it.
 
     Args:
-        decoders: of one vocabulary; their features may differ.
-        batches: for each decoder, the same captions in the same order.
+        decoders: of one vocabulary.
+        features: for each decoder those of the same images, float16 (images,
+            regions, channels).
+        captions: of each image, int32 (its captions, steps + 1), from
+            `vocabulary.encode`.
+        batch_images: images per batch.
 
     Yields:
-        Inputs, targets and weights of each batch, and the logits of its one
+        Inputs, targets and weights of each batch, and the logits of the one
         decoder or the logarithm of the mean probability of several, float32
         (tokens, vocabulary).
     """
     for decoder in decoders:
         decoder.compile(jit_compile=use_xla())
+    batches = [CaptionBatches(x, captions, batch_images) for x in features]
     for place in range(len(batches[0])):
         found = []
         for decoder, each in zip(decoders, batches, strict=True):

@@ -294,7 +294,7 @@ def write_examples(
         captions: image -> its caption.
         references: image -> its references.
         scores: of the captions.
-        counts: `teacher_forced.Counts` by image, if the model was measured.
+        counts: from `teacher_forced.count`, if the model was measured.
     """
     examples = scores.per_image
     if counts is not None:

@@ -1,27 +1,18 @@
 """Token accuracy and perplexity: next words, given the true words so far."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from captioning.data.vocabulary import UNKNOWN
 from captioning.scoring.metrics import interval, ratio
 
 
-class Counts(NamedTuple):
-    """Sums over the reference tokens of each image, float64 (images,).
-
-    They are columns of captions.csv, from which runs are compared.
-    """
-
-    tokens: np.ndarray  # padding not counted, `<end>` counted
-    right: np.ndarray  # tokens that the model ranks first
-    right_top5: np.ndarray  # tokens among its first five
-    loss: np.ndarray  # negative log-likelihoods, in nats
-
-
-def count(scored: Iterable[tuple[Any, Any, Any, Any]], images: int) -> Counts:
+def count(
+    scored: Iterable[tuple[Any, Any, Any, Any]], images: Sequence[str]
+) -> pd.DataFrame:
     """Counts what a model gets right.
 
     A token outside the vocabulary counts, and is never right.
@@ -30,7 +21,11 @@ def count(scored: Iterable[tuple[Any, Any, Any, Any]], images: int) -> Counts:
         scored: the inputs, targets and weights of each batch of
             `CaptionBatches`, all images in order, and the logits (tokens,
             vocabulary) that a model gives it.
-        images: how many there are; the last batch may be padded with more.
+        images: their names; the last batch may be padded with more.
+
+    Returns:
+        Sums over the reference tokens of each image, float64; captions.csv has
+        them as columns, from which runs are compared.
     """
     found = []
     for inputs, targets, weights, logits in scored:
@@ -43,11 +38,19 @@ def count(scored: Iterable[tuple[Any, Any, Any, Any]], images: int) -> Counts:
                 for each in inputs["words"]
             ]
         )  # the image of each token, (tokens,)
-        sums = (real, known & (rank == 0), known & (rank < 5), loss)
+        judged = {
+            "tokens": real,  # padding not counted, `<end>` counted
+            "right": known & (rank == 0),
+            "right_top5": known & (rank < 5),  # among the model's first five
+            "loss": loss,  # negative log-likelihoods, in nats
+        }
         number = len(inputs["features"])
-        found.append([np.bincount(owner, each * real, number) for each in sums])
-    columns = map(np.concatenate, zip(*found, strict=True))
-    return Counts(*(each[:images] for each in columns))
+        sums = {
+            name: np.bincount(owner, each * real, number)
+            for name, each in judged.items()
+        }
+        found.append(pd.DataFrame(sums))
+    return pd.concat(found)[: len(images)].set_axis(images)
 
 
 def _judge(rows: np.ndarray, tokens: np.ndarray) -> tuple[Any, Any]:
@@ -70,8 +73,11 @@ def _judge(rows: np.ndarray, tokens: np.ndarray) -> tuple[Any, Any]:
     return rank, np.log(total) - (own - highest)[:, 0]
 
 
-def figures(counts: Counts) -> dict[str, Any]:
+def figures(counts: pd.DataFrame) -> dict[str, Any]:
     """The teacher-forced metrics, as metrics.json has them.
+
+    Args:
+        counts: from `count`.
 
     Returns:
         The metrics, and under `intervals` the 95% interval of the token
