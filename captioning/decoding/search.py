@@ -350,7 +350,6 @@ class Sample(_Search):
     Args:
         decoder: a `model.CaptioningModel`.
         samples: captions per image.
-        min_length: the shortest caption, in words.
         max_length: the longest caption, in words.
         seed: of the random numbers.
     """
@@ -359,11 +358,12 @@ class Sample(_Search):
         self,
         decoder: keras.Model,
         samples: int,
-        min_length: int,
         max_length: int,
         seed: int,
     ) -> None:
-        super().__init__(decoder, samples, min_length, max_length)
+        # No least length: what may not be sampled is never punished by
+        # self-critical training, and would get likelier.
+        super().__init__(decoder, samples, 0, max_length)
         self.seed = keras.random.SeedGenerator(seed)
 
     def call(self, features: Any) -> Any:

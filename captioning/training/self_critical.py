@@ -164,8 +164,6 @@ class Rounds:
             decoder,
             # The baseline of a sample is the other samples.
             samples=samples,
-            # What may not be sampled is never punished, and would get likelier.
-            min_length=0,
             max_length=config.max_caption_length,
             seed=config.seed,
         )
