@@ -17,10 +17,8 @@ another by more than chance, and shows the images where they differ most.
 --export scores nothing: it writes the run as one program, from pixels to words.
 """
 
-import dataclasses
 import functools
 import itertools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +68,10 @@ def main(arguments: command.Arguments) -> None:
         export_run(members, Path(actions.export))
         return
     if not actions.captions:
-        members = in_one_precision(members)
+        command.import_keras()
+        from captioning.scoring import evaluation
+
+        members = evaluation.in_one_precision(members)
     config, run = members[0][0], run_configs.together(members)
     split = prepared.load_split(config, config.split)
     if actions.captions:
@@ -87,8 +88,9 @@ def main(arguments: command.Arguments) -> None:
         counts = None
         captioned: dict[str, Any] = {}
         if not actions.captions:
-            found, figures, counts = caption_split(members, split)
-            captioned = dict(zip(split.images, found, strict=True))
+            captioned, figures, counts = evaluation.caption_split(
+                members, split
+            )
             captions = {image: x.caption for image, x in captioned.items()}
         # Before anything is scored: hours of work are on disk first.
         results.write_captions(part / "captions.json", split, captions)
@@ -165,91 +167,6 @@ def export_run(members: list[tuple[Config, Path]], folder: Path) -> None:
         f"Next: program = tf.saved_model.load({str(folder)!r}); "
         "program.serve(images)"
     )
-
-
-def in_one_precision(
-    members: list[tuple[Config, Path]],
-) -> list[tuple[Config, Path]]:
-    """Sets the precision: that of the first run, unless a flag says another.
-
-    Returns:
-        The runs with the precision that `auto` stands for on this machine.
-    """
-    command.import_keras()
-    from captioning import backend
-
-    precisions = {config.precision for config, _ in members}
-    precision = backend.set_precision(members[0][0])
-    if len(precisions) > 1:
-        print(
-            f"The runs were trained in {' and '.join(sorted(precisions))}; all "
-            f"are evaluated in {precision}."
-        )
-    return [
-        (dataclasses.replace(config, precision=precision), place)
-        for config, place in members
-    ]
-
-
-def caption_split(
-    members: list[tuple[Config, Path]], split: Any
-) -> tuple[list[Any], dict[str, Any], Any]:
-    """Captions the images of a split.
-
-    Args:
-        members: the config and folder of each run that is averaged.
-        split: from `prepared.load_split`.
-
-    Returns:
-        What the search found for each image; the figures that need the model:
-        teacher-forced ones and the speed; and the former's counts per image.
-    """
-    import numpy as np
-
-    from captioning.data.vocabulary import encode
-    from captioning.decoding import captioner
-    from captioning.scoring import teacher_forced
-
-    config, images = members[0][0], len(split.images)
-    opened = [open_run(*each, split.images) for each in members]
-    decoders, vocabularies, features = zip(*opened, strict=True)
-    words = vocabularies[0]
-    averaged = f", {len(members)} runs averaged" if len(members) > 1 else ""
-    print(
-        f"Captioning {images:,} images, beam size {config.beam_size}{averaged}"
-    )
-    searcher = captioner.build(decoders, config)
-    # The first batch compiles the search, which is no part of its speed.
-    everything = np.arange(images)
-    captioner.caption_images(searcher, features, everything[:1], words)
-    begun = time.monotonic()
-    found = captioner.caption_images(
-        searcher, features, everything, words, progress=True
-    )
-    speed = images / (time.monotonic() - begun)
-    longest = config.max_caption_length
-    captions = [encode(tokens, words, longest) for tokens in split.tokens]
-    scored = captioner.teacher_force(
-        decoders, features, captions, config.batch_images
-    )
-    counts = teacher_forced.count(scored, split.images)
-    figures = teacher_forced.figures(counts)
-    return found, {**figures, "images_per_second": speed}, counts
-
-
-def open_run(
-    config: Config, run: Path, images: list[str]
-) -> tuple[Any, Any, Any]:
-    """Opens a run: its decoder, vocabulary, and the images' features."""
-    from captioning import runs
-    from captioning.decoding import captioner
-    from captioning.features import encoder_weights, store
-
-    descriptions = runs.load_description(run).encoders
-    encoder_weights.check(config, descriptions, needed=False)
-    features = store.open_features(config, descriptions, images)
-    decoder, words = captioner.load_decoder(config, run)
-    return decoder, words, features
 
 
 def show(examples: Any) -> None:

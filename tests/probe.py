@@ -23,19 +23,19 @@ def probe(folder: Path, run: str) -> dict[str, np.ndarray]:
     import keras
     from keras import ops
 
-    import evaluate
     from captioning import backend
     from captioning.data import prepared
     from captioning.data.vocabulary import encode
     from captioning.decoding import captioner
     from captioning.runs import load_config
+    from captioning.scoring.evaluation import open_run
     from captioning.training.batches import CaptionBatches
 
     place = folder / "checkpoints" / run
     config = load_config(place)
     backend.set_precision(config)
     split = prepared.load_split(config, "train")
-    decoder, words, features = evaluate.open_run(config, place, split.images)
+    decoder, words, features = open_run(config, place, split.images)
     longest = config.max_caption_length
     captions = [encode(tokens, words, longest) for tokens in split.tokens]
     # Of one size on every backend.

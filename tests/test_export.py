@@ -16,6 +16,7 @@ from captioning.backend import TENSORFLOW
 from captioning.data import prepared, vocabulary
 from captioning.data.vocabulary import END, SPECIAL_WORDS, Vocabulary
 from captioning.features import encoder_weights, store
+from captioning.scoring import evaluation
 from config import Config
 from tests.helpers import refusal
 
@@ -89,7 +90,8 @@ def test_the_program_captions_as_evaluate_does(run, tmp_path, monkeypatch):
     split = prepared.Split(
         list(rows), list(rows), [], [[[words[0]]]] * len(rows)
     )
-    found, *_ = evaluate.caption_split([(config, place)], split)
+    captioned, *_ = evaluation.caption_split([(config, place)], split)
+    found = [*captioned.values()]
     assert len({each.caption for each in found}) > 1
     evaluate.export_run([(config, place)], tmp_path / "program")
     np.save(tmp_path / "pixels.npy", pixels)
