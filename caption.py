@@ -39,7 +39,7 @@ ACTIONS: command.Actions = {
     "--attention": {
         "metavar": "DIR",
         "help": "write to this folder a figure for each photograph, "
-        "showing where the model looked at each word",
+        "showing where the model looked as it wrote each word",
     },
     "--serve": {
         "nargs": "?",
@@ -74,14 +74,15 @@ def main(arguments: command.Arguments) -> int:
     captioner = load_captioner(config, run, one_by_one=len(photos) <= FEW)
     captioned = 0
     for photo, found, reason in caption(photos, captioner, config.input_size):
+        if found:
+            print(line(photo, found, actions.json))
         if found and actions.attention:
             reason = draw(Path(actions.attention), photo, found)
         if reason:
             command.tell(f"{photo}: {reason}")
             failed += 1
-            continue
-        print(line(photo, found, actions.json))
-        captioned += 1
+        else:
+            captioned += 1
     after = ""
     if captioned and actions.attention:
         after = f"; figures in {actions.attention}"
@@ -198,8 +199,10 @@ def caption(
         pixels = [each.pixels for each in batch if each.pixels is not None]
         captions = iter(captioner(pixels))
         for each in batch:
-            unusable = each.pixels is None
-            yield each.name, None if unusable else next(captions), each.reason
+            if each.pixels is None:
+                yield each.name, None, each.reason
+            else:  # the reason says what was repaired
+                yield each.name, next(captions), ""
 
 
 def line(photo: str, found: Any, as_json: bool) -> str:
@@ -232,7 +235,11 @@ def line(photo: str, found: Any, as_json: bool) -> str:
 
 
 def draw(folder: Path, photo: str, found: Any) -> str:
-    """Writes the attention figure of a photograph; returns why it cannot."""
+    """Writes the attention figure of a photograph.
+
+    Returns:
+        Why it could not; empty if it could.
+    """
     from captioning.data import images
     from captioning.scoring import figures
 

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from captioning.backend import TENSORFLOW
 from captioning.data.sample import write_sample
@@ -119,19 +120,25 @@ def test_photographs_are_captioned_from_the_run_folder_alone(home, tmp_path):
         pixels = cv2.imread(str(source))
         ending = Path(name).suffix
         (photos / name).write_bytes(cv2.imencode(ending, pixels)[1].tobytes())
+    # Repaired, they are captioned like any other.
+    image = Image.fromarray(pixels[..., ::-1])
+    image.getexif()[274] = 6
+    image.save(photos / "turned.jpg", exif=image.getexif())
+    image.convert("L").save(photos / "grey.jpg")
     (photos / "broken.jpg").write_bytes(b"no image")
     flags = ["--checkpoints-dir", home / "checkpoints"]
     flags += ["--run-name", RUN.name]
-    attention = ["--attention", tmp_path / "maps"]
-    done = run("caption.py", photos, *flags, *attention, folder=tmp_path)
-    assert done.returncode == 1
-    lines = dict(line.split("\t") for line in done.stdout.splitlines())
-    names = {"a b.jpg", "a b.png", "é.png"}
-    assert set(lines) == {str(photos / name) for name in names}
-    assert all(lines.values())
-    assert "broken.jpg: not an image" in done.stderr
+    names = {"a b.jpg", "a b.png", "é.png", "turned.jpg", "grey.jpg"}
+    for more in ([], ["--attention", tmp_path / "maps"]):
+        done = run("caption.py", photos, *flags, *more, folder=tmp_path)
+        assert done.returncode == 1
+        lines = dict(line.split("\t") for line in done.stdout.splitlines())
+        assert set(lines) == {str(photos / name) for name in names}
+        assert all(lines.values())
+        assert "broken.jpg: not an image" in done.stderr
+        assert "Captioned 5 of 6 photographs" in done.stderr
     # Two photographs that differ in their ending alone have a figure each.
-    assert len(list((tmp_path / "maps").glob("*.png"))) == 3
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 5
     listed = f"{photos / 'a b.jpg'}\n"
     done = run(
         "caption.py", "-", "--json", *flags, folder=tmp_path, stdin=listed
