@@ -1,5 +1,6 @@
 """Datasets as people download them: tables, tars and zips."""
 
+import json
 import os
 import shutil
 import sys
@@ -519,6 +520,11 @@ def test_two_folders_are_not_unpacked_into_one(tmp_path):
     # A project that is copied has a dataset and a cache of its own.
     shutil.copytree(tmp_path / "data", tmp_path / "copy" / "data")
     assert captions_of(find(tmp_path / "copy")) == CAPTIONS
+    # The note may name the folder by its whole path.
+    note = place / ".notes" / "source.json"
+    home = tmp_path / "data" / "photos"
+    note.write_text(json.dumps({"source": str(home.resolve())}))
+    assert captions_of(find(tmp_path)) == CAPTIONS
     (tmp_path / "data" / "photos").rename(tmp_path / "data" / "moved")
     times = {p: p.stat().st_mtime_ns for p in place.rglob("*.jpg")}
     dataset = unpack.find_dataset(

@@ -203,12 +203,10 @@ def _seen_from(place: Path, directory: Path) -> str:
 def _check_source(directory: Path, place: Path) -> None:
     """Refuses to mix the images of two folders."""
     was = read_json(place / _NOTES / "source.json").get("source", "")
-    if not was or was == _seen_from(place, directory):
-        return
-    was = (place / was).resolve()
-    if was.is_dir():
+    home = (place / was).resolve()
+    if was and home != directory.resolve() and home.is_dir():
         raise UserError(
-            f"{place} was made from the dataset in {was}: give the one in "
+            f"{place} was made from the dataset in {home}: give the one in "
             f"{directory} another name with --dataset NAME, or delete {place}"
         )
 
