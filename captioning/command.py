@@ -228,7 +228,7 @@ def parse(
             raise UserError(_unknown(unknown[0], actions))
         saved = _read_config(known.config) if known.config else {}
         given = saved | {k: v for k, v in vars(known).items() if k in FIELDS}
-        if "split" in given:
+        if isinstance(given.get("split"), str):
             given["split"] = SPLIT_SYNONYMS.get(given["split"], given["split"])
         config = resolve(Config(**given), given)
     except UserError as error:
@@ -364,8 +364,8 @@ def _explain(error: Exception) -> str | None:
     exhausted = "RESOURCE_EXHAUSTED" in said or "ResourceExhausted" in said
     if exhausted or isinstance(error, MemoryError):
         return (
-            "out of memory: give a lower --batch-images or --beam-size, or end "
-            "other programs"
+            "out of memory: give a lower --batch-images, --beam-size or "
+            "--magnification, or end other programs"
         )
     return None
 

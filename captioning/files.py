@@ -91,6 +91,8 @@ def reading(path: Path, advice: str) -> Iterator[None]:
     """
     try:
         yield
+    except MemoryError:  # which is not the file's fault
+        raise
     except Exception as error:
         if isinstance(error, UserError) and str(path) in str(error):
             raise

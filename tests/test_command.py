@@ -97,12 +97,6 @@ def test_too_little_memory_is_one_line(run, error):
     assert "out of memory: give a lower --batch-images" in told
 
 
-def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(RuntimeError, match="a fault"):
-        command.run(fail(RuntimeError("a fault")), "", {})
-
-
 # --- flags ----------------------------------------------------------------
 
 
@@ -264,6 +258,7 @@ def test_a_saved_config_is_read_back_but_for_its_places(tmp_path, refused):
         ("[1]", "cannot be read"),
         ('{"views": 2}', "views: remove these fields"),
         ('{"seed": "7"}', "seed '7' is not of type int"),
+        ('{"split": ["val"]}', "split ['val'] is not of type str"),
     ):
         path.write_text(text)
         assert told in refused("--config", str(path))

@@ -199,3 +199,8 @@ def test_a_marker_of_another_machine_is_named(tmp_path, no_flock):
         pid, host, *rest = marker.read_text().split("\n")
     marker.write_text("\n".join([pid, host + "-2", *rest]))
     assert f"delete {marker}" in refused(tmp_path / "run")
+
+
+def test_too_little_memory_is_no_fault_of_a_file(tmp_path):
+    with pytest.raises(MemoryError), files.reading(tmp_path, "get another"):
+        raise MemoryError
