@@ -390,6 +390,9 @@ def write_sample(folder: Path, images: int = 2400) -> None:
             for name, split, some in zip(names, splits, captions, strict=True)
             for caption in some
         ]
+        # The images must be on the disk before the table, which counts.
+        if hasattr(os, "sync"):
+            os.sync()
         write_csv(table, rows, ["image", "caption", "split"])
 
 
