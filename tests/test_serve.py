@@ -91,21 +91,6 @@ def test_a_port_in_use_is_told_in_one_line():
         serve.serve(None, 70000)
 
 
-def test_it_ends_as_it_says(monkeypatch):
-    """Ctrl-C is how to stop it, and no interruption."""
-
-    class Server:
-        port = 8000
-
-        def serve_forever(self):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(
-        "werkzeug.serving.make_server", lambda *_, **__: Server()
-    )
-    serve.serve(None, 0)
-
-
 # --- in a browser ----------------------------------------------------------
 
 

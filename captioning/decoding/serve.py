@@ -1,6 +1,5 @@
 """A local page: drop a photograph, see its caption."""
 
-import contextlib
 import logging
 import socket
 import threading
@@ -96,5 +95,4 @@ def serve(app: Any, port: int) -> None:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not each request
     server = make_server(HOST, port, app, threaded=True)
     print(f"Open http://{HOST}:{server.port} (Ctrl-C to stop)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
+    server.serve_forever()
