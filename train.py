@@ -4,9 +4,9 @@
     python train.py --dataset flickr30k --epochs 15
     python train.py --dataset holidays --start-from RUN
 
-Trains the decoder on what preprocess.py wrote to data/cache/. A run that was
-stopped in any way resumes where it was when the same command is given again;
---fresh starts over and renames the old folder.
+Trains the decoder on what preprocess.py wrote to data/cache/. Give the same
+command again to resume a run that was stopped in any way; --fresh starts over
+and renames the old folder.
 --start-from begins with the weights of another run; a lower --learning-rate
 keeps more of them.
 """
@@ -15,7 +15,7 @@ import functools
 from contextlib import nullcontext
 
 from captioning import command, job
-from config import check_name
+from config import UserError, check_name
 
 ACTIONS: command.Actions = {
     "--fresh": {
@@ -41,9 +41,14 @@ def main(arguments: command.Arguments) -> None:
     from captioning.data import prepared
     from captioning.files import lock
 
-    place = runs.folder(arguments.config)
+    place, actions = runs.folder(arguments.config), arguments.actions
+    start = place.with_name(actions.start_from) if actions.start_from else None
+    if start == place:
+        raise UserError(
+            f"{place} cannot start from itself: give another --run-name"
+        )
     with job.joined() as process, nullcontext() if process else lock(place):
-        fresh = arguments.actions.fresh and place.exists()
+        fresh = actions.fresh and place.exists()
         config = arguments.config
         if not fresh:
             config = run_configs.training_config(config, arguments.given, place)
@@ -54,7 +59,15 @@ def main(arguments: command.Arguments) -> None:
         from captioning.training.fit import fit
 
         with backend.all_devices() as devices:
-            fit(config, place, captions, devices, arguments.actions, fresh)
+            fit(
+                config,
+                place,
+                captions,
+                devices,
+                start,
+                fresh=fresh,
+                tensorboard=actions.tensorboard,
+            )
     following = command.next_line("evaluate.py", arguments)
     if "test" not in prepared.splits(config):
         following += " --split val"

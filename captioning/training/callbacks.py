@@ -276,7 +276,7 @@ class SavePoints(keras.callbacks.Callback):
         return self.cross_entropy_epochs is not None
 
     @property
-    def crossed(self) -> bool:
+    def cross_entropy_done(self) -> bool:
         """Whether the epochs of cross-entropy are done."""
         done = self.self_critical or self.epoch >= self.judge.epochs
         return done or self.judge.stopped

@@ -1,6 +1,5 @@
 """Training a run from its features to its best weights, or resuming that."""
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -28,8 +27,9 @@ def fit(
     place: Path,
     captions: Captions,
     devices: Devices,
-    actions: argparse.Namespace,
+    start: Path | None,
     fresh: bool,
+    tensorboard: bool,
 ) -> None:
     """Trains on the training split, and judges by the validation split.
 
@@ -38,8 +38,9 @@ def fit(
         place: the run folder.
         captions: from `prepared.load_captions`.
         devices: that train.
-        actions: the flags of train.py.
+        start: the folder of the run to start from.
         fresh: whether an old run is set aside first, once nothing is missing.
+        tensorboard: whether to log for TensorBoard on JAX, too.
     """
     backend.set_seed(config.seed)
     images = len(captions.train.images)
@@ -49,12 +50,7 @@ def fit(
         precision=backend.set_precision(config),
         epochs=config.epochs or choose_epochs(images, config.batch_images),
     )
-    start = place.with_name(actions.start_from) if actions.start_from else None
-    if start == place:
-        raise UserError(
-            f"{place} cannot start from itself: give another --run-name"
-        )
-    callbacks.check_boards(actions.tensorboard)
+    callbacks.check_boards(tensorboard)
     features = open_features(config, place, captions, devices, start, fresh)
     batches, val_batches = loop.make_batches(
         config, features, captions, devices
@@ -66,25 +62,24 @@ def fit(
     points, rate = prepare(
         config, place, decoder, features[0], batches, measure, start
     )
-    if points.crossed and not points.judge.best_epoch:
+    done = points.cross_entropy_done
+    if done and not points.judge.best_epoch:
         raise UserError(
             f"{place} has no weights yet, because no epoch up to "
             f"{points.epoch} was measured: give --epochs {points.epoch + 1} or "
             "more"
         )
-    if points.crossed and points.self_critical_epochs() >= config.scst_epochs:
+    if done and points.self_critical_epochs() >= config.scst_epochs:
         print(f"This run is already trained: {ending(points)}")
         return
     announce(config, place, captions, decoder, points, devices)
     points.catch_signals()
-    if not points.crossed:
+    if not done:
         announce_schedule(config, points.scheduled_epochs, rate.afterwards)
         watching = [points.judge.averaged, points.judge, points]
         if devices.writes:
             folder = prepared.images_dir(config)
-            watching += callbacks.boards(
-                place, actions.tensorboard, measure, folder
-            )
+            watching += callbacks.boards(place, tensorboard, measure, folder)
         loop.run_epochs(batches, val_batches, watching, points, config.epochs)
     if config.scst_epochs:
         self_critical.train(
@@ -233,7 +228,7 @@ def announce_schedule(
 
 
 def ending(points: SavePoints) -> str:
-    """Why a run trains no further, and how to make it."""
+    """Why a run trains no further, and what would make it train further."""
     judge = points.judge
     if points.self_critical:
         last = points.self_critical_epochs()
