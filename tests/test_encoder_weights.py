@@ -110,6 +110,14 @@ def test_any_other_file_is_named_in_one_line(folder, blank, name, told):
     assert told in line and name in line
 
 
+def test_random_weights_are_the_same_everywhere():
+    """By whatever backend: NumPy draws them."""
+    found = networks.build("scenes")
+    encoder_weights.load(found, "random", "scenes")
+    known = "half-21d99a5134769b0c"
+    assert encoder_weights.digest(found.get_weights()) == known
+
+
 def test_the_weights_for_drawn_scenes_are_shipped():
     found = networks.build("scenes")
     encoder_weights.load(found, "scenes", "scenes")

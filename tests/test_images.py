@@ -455,3 +455,12 @@ def test_damaged_bytes_give_pixels_or_a_reason(
         assert str(error)
     else:
         assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
+
+
+@pytest.mark.real_data
+def test_real_photographs_are_read_as_opencv_reads_them(real_data):
+    folder = real_data / "data" / "flickr8k" / "Images"
+    for path in sorted(folder.iterdir())[:50]:
+        pixels, repaired = read_image(path, 224)
+        assert repaired == ""
+        np.testing.assert_array_equal(pixels, cv2.imread(str(path))[..., ::-1])

@@ -409,16 +409,33 @@ def test_the_best_weights_come_back_or_are_refused(tmp_path):
 
 
 def make_variables(seed: int = 0) -> list[keras.Variable]:
+    """Variables of every kind that a run has: more than ten, none round."""
     random = np.random.default_rng(seed)
+    odd = np.array([-0.0, 1e-42, np.inf, np.nan], np.float32)
     return [
         keras.Variable(random.normal(size=(50, 20)).astype(np.float32)),
-        keras.Variable(seed, dtype="int32"),
+        keras.Variable(np.roll(odd, seed)),
+        keras.Variable(7 + seed, dtype="int32"),
+        keras.Variable(random.integers(2**32, size=2, dtype=np.uint32)),
+        *[keras.Variable(random.normal(), dtype="float32") for _ in range(9)],
     ]
 
 
 def values(variables: list[keras.Variable]) -> list[tuple]:
     arrays = [np.asarray(each.value) for each in variables]
     return [(each.dtype, each.shape, each.tobytes()) for each in arrays]
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    assert runs.load_progress(tmp_path) is None
+    saved, others = make_variables(), make_variables(1)
+    progress = {"epoch": 3, "best": 0.1 + 0.2, "history": [{"loss": 1.5}]}
+    runs.save_state(tmp_path, saved, progress)
+    assert values(others) != values(saved)
+    assert runs.load_progress(tmp_path) == progress
+    runs.load_state(tmp_path, others)
+    assert values(others) == values(saved)
+    assert os.listdir(tmp_path / "last") == ["state.npz"]
 
 
 @pytest.mark.parametrize("change", ["fewer", "more", "other shape"])
