@@ -121,7 +121,7 @@ _PLAIN = re.compile(
     r'[^<>:"/\\|?*\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,120}(?<![. ])',
     re.IGNORECASE,
 )
-# What to give instead of another name.
+# What to give instead of a name that is refused.
 _INSTEAD = {
     "dataset": "another name with --dataset, and its folder with --dataset-dir",
     "run_name": "one, and the folder of the runs with --checkpoints-dir",
@@ -220,7 +220,7 @@ class Config:
         "the encoder scenes; for others imagenet, or random on the sample); "
         "with several encoders, one for all or one each, separated by commas",
     )
-    # The size that the encoders were trained on.
+    # The size that most of the encoders were trained on.
     image_size: int = _encoder(
         224,
         "side in pixels, before magnification; images are resized, not cropped",

@@ -168,8 +168,8 @@ def fill(
             is work for it.
 
     Returns:
-        What was skipped and repaired, in this run or before, sorted; and how
-        many images changed after they had been encoded.
+        What was skipped and repaired, in this run or before, sorted; how many
+        images changed after they had been encoded; and how many are gone.
     """
     repaired, changed, gone = _check_again(cache, images_dir, names, size)
     skipped: list[tuple[str, str]] = []
@@ -207,8 +207,9 @@ def _check_again(
     """Takes back finished rows whose image has changed since.
 
     Files whose size and time are unchanged are not opened, except those that
-    were repaired: the reason is reported in every run. What cannot be found,
-    because a link leads to a drive that is not there, has not changed.
+    were repaired: the reason is reported in every run that finds them. What
+    cannot be found, because a link leads to a drive that is not there, has not
+    changed.
 
     Returns:
         Image and reason of those that were repaired and are unchanged; how

@@ -78,10 +78,13 @@ def load(name: str, checkpoints_dir: str, split: str) -> Evaluation:
         )
     path = place / "captions.csv"
     with reading(path, "evaluate again"):
-        examples, texts = pd.read_csv(path), ["image", "caption"]
-        # A caption may read "None": only numbers may be missing.
-        as_written = pd.read_csv(path, dtype=str, keep_default_na=False)
-        examples[texts] = as_written[texts]
+        examples = pd.read_csv(
+            path,
+            dtype={"image": str, "caption": str},
+            keep_default_na=False,  # a caption may read "None"
+            na_values=[""],
+        )
+        examples["caption"] = examples["caption"].fillna("")
         examples["references"] = examples["references"].map(json.loads)
         label = f"{figures['run']['run']}, {place.name}"
         return Evaluation(label, place, figures, examples.set_index("image"))

@@ -51,8 +51,9 @@ def caption_split(
         split: from `prepared.load_split`.
 
     Returns:
-        What the search found for each image; the figures that need the model:
-        teacher-forced ones and the speed; and the former's counts per image.
+        What the search found for each image; the figures that need the model,
+        which are the teacher-forced ones and the speed; and the counts per
+        image that the former are made of.
     """
     config, images = members[0][0], len(split.images)
     opened = [open_run(*each, split.images) for each in members]

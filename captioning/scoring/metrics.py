@@ -33,8 +33,8 @@ class Scores(NamedTuple):
     """What `score` found."""
 
     metrics: dict[str, Any]  # as in metrics.json
-    # Index image; bleu4, rouge_l, cider, novel, and meteor and spice where
-    # there is Java.
+    # Index image; bleu4, rouge_l, cider; novel if the training captions are
+    # known, and meteor and spice where there is Java.
     per_image: pd.DataFrame
     notices: list[str]  # lines to tell the user
 

@@ -59,7 +59,7 @@ DATA = {
 
 
 def folder_name(
-    config: Config, trained: Config, limit_images: int, captions: str
+    config: Config, trained: Config, limit_images: int, captions: str | None
 ) -> str:
     """Names the folder of an evaluation by its split and what differs.
 
@@ -70,7 +70,7 @@ def folder_name(
         config: what is evaluated, with its precision resolved.
         trained: the config that trained the run.
         limit_images: how many images are evaluated; 0 for all.
-        captions: the file whose captions are scored; empty for the run's own.
+        captions: the file whose captions are scored; None for the run's own.
     """
     parts = [config.split]
     for name, called in DATA.items():

@@ -84,7 +84,7 @@ def figures(counts: pd.DataFrame) -> dict[str, Any]:
         accuracy over resampled images.
     """
     tokens = counts.tokens.sum()
-    right = np.column_stack([counts.right, counts.tokens])  # (images, 2)
+    right = counts[["right", "tokens"]].to_numpy()  # (images, 2)
     return {
         "token_accuracy": float(counts.right.sum() / tokens),
         "token_accuracy_top5": float(counts.right_top5.sum() / tokens),

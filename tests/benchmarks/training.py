@@ -9,10 +9,9 @@ Prints captions a second of `train.py` and of two decoders written as they are
 in many repositories, in turns; the share that our step reaches of the
 processor's matrix-product peak; the share of it that loading takes; when the
 first step ends, which includes compiling; and the memory that training has for
-itself with the features of 31,783 images. The
-yardsticks compute in float32, ours in what `--precision` says. PyTorch's needs
-torch (`pip install torch`) and is left out without it. Nothing here gates: the
-figures depend on the machine.
+itself with the features of 31,783 images. The yardsticks compute in float32,
+ours in what `--precision` says. PyTorch's needs torch (`pip install torch`) and
+is left out without it. Nothing here gates: the figures depend on the machine.
 """
 
 import importlib.util
