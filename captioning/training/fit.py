@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from captioning import backend, job, runs
 from captioning.backend import Devices
 from captioning.data import prepared
@@ -114,8 +116,12 @@ def open_features(
     """
     described = describe_features(config)
     images = captions.train.images
-    features = store.open_features(config, described, images)
-    val_features = store.open_features(config, described, captions.val.images)
+    # Together, because opening a cache reads the names of all its images.
+    everything = [*images, *captions.val.images]
+    opened = store.open_features(config, described, everything)
+    places = np.arange(len(everything))
+    features = opened.select(places[: len(images)])
+    val_features = opened.select(places[len(images) :])
     shape = features.shape[1:]
     if start:
         warm_start.check(config, start, described, shape)
