@@ -422,7 +422,7 @@ def _members(
     members = _zip if path.suffix.lower() == ".zip" else _tar
     with reading(path, DAMAGED):
         for name, size, is_file, opens in members(path):
-            name = name.encode("utf-8", "replace").decode().replace("\\", "/")
+            name = caption_files.as_text(name).replace("\\", "/")
             reason = datasets.unsafe(name)
             if reason or not is_file:
                 raise UserError(

@@ -14,6 +14,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from captioning.data import vocabulary
+from captioning.data.caption_files import as_text
 from captioning.scoring import java
 from config import CHARACTERS, WORDS, UserError
 
@@ -78,8 +79,7 @@ def tokenise(
 
 def _clean(text: str) -> str:
     """One line of valid Unicode; empty if it has no letter and no digit."""
-    text = vocabulary.straight(text).encode("utf-8", "replace").decode("utf-8")
-    text = " ".join(text.split())
+    text = " ".join(as_text(vocabulary.straight(text)).split())
     return text if any(map(str.isalnum, text)) else ""
 
 

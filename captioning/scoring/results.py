@@ -19,6 +19,7 @@ import pandas as pd
 from captioning import runs
 from captioning.data import images as photographs
 from captioning.data import prepared
+from captioning.data.caption_files import as_text
 from captioning.features import cache as features
 from captioning.features import store
 from captioning.files import write_csv, write_json, write_text
@@ -155,10 +156,7 @@ def read_captions(path: Path, split: prepared.Split) -> dict[str, str]:
         if not all(isinstance(text, str) for text in found.values()):
             raise ValueError("a caption is not a string")
         # Half of an emoji, "\\ud83d" in JSON, cannot be written to a file.
-        found = {
-            image: text.encode("utf-8", "replace").decode("utf-8")
-            for image, text in found.items()
-        }
+        found = {image: as_text(text) for image, text in found.items()}
         if len(found) < len(pairs):
             raise ValueError("an image occurs twice")
     except (OSError, ValueError, KeyError, TypeError) as error:
