@@ -260,9 +260,9 @@ def test_a_run_starts_from_another(home):
     assert re.search(
         rf"Starting from .*{RUN}, which knows (\d+) of \1", printed
     )
-    assert "This run is already trained" in good(
-        "train.py", *flags, folder=home
-    )
+    printed = good("train.py", *flags, folder=home)
+    assert "This run is already trained" in printed
+    assert "Resuming" not in printed
     good("evaluate.py", *words, *flags[-4:-2], "--split", "val", folder=home)
     assert evaluation(home, "warm", "val")["run"]["started_from"] == RUN
     other = [*flags[:-3], "cold", "--decoder-units", "9", *flags[-2:]]

@@ -196,6 +196,10 @@ def announce(
         f"{config.epochs} epochs, {config.precision}, "
         f"{devices.number} device{'s' if devices.number > 1 else ''}"
     )
+    if points.epoch or points.batch:
+        print(
+            f"Resuming in epoch {points.epoch + 1}, after step {points.batch}"
+        )
     if images < FEW_IMAGES and not runs.load_description(place).started_from:
         print(
             "This is a small training set. A run that starts from another run "

@@ -93,10 +93,6 @@ def resume(decoder: Any, points: SavePoints, begun: bool) -> None:
         points.start(0)
         points.save()
         return
-    if points.epoch or points.batch:
-        print(
-            f"Resuming in epoch {points.epoch + 1}, after step {points.batch}"
-        )
     if points.self_critical:
         return  # which has another optimizer
     if points.batch:
