@@ -338,7 +338,8 @@ class Config:
         1.0, "exponent of the length normalisation", 0, 5
     )
     # The likeliest caption is rarely the one that scores best: that is the one
-    # most like the others of its beam. See captioning/decoding/consensus.py.
+    # most like all that the decoder would say of the image. See
+    # captioning/decoding/consensus.py.
     # For drawn scenes, likelier captions are right more often, so they count
     # for more.
     consensus_temperature: float = _decoding(
@@ -347,6 +348,16 @@ class Config:
         "probability ^ (1 / temperature) (0: take the likeliest)",
         0,
         sample=1.0,
+    )
+    # More agree better, and take longer: a hundred take as long as encoding
+    # the photograph.
+    consensus_samples: int = _decoding(
+        100,
+        "captions sampled to compare those of the beam with (0: compare them "
+        "with each other alone)",
+        0,
+        1000,
+        sample=0,
     )
     min_caption_length: int = _decoding(1, "shortest caption, in tokens", 1)
     # Captions of ten words seldom repeat themselves; for small models that do,

@@ -1,17 +1,16 @@
 """Consensus against CIDEr-D, counted n-gram by n-gram."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning.data.vocabulary import END, PAD
+from captioning.data.vocabulary import END, PAD, SPECIAL_WORDS, UNKNOWN
 from captioning.decoding import consensus
 from captioning.training.self_critical import CiderD
 
 STEPS = 9
+LOG_IMAGES = 50.0
 
 
 def padded(captions) -> np.ndarray:
@@ -22,33 +21,45 @@ def padded(captions) -> np.ndarray:
     return words
 
 
-class Even(CiderD):
-    """CIDEr-D in which all n-grams weigh the same."""
+class Ranks(dict):
+    """Document frequencies by which a word weighs the logarithm of its rank."""
+
+    def __missing__(self, ngram) -> float:
+        words = [int(word) for word in ngram if word != SPECIAL_WORDS[END]]
+        return float(
+            np.exp(LOG_IMAGES - sum(np.log(w - UNKNOWN) for w in words))
+        )
+
+
+class ByRank(CiderD):
+    """CIDEr-D with such frequencies."""
 
     def __init__(self, captions) -> None:
         self.references = [[each] for each in captions]
-        self.frequency = Counter()
-        self.log_images = 1.0
+        self.frequency, self.log_images = Ranks(), LOG_IMAGES
 
 
 # Few words, so that many n-grams are shared and some come twice.
 CAPTIONS = st.lists(
-    st.lists(st.integers(10, 13), min_size=1, max_size=STEPS - 1),
+    st.lists(st.integers(4, 7), min_size=1, max_size=STEPS - 1),
     min_size=2,
     max_size=5,
 )
 
 
 @settings(max_examples=25, deadline=None)
-@given(captions=CAPTIONS)
-def test_similarity_is_cider_d_without_document_frequencies(captions):
-    texts = [[str(word) for word in each] for each in captions]
-    judge = Even(texts)
+@given(captions=CAPTIONS, other=CAPTIONS)
+def test_similarity_is_cider_d_with_ranks_for_frequencies(captions, other):
+    texts, references = (
+        [[str(word) for word in each] for each in some]
+        for some in (captions, other)
+    )
+    judge = ByRank(references)
     expected = [
-        [judge(image, each) / 10 for image in range(len(texts))]
+        [judge(image, each) / 10 for image in range(len(references))]
         for each in texts
     ]
-    found = np.array(consensus.similarity(padded(captions)))
+    found = np.array(consensus.similarity(padded(captions), padded(other)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

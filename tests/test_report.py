@@ -27,6 +27,7 @@ METRICS = {
     "images": 60,
     "beam_size": 5,
     "consensus_temperature": 5.0,
+    "consensus_samples": 100,
     "tokenizer": "PTB",
     "token_accuracy": 0.4312,
     "token_accuracy_top5": 0.7,

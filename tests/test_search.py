@@ -193,10 +193,15 @@ def test_a_beam_of_one_is_greedy(seed):
     assert [w for w in found if w not in (END, PAD)] == words
 
 
-@pytest.mark.parametrize(("beam", "temperature"), [(1, 0), (4, 0), (4, 5)])
-def test_a_batch_gives_what_its_images_give_alone(beam, temperature):
+@pytest.mark.parametrize(
+    ("beam", "temperature", "samples"),
+    [(1, 0, 0), (4, 0, 0), (4, 5, 0), (4, 5, 10)],
+)
+def test_a_batch_gives_what_its_images_give_alone(beam, temperature, samples):
     decoder, features = tiny(7, 8), some_features(7, 32)
-    searcher = compiled(BeamSearch(decoder, beam, 0.7, 1, 6, 0, temperature))
+    searcher = compiled(
+        BeamSearch(decoder, beam, 0.7, 1, 6, 0, temperature, samples)
+    )
     together = predict(searcher, features)
     for image in range(32):
         alone = predict(searcher, features[image : image + 1])
@@ -285,6 +290,33 @@ def test_consensus_changes_the_order_of_the_beam_and_nothing_else():
             assert (np.diff(np.array(expected)) <= 1e-6).all()
     moved = likeliest["words"][:, 0] != agreed["words"][:, 0]
     assert 0 < moved.any(axis=1).sum() < 24
+
+
+def test_samples_stand_for_all_that_the_decoder_would_say():
+    """Three words, and captions of one or two of them."""
+    decoder, features = tiny(5, 3), some_features(5, 1)
+    searcher = BeamSearch(decoder, 12, 0.7, 1, 2, 0, 5.0, samples=12_000)
+    found = predict(compiled(searcher), features)
+    captions, likely = [], []
+    for first in (4, 5, 6):
+        steps = Steps(decoder, features)
+        begun = sharpened(steps(START)[0][0, 4:])[first - 4]
+        (after,), _ = steps(first)
+        after = sharpened(after[[END, 4, 5, 6]])
+        captions += [(first, END, PAD), *((first, w, END) for w in (4, 5, 6))]
+        likely += (begun * after).tolist()
+    words, log = found["words"], found["log_probabilities"]
+    similar = consensus.similarity(words[0], np.array(captions))
+    beam = np.array(consensus.agreement(words, log, 5.0))[0]
+    expected = 0.9 * np.array(similar) @ likely + 0.1 * beam
+    np.testing.assert_allclose(found["agreement"][0], expected, atol=0.01)
+    assert (np.diff(expected) < 0.01).all()
+
+
+def sharpened(log_probabilities) -> np.ndarray:
+    """Probabilities at the temperature of the samples."""
+    likely = np.exp(log_probabilities / 0.85)
+    return likely / likely.sum()
 
 
 def test_consensus_leaves_last_what_a_beam_has_no_captions_for():

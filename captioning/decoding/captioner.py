@@ -133,6 +133,7 @@ def build(
         config.max_caption_length,
         config.no_repeat_ngram,
         config.consensus_temperature,
+        config.consensus_samples,
     )
     search.compile(jit_compile=use_xla())
     return search

@@ -17,6 +17,9 @@ from captioning.decoding import consensus
 # Far below any log-probability, and still finite: infinities become NaN when
 # they are multiplied by zero.
 IMPOSSIBLE = -1e9
+# Of the samples for the consensus. Label smoothing gives every word a little
+# of the probability, and all of them together too much.
+TEMPERATURE = 0.85
 
 
 class _Search(keras.Model):
@@ -100,6 +103,49 @@ class _Search(keras.Model):
             attention.append(alpha)
         return average(found), states_next, attention[0]
 
+    def sample(
+        self,
+        states: list[Any],
+        fixed: list[Any],
+        chance: Any,
+        temperature: float = 1.0,
+    ) -> Any:
+        """Samples captions.
+
+        Args:
+            states: from `start`.
+            fixed: from `start`.
+            chance: uniform in [0, 1), (steps, images, hypotheses); of a single
+                image all have the same.
+            temperature: below 1, what is likely gets likelier.
+
+        Returns:
+            Words, int32 (images, hypotheses, steps), ended by `<end>` and
+            padded.
+        """
+        steps, shape = self.max_length + 1, ops.shape(states[0][1])[:2]
+        state = (
+            ops.convert_to_tensor(0, "int32"),
+            ops.full((steps, *shape), PAD, "int32"),
+            ops.full(shape, START, "int32"),
+            states,
+        )
+
+        def unfinished(step: Any, words: Any, last: Any, states: Any) -> Any:
+            return ops.logical_and(step < steps, ops.any(_is_open(last)))
+
+        def advance(step: Any, words: Any, last: Any, states: Any) -> Any:
+            found, states, _ = self.step(last, states, fixed)
+            found = found / temperature + self.mask(step)
+            word = _draw(found, chance[step])
+            word = ops.where(_is_open(last), word, PAD)
+            at = ops.reshape(step, (1, 1))
+            words = ops.scatter_update(words, at, word[None])
+            return step + 1, words, word, states
+
+        _, words, _, _ = ops.while_loop(unfinished, advance, state)
+        return ops.transpose(words, (1, 2, 0))
+
     def mask(self, step: Any) -> Any:
         """What is added to log-probabilities: which words may not come.
 
@@ -124,6 +170,8 @@ class BeamSearch(_Search):
             caption; 0 allows any.
         consensus_temperature: of the hypotheses' weights in choosing the one
             they agree with most; 0 chooses the one with the highest score.
+        samples: captions that are sampled for the consensus; rounded up to a
+            multiple of the beam, so that they take no more memory than it.
     """
 
     def __init__(
@@ -135,11 +183,16 @@ class BeamSearch(_Search):
         max_length: int,
         no_repeat_ngram: int = 0,
         consensus_temperature: float = 0.0,
+        samples: int = 0,
     ) -> None:
         super().__init__(decoders, beam_size, min_length, max_length)
         self.length_exponent = length_exponent
         self.no_repeat_ngram = no_repeat_ngram
         self.consensus_temperature = consensus_temperature
+        # The same for all images, so that a caption depends on its image alone.
+        shape = -(-samples // beam_size), max_length + 1, 1, beam_size
+        chance = np.random.default_rng(0).random(shape, np.float32)
+        self.chance = chance  # (rounds, steps, 1, hypotheses)
 
     def call(self, features: Any) -> dict[str, Any]:
         """Captions a batch of images.
@@ -160,7 +213,7 @@ class BeamSearch(_Search):
         features = keras.tree.flatten(features)
         beam, steps = self.hypotheses, self.max_length + 1
         images, regions = ops.shape(features[0])[0], features[0].shape[1]
-        fixed, states = self.start(features)
+        fixed, started = self.start(features)
         # At first all hypotheses of an image are the same one.
         scores = ops.broadcast_to(
             ops.convert_to_tensor([0.0] + [IMPOSSIBLE] * (beam - 1)),
@@ -177,7 +230,7 @@ class BeamSearch(_Search):
             ops.convert_to_tensor(0, "int32"),
             places,
             scores,
-            states,
+            started,
             attention,
             totals,
             places,
@@ -197,7 +250,10 @@ class BeamSearch(_Search):
 
         state = ops.while_loop(unfinished, advance, state)
         *_, attention, totals, final, ended = state
-        scores, places, agreement = self._best_first(ended, final)
+        samples = None
+        if len(self.chance) and self.consensus_temperature and beam > 1:
+            samples = self._samples(started, fixed)
+        scores, places, agreement = self._best_first(ended, final, samples)
         words = places % self.size
         log_probabilities = self._log_probabilities(scores, words)
         best = ops.transpose(places[:, 0] // self.size)  # (steps, images)
@@ -216,12 +272,33 @@ class BeamSearch(_Search):
             ),
         }
 
-    def _best_first(self, scores: Any, places: Any) -> tuple[Any, Any, Any]:
-        """Puts first the caption that the beam agrees with most, if asked to.
+    def _samples(self, started: list[Any], fixed: list[Any]) -> Any:
+        """Samples captions for the consensus.
+
+        Args:
+            started: from `start`.
+            fixed: from `start`.
+
+        Returns:
+            Words, int32 (images, samples, steps).
+        """
+        found = ops.map(
+            lambda each: self.sample(started, fixed, each, TEMPERATURE),
+            ops.convert_to_tensor(self.chance),
+        )  # (rounds, images, hypotheses, steps)
+        rounds, steps, _, hypotheses = self.chance.shape
+        found = ops.transpose(found, (1, 0, 2, 3))
+        return ops.reshape(found, (-1, rounds * hypotheses, steps))
+
+    def _best_first(
+        self, scores: Any, places: Any, samples: Any
+    ) -> tuple[Any, Any, Any]:
+        """Puts first the caption that the others agree with most, if asked to.
 
         Args:
             scores: float32 (images, beam), the highest first.
             places: int32 (images, beam, steps), see `call`.
+            samples: from `_samples`; None to ask the beam alone.
 
         Returns:
             Both in their order, and the agreement, float32 (images, beam); 0
@@ -234,6 +311,7 @@ class BeamSearch(_Search):
             words,
             self._log_probabilities(scores, words),
             self.consensus_temperature,
+            samples,
         )
         # Last where the beam found fewer captions than it is wide.
         agreement = ops.where(scores <= IMPOSSIBLE / 2, -1.0, agreement)
@@ -376,32 +454,12 @@ class Sample(_Search):
             Words, int32 (images, samples, max_length + 1), ended by `<end>`
             and padded.
         """
-        steps = self.max_length + 1
         fixed, states = self.start([features])
-        shape = (ops.shape(features)[0], self.hypotheses)
+        shape = self.max_length + 1, ops.shape(features)[0], self.hypotheses
         # All random numbers are drawn before the loop: a random state cannot
         # change inside of it on every backend.
-        chance = keras.random.uniform((steps, *shape), seed=self.seed)
-        state = (
-            ops.convert_to_tensor(0, "int32"),
-            ops.full((steps, *shape), PAD, "int32"),
-            ops.full(shape, START, "int32"),
-            states,
-        )
-
-        def unfinished(step: Any, words: Any, last: Any, states: Any) -> Any:
-            return ops.logical_and(step < steps, ops.any(_is_open(last)))
-
-        def advance(step: Any, words: Any, last: Any, states: Any) -> Any:
-            found, states, _ = self.step(last, states, fixed)
-            word = _draw(found + self.mask(step), chance[step])
-            word = ops.where(_is_open(last), word, PAD)
-            at = ops.reshape(step, (1, 1))
-            words = ops.scatter_update(words, at, word[None])
-            return step + 1, words, word, states
-
-        _, words, _, _ = ops.while_loop(unfinished, advance, state)
-        return ops.transpose(words, (1, 2, 0))
+        chance = keras.random.uniform(shape, seed=self.seed)
+        return self.sample(states, fixed, chance)
 
 
 def _steps_of(totals: Any, last: Any, there: Any) -> Any:

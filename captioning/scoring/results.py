@@ -48,6 +48,7 @@ SEARCH = {
     "beam_size": "beam",
     "length_exponent": "length",
     "consensus_temperature": "consensus",
+    "consensus_samples": "samples",
     "min_caption_length": "min",
     "no_repeat_ngram": "norepeat",
 }
@@ -207,11 +208,13 @@ def all_metrics(
     beam_size = config.beam_size if measured else None
     # A single hypothesis has no others to agree with.
     consensus = config.consensus_temperature if (beam_size or 1) > 1 else None
+    samples = config.consensus_samples if consensus else None
     return {
         "split": config.split,
         "run": dict(run),
         "beam_size": beam_size,
         "consensus_temperature": consensus,
+        "consensus_samples": samples,
         **dict.fromkeys(unavailable),
         **measured,
         **scores.metrics,
@@ -335,6 +338,7 @@ def write_report(
     page = report.template("scoring/report.html.jinja").render(
         title=title,
         metrics=metrics,
+        heading=table.heading(metrics),
         figures=table.rows(metrics),
         notes=notes,
         published=published,

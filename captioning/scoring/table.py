@@ -74,6 +74,21 @@ def rows(metrics: Mapping[str, Any]) -> list[Row]:
     return found
 
 
+def heading(metrics: Mapping[str, Any]) -> str:
+    """What was captioned and how, for the terminal and the report."""
+    search = ""
+    if beam := metrics["beam_size"]:
+        search = f", beam size {beam}"
+    if metrics["consensus_temperature"]:
+        search += " by consensus"
+        if samples := metrics["consensus_samples"]:
+            search += f" with {samples} samples"
+    return (
+        f"{metrics['split']} split: {metrics['images']:,} images{search}; "
+        f"tokenised by {metrics['tokenizer']}"
+    )
+
+
 def table(metrics: Mapping[str, Any], dataset: str) -> str:
     """The metrics as text for a terminal.
 
@@ -84,14 +99,7 @@ def table(metrics: Mapping[str, Any], dataset: str) -> str:
     Returns:
         Plain text, at most 100 columns wide.
     """
-    consensus = " by consensus" if metrics["consensus_temperature"] else ""
-    beam = metrics["beam_size"]
-    search = f", beam size {beam}{consensus}" if beam else ""
-    heading = (
-        f"{dataset}, {metrics['split']} split: {metrics['images']:,} "
-        f"images{search}; tokenised by {metrics['tokenizer']}"
-    )
-    lines = textwrap.wrap(heading, _WIDTH)
+    lines = textwrap.wrap(f"{dataset}, {heading(metrics)}", _WIDTH)
     found = rows(metrics)
     wide = max(len(row.title) for row in found) + 1
     for row in found:

@@ -1,5 +1,6 @@
 """What happens between the batches of Model.fit: measuring and saving."""
 
+import dataclasses
 import importlib.util
 import signal
 import time
@@ -118,7 +119,9 @@ class ValidationCider:
                 self.captioner = build_model(
                     config, len(words), features.shape[-1]
                 )
-            self.search = captioner.build(self.captioner, config)
+            # Samples would take as long as an epoch.
+            quick = dataclasses.replace(config, consensus_samples=0)
+            self.search = captioner.build(self.captioner, quick)
 
     def __call__(self) -> float:
         """CIDEr with the current weights.
