@@ -337,24 +337,23 @@ class Config:
     length_exponent: float = _decoding(
         1.0, "exponent of the length normalisation", 0, 5
     )
-    # The likeliest caption is rarely the one that scores best: that is the one
-    # most like all that the decoder would say of the image. See
-    # captioning/decoding/consensus.py.
+    # The likeliest caption rarely scores best; the one most like everything the
+    # decoder would say of the image does. See captioning/decoding/consensus.py.
     # For drawn scenes, likelier captions are right more often, so they count
     # for more.
     consensus_temperature: float = _decoding(
         5.0,
-        "rerank the beam by similarity to its captions, weighted by "
-        "probability ^ (1 / temperature) (0: take the likeliest)",
+        "rerank the beam by similarity to other captions; those of the beam "
+        "count by probability ^ (1 / temperature) (0: take the likeliest)",
         0,
         sample=1.0,
     )
-    # More agree better, and take longer: a hundred take as long as encoding
-    # the photograph.
+    # More samples choose better and take longer: a hundred take as long as
+    # encoding the photograph.
     consensus_samples: int = _decoding(
         100,
-        "captions sampled to compare those of the beam with (0: compare them "
-        "with each other alone)",
+        "captions to sample and compare the beam with (0: compare the beam "
+        "with itself)",
         0,
         1000,
         sample=0,

@@ -1,6 +1,7 @@
 """Which epoch is the best, and when a run ends for want of a better one."""
 
 import contextlib
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from captioning import runs
 from captioning.backend import TENSORFLOW, set_seed
 from captioning.training import callbacks, objective
 from captioning.training.schedule import Schedule, choose_epochs
-from config import UserError
+from config import Config, UserError
 
 
 @pytest.fixture
@@ -53,11 +54,16 @@ def test_characters_are_judged_as_such(monkeypatch):
     found = [
         SimpleNamespace(words=each, caption="".join(each)) for (each,) in tokens
     ]
-    monkeypatch.setattr(callbacks.captioner, "build", lambda *_: None)
+    built = []
+    monkeypatch.setattr(
+        callbacks.captioner, "build", lambda _, config: built.append(config)
+    )
     monkeypatch.setattr(callbacks.captioner, "caption_images", lambda *_: found)
     split = SimpleNamespace(images=["a", "b"], tokens=tokens)
-    measure = callbacks.ValidationCider(None, None, np.ones(2), split, None)
+    features, config = np.ones(2), Config()
+    measure = callbacks.ValidationCider(config, None, features, split, None)
     assert measure() == pytest.approx(10)
+    assert built == [dataclasses.replace(config, consensus_samples=0)]
 
 
 def test_the_highest_cider_is_the_best(judge):

@@ -195,7 +195,7 @@ def test_a_beam_of_one_is_greedy(seed):
 
 @pytest.mark.parametrize(
     ("beam", "temperature", "samples"),
-    [(1, 0, 0), (4, 0, 0), (4, 5, 0), (4, 5, 10)],
+    [(1, 0, 0), (4, 0, 0), (4, 5, 0), (4, 5, 3), (4, 5, 10)],
 )
 def test_a_batch_gives_what_its_images_give_alone(beam, temperature, samples):
     decoder, features = tiny(7, 8), some_features(7, 32)
@@ -292,7 +292,7 @@ def test_consensus_changes_the_order_of_the_beam_and_nothing_else():
     assert 0 < moved.any(axis=1).sum() < 24
 
 
-def test_samples_stand_for_all_that_the_decoder_would_say():
+def test_agreement_with_samples_is_the_expected_similarity():
     """Three words, and captions of one or two of them."""
     decoder, features = tiny(5, 3), some_features(5, 1)
     searcher = BeamSearch(decoder, 12, 0.7, 1, 2, 0, 5.0, samples=12_000)
@@ -311,6 +311,21 @@ def test_samples_stand_for_all_that_the_decoder_would_say():
     expected = 0.9 * np.array(similar) @ likely + 0.1 * beam
     np.testing.assert_allclose(found["agreement"][0], expected, atol=0.01)
     assert (np.diff(expected) < 0.01).all()
+
+
+@pytest.mark.parametrize("samples", [1, 4, 10])
+def test_as_many_captions_are_sampled_as_asked(monkeypatch, samples):
+    """Whatever multiple of the beam they are."""
+    decoder, features = tiny(5, 3), some_features(5, 2)
+    compared = []
+
+    def agreement(words, log_probabilities, temperature, samples):
+        compared.append(samples.shape)
+        return log_probabilities
+
+    monkeypatch.setattr(consensus, "agreement", agreement)
+    BeamSearch(decoder, 4, 0.7, 1, 6, 0, 5.0, samples)(features)
+    assert compared == [(2, samples, 7)]
 
 
 def sharpened(log_probabilities) -> np.ndarray:

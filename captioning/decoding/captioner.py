@@ -30,7 +30,7 @@ class Hypothesis(NamedTuple):
     caption: str  # the words as one string
     score: float  # normalised log-probability
     log_probability: float
-    # With the whole beam, which orders it; 0 without consensus.
+    # By which consensus orders the beam; 0 without it.
     agreement: float
 
 

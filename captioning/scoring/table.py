@@ -82,7 +82,7 @@ def heading(metrics: Mapping[str, Any]) -> str:
     if metrics["consensus_temperature"]:
         search += " by consensus"
         if samples := metrics["consensus_samples"]:
-            search += f" with {samples} samples"
+            search += f" with {samples} sample{'s' * (samples > 1)}"
     return (
         f"{metrics['split']} split: {metrics['images']:,} images{search}; "
         f"tokenised by {metrics['tokenizer']}"

@@ -93,7 +93,7 @@ class ValidationCider:
     """Captions the validation split freely, and scores that by CIDEr.
 
     Args:
-        config: its decoding fields.
+        config: its decoding fields; nothing is sampled.
         decoder: the model that is trained.
         features: of the validation split.
         split: its images and captions.
@@ -119,7 +119,7 @@ class ValidationCider:
                 self.captioner = build_model(
                     config, len(words), features.shape[-1]
                 )
-            # Samples would take as long as an epoch.
+            # Sampling would take as long as an epoch.
             quick = dataclasses.replace(config, consensus_samples=0)
             self.search = captioner.build(self.captioner, quick)
 

@@ -83,8 +83,9 @@ def training(
 
 
 def searching(config: Config, images: int, steps: int, vocabulary: int) -> Work:
-    """A beam search of so many steps."""
-    tokens = images * config.beam_size * steps
+    """A beam search, and its samples, of so many steps."""
+    captions = config.beam_size + config.consensus_samples
+    tokens = images * captions * steps
     products = _annotations(config, images) + _once_an_image(config, images)
     products += _once_a_word(config, tokens, vocabulary)
     features = FLOAT16 * images * REGIONS * CHANNELS
