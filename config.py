@@ -4,10 +4,10 @@ Change a default here, or give any field as a flag to any of the scripts:
 `python train.py --batch-images 32 --seed 1`.
 
 What the defaults give: on Flickr8k's validation split, with the flags that
-docs/results.md names, CIDEr 0.600, BLEU-4 22.9 and 42.0% token accuracy
-(2026-11-30, float32). On two CPU cores with AVX2 that took an hour and a half
-of preprocess.py, three quarters of an hour of train.py, and three minutes of
-evaluate.py; cores that multiply bfloat16 need about a quarter of that.
+docs/results.md names, CIDEr 0.630, BLEU-4 23.3 and 42.0% token accuracy
+(2026-12-01, bfloat16). On two CPU cores that multiply bfloat16, preprocess.py
+and train.py take about twenty minutes each and evaluate.py four; with AVX2
+alone, about four times as long.
 Training takes 2 GB of memory, and reads 2.8 GB of features that are best cached
 in memory too.
 docs/experiments.md says what was tried and what each change gained.
@@ -311,7 +311,8 @@ class Config:
     ema_epochs: float = _training(
         1.0, "epochs that weights are averaged over (0: none)", 0, 100
     )
-    # Captioning the validation split takes a tenth of an epoch of Flickr8k.
+    # Captioning the validation split takes a tenth of an epoch of Flickr8k: it
+    # does without samples, which would take as long as an epoch.
     cider_every: int = _training(2, "epochs between measurements of CIDEr", 1)
     # From the best epoch on, sampled captions are rewarded (Rennie et al.
     # 2017). None by default: Flickr8k gains nothing, see docs/experiments.md.
