@@ -51,7 +51,7 @@ ACTIONS: command.Actions = {
 }
 # Up to this many photographs are captioned one at a time: a full batch costs
 # the same however few photographs it holds.
-FEW = 8
+FEW = 24
 # Characters in a file's name that would break a line `photo<TAB>caption`.
 ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
 

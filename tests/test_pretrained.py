@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import caption
 from captioning import runs
 from captioning.features import encoder_weights
 from captioning.scoring import metrics
@@ -35,10 +34,9 @@ def test_it_is_small_and_needs_only_what_keras_downloads():
 
 
 def test_it_captions_photographs_where_no_other_run_does(
-    real_data, weights, tmp_path, monkeypatch
+    real_data, weights, tmp_path
 ):
     """What it says of photographs that it has not seen fits most of them."""
-    monkeypatch.setattr(caption, "FEW", 12)  # a full batch would have 32
     splits = real_data / "data" / "flickr8k" / "splits"
     names = (splits / "Flickr_8k.devImages.txt").read_text().split()[:12]
     told: dict[str, list[str]] = {name: [] for name in names}
